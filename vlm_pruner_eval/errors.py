@@ -1,0 +1,32 @@
+"""The two exceptions that users meet. Every message is a sentence: what was got, what was expected, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """A request that can't be run as written: unknown names, values out of range, a model that can't be pruned.
+
+    Parameters
+    ----------
+    problems
+        One sentence, or all the sentences found in one pass: a user mends a file once, not once per error.
+    """
+
+    def __init__(self, problems: str | Iterable[str]):
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class PruningError(RuntimeError):
+    """What the tensors hold differs from what was asked, or a method can't answer (NaN, duplicates, wrong count)."""
+
+
+def closest(name: object, known: Iterable[str]) -> str:
+    """The tail of a sentence about an unknown name: its closest match, if any, and the known ones."""
+    names = sorted(known)
+    match = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f"did you mean {match[0]!r}? " if match else ""
+    return f"{hint}Known: {', '.join(names) or '(none)'}."

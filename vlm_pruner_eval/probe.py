@@ -1,0 +1,88 @@
+"""Reads queries and keys of one attention module from the outputs of its own projections.
+
+No second projection is computed and any attention backend may run: what `keys` returns is bit-equal to the KV cache.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+
+def probe_for(layers: nn.ModuleList, layer: int, needs: frozenset[str]) -> Probe | None:
+    """The probe that a stage at decoder layer `layer` needs: on the attention of the layer before, or none at all."""
+    if not needs & {"keys", "attention"}:
+        return None
+    return Probe(layers[layer - 1].self_attn, queries="attention" in needs)
+
+
+class Probe:
+    """Holds q and k of the current forward of `attn`, between its projections and `clear`.
+
+    Parameters
+    ----------
+    attn
+        A Hugging Face attention module with ``q_proj`` / ``k_proj`` (and ``q_norm`` / ``k_norm`` where present).
+    queries
+        Whether the queries are wanted too.
+    """
+
+    def __init__(self, attn: nn.Module, *, queries: bool):
+        self.attn = attn
+        self.clear()
+        self.handles = [attn.register_forward_pre_hook(self._see_rope, with_kwargs=True)]
+        for name in ("q", "k") if queries else ("k",):
+            module = getattr(attn, f"{name}_norm", None) or getattr(attn, f"{name}_proj")
+            self.handles.append(module.register_forward_hook(self._see(name)))
+
+    def clear(self) -> None:
+        """Let go of the tensors."""
+        self.q = self.k = self.rope = self._rotated = None
+
+    def keys(self) -> Tensor:
+        """Keys after rotary embedding, [B, H_kv, L, d]: what the KV cache of this layer holds."""
+        if self._rotated is None:
+            k = self._heads(self.k)
+            self._rotated = self._rotate(k, k, *self.rope)[1]
+        return self._rotated
+
+    def attention_row(self, row: int, last: int, seen: Tensor) -> Tensor:
+        """Softmax attention of token `last` of `row` over the tokens `seen`, averaged over heads: [L], 0 elsewhere.
+
+        Parameters
+        ----------
+        seen : Tensor [n]
+            Slots that the token may look at; all of them at or before `last`.
+        """
+        q = self._heads(self.q)[row : row + 1, :, last : last + 1]
+        cos, sin = (x if x.shape[-3] == 1 else x[..., row : row + 1, :, :] for x in self.rope)
+        q, _ = self._rotate(q, q, cos[..., last : last + 1, :], sin[..., last : last + 1, :])
+        k = self.keys()[row : row + 1, :, seen]
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        scores = (q @ k.transpose(2, 3))[0, :, 0] * self.attn.scaling
+        weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype).float().mean(0)
+        return weights.new_zeros(self.k.shape[1]).index_copy(0, seen, weights)
+
+    def _see(self, name: str):
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            setattr(self, name, output)
+
+        return hook
+
+    def _see_rope(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.rope = kwargs["position_embeddings"]
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        batch, length = projected.shape[:2]
+        return projected.reshape(batch, length, -1, self.attn.head_dim).transpose(1, 2)
+
+    def _rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """The rotary function of the model's own file; Qwen2-VL before 5.x splits it over three position rows."""
+        module = sys.modules[type(self.attn).__module__]
+        multimodal = getattr(module, "apply_multimodal_rotary_pos_emb", None)
+        if multimodal is not None and cos.dim() == 4:
+            rope = getattr(self.attn, "rope_scaling", None) or self.attn.config.rope_parameters
+            return multimodal(q, k, cos, sin, rope["mrope_section"])
+        return module.apply_rotary_pos_emb(q, k, cos, sin)
