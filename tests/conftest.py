@@ -1,0 +1,38 @@
+"""Shared by all tests: one thread, quiet libraries, the tiny models built once."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+import transformers
+from tiny_models import FAMILIES, build
+
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+
+
+@functools.cache
+def _model(family: str, attention: str, dtype: torch.dtype) -> torch.nn.Module:
+    return build(family, attention, dtype)
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def tiny_model():
+    """Function (family, attention="sdpa", dtype=float32) -> a tiny model, shared between tests: leave it as it was."""
+
+    def get(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+        return _model(family, attention, dtype)
+
+    return get
