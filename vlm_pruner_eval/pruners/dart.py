@@ -1,0 +1,111 @@
+"""DART: keep a few pivots and, for each of them, the visual tokens that duplicate it least."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vlm_pruner_eval.pruners.base import Pruner, unit_rows
+from vlm_pruner_eval.types import Selection, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class DART(Pruner):
+    """Image and text pivots by key norm; every pivot in turn takes its share of the least similar remaining tokens.
+
+    By default exactly R tokens are kept: pivots in descending order of norm, image pivots first, the last pivot's share
+    cut or filled. A prompt with fewer text tokens after the image than `text_pivots` uses those there are.
+    Quirks of the release (ZichenWen1/DART 5a19452), counted in both modes and brought back by `official_quirks`:
+    "count" (it keeps 4 + 8 * floor(R / 8) tokens), and "set_order" (pivots are walked in the order of a CPython set of
+    absolute positions, so that the length of the prompt changes the choice).
+
+    Parameters
+    ----------
+    image_pivots
+        Visual tokens of largest key norm, always kept, 1 or more.
+    text_pivots
+        Text tokens of largest key norm after the image, 0 or more.
+
+    Paper: arXiv 2502.11494 (EMNLP 2025).
+    """
+
+    name: ClassVar[str] = "dart"
+    needs: ClassVar[frozenset[str]] = frozenset({"keys", "normed_hidden_states", "positions", "text"})
+    quirks_change_count: ClassVar[bool] = True
+
+    image_pivots: int = 4
+    text_pivots: int = 4
+
+    def problems(self) -> list[str]:
+        """The base's, and the ranges of the numbers of pivots."""
+        found = super().problems()
+        if self.image_pivots < 1:
+            found.append(f"image_pivots: got {self.image_pivots}, expected a whole number, 1 or more.")
+        if self.text_pivots < 0:
+            found.append(f"text_pivots: got {self.text_pivots}, expected a whole number, 0 or more.")
+        return found
+
+    def choose(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Image pivots, then each pivot's least similar tokens."""
+        image = largest_keys(tokens.keys, self.image_pivots)
+        states, positions = tokens.normed_hidden_states[image], tokens.positions[image]
+        text = tokens.text
+        if text.keys is not None and len(text.keys):
+            after = largest_keys(text.keys, self.text_pivots)
+            states = torch.cat([states, text.normed_hidden_states[after]])
+            positions = torch.cat([positions, text.positions[after]])
+        share = keep // len(positions)
+        set_order = as_a_set(positions.tolist())
+        released = min(tokens.n_visual, len(image) + len(positions) * share)
+        fired = {"count": released != keep, "set_order": set_order != [*range(len(positions))]}
+        walk, count = (set_order, released) if self.official_quirks else ([*range(len(positions))], keep)
+        order = least_similar(tokens.normed_hidden_states, states[walk], image[:count], share, count)
+        return Selection(order, quirks=frozenset(quirk for quirk, did in fired.items() if did))
+
+
+def largest_keys(keys: Tensor, count: int) -> Tensor:
+    """Up to `count` indices of keys [N, H_kv, d] by descending L1 norm over all heads.
+
+    Paper: arXiv 2502.11494 (pivot selection).
+    """
+    return keys.flatten(1).abs().sum(-1).sort(descending=True, stable=True).indices[:count]
+
+
+def as_a_set(positions: list[int]) -> list[int]:
+    """The order in which CPython walks a set of these absolute positions, as indices into the list.
+
+    The hash of an int is its value, so the order is part of the language's implementation and not of the method.
+    """
+    return [positions.index(position) for position in set(positions)]
+
+
+def least_similar(states: Tensor, pivots: Tensor, start: Tensor, share: int, count: int) -> Tensor:
+    """Grow `start` to `count` tokens: each pivot in turn takes `share` of the rest, the last one all that is missing.
+
+    Parameters
+    ----------
+    states : Tensor [V, D]
+        Visual tokens after the model's final norm.
+    pivots : Tensor [P, D]
+        Pivots, image and text, in the order of their turns.
+    start : Tensor [S]
+        Local indices kept from the start.
+    share, count
+        Tokens per pivot, and in all.
+
+    Paper: arXiv 2502.11494 (duplication by cosine similarity to the pivots).
+    """
+    cosine = unit_rows(pivots) @ unit_rows(states).T
+    taken = torch.zeros(len(states), dtype=torch.bool, device=states.device)
+    taken[start] = True
+    parts, missing = [start], count - len(start)
+    for turn, row in enumerate(cosine):
+        amount = missing if turn == len(cosine) - 1 else min(share, missing)
+        parts.append(row.masked_fill(taken, math.inf).sort(stable=True).indices[:amount])
+        taken[parts[-1]] = True
+        missing -= amount
+    return torch.cat(parts)
