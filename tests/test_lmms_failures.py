@@ -1,0 +1,157 @@
+"""What the chat wrapper does when something fails: a sample, a document, the hook, the whole run."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from lmms_requests import documents, fresh_model, plain, request, set_batch_size, texts
+from tiny_checkpoints import N_IMAGE_TOKENS
+
+from vlm_pruner_eval import Ledger, Pruner, PruningError
+from vlm_pruner_eval.lmms import PrunedModel, wrapper
+from vlm_pruner_eval.pruners.uniform import Uniform
+
+
+@pytest.fixture
+def model() -> PrunedModel:
+    return fresh_model()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sabotage(Uniform):
+    """Fails on samples whose id holds `on`."""
+
+    name: ClassVar[str] = "sabotage"
+    on: str = ""
+
+    def choose(self, tokens, keep: int) -> torch.Tensor:
+        chosen = super().choose(tokens, keep)
+        return chosen[:1].expand(keep) if self.on in tokens.sample_id else chosen
+
+
+def sabotage(model: PrunedModel, on: str) -> None:
+    model.configure(f"{__name__}:Sabotage", 0.5, on=on)
+
+
+def test_one_failed_sample_costs_no_other(model: PrunedModel) -> None:
+    requests = [request("first", i) for i in range(5)]
+    expected = texts(model, requests)
+    sabotage(model, "first/test/2")
+    assert texts(model, requests) == [*expected[:2], "", *expected[3:]]
+    failed = model.answers[2]
+    assert failed.error.startswith("PruningError: ")
+    assert "distinct" in failed.error
+    assert failed.record is None
+    assert [a.error for i, a in enumerate(model.answers) if i != 2] == [None] * 4
+
+
+def test_a_document_that_cannot_be_read_costs_no_other(model: PrunedModel) -> None:
+    def broken(document: dict) -> list[dict]:
+        raise OSError("the image file is truncated")
+
+    expected = texts(model, [request("first", 0), request("first", 1)])
+    assert texts(model, [request("first", 0), request("first", 3, messages=broken), request("first", 1)]) == [expected[0], "", expected[1]]
+    assert model.answers[-2].error == "OSError: the image file is truncated"
+
+
+@pytest.mark.parametrize("kind", ["video", "audio"])
+def test_media_that_the_family_does_not_take_are_a_sentence(model: PrunedModel, kind: str) -> None:
+    def with_media(document: dict) -> list[dict]:
+        return [{"role": "user", "content": [{"type": kind, "url": "clip"}, {"type": "text", "text": "?"}]}]
+
+    model.generate_until([request("first", 0, messages=with_media)])
+    assert f"holds 1 {kind}" in model.answers[0].error
+
+
+def test_a_prompt_longer_than_the_positions_is_a_sentence(model: PrunedModel) -> None:
+    model.task_dict["first"]["test"][1]["question"] = "long " * 60
+    requests = [request("first", 0), request("first", 1), request("first", 2)]
+    results = texts(model, requests)
+    assert results[1] == ""
+    assert all(results[i] for i in (0, 2))
+    n_tokens = len("USER: " + "long " * 60 + " ASSISTANT:") + N_IMAGE_TOKENS
+    assert f"got a prompt of {n_tokens} tokens" in model.answers[1].error
+    assert "the model has 256 positions" in model.answers[1].error
+
+
+def test_failed_samples_end_the_process_at_the_command_line(model: PrunedModel, capsys: pytest.CaptureFixture) -> None:
+    sabotage(model, "first/test/2")
+    model.exit_on_failure = True
+    with pytest.raises(SystemExit) as exit_info:
+        model.generate_until([request("first", i) for i in range(5)])
+    assert exit_info.value.code == 1
+    message = capsys.readouterr().err
+    assert "1 of 5 samples failed" in message
+    assert "first/test/2: PruningError" in message
+    assert [bool(a.error) for a in model.answers] == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize(("exits", "raised"), [(True, SystemExit), (False, PruningError)])
+def test_sixteen_failures_at_the_start_end_the_run(model: PrunedModel, exits: bool, raised: type) -> None:
+    model.task_dict["first"]["test"] = documents(40, seed=0)
+    sabotage(model, "first")
+    model.exit_on_failure = exits
+    with pytest.raises(raised):
+        model.generate_until([request("first", i) for i in range(40)])
+    assert len(model.answers) == 16
+
+
+@pytest.mark.parametrize(("exits", "raised"), [(True, SystemExit), (False, PruningError)])
+def test_a_rate_that_removes_nothing_is_refused(model: PrunedModel, exits: bool, raised: type, capsys: pytest.CaptureFixture) -> None:
+    model.configure("uniform", 0.01)  # round(16 * 0.99) = 16
+    model.exit_on_failure = exits
+    with pytest.raises(raised, match=None if exits else "none of the 2 samples with images lost a visual token"):
+        model.generate_until([request("first", 0), request("first", 1)])
+    assert ("none of the 2 samples" in capsys.readouterr().err) == exits
+
+
+def test_rate_zero_is_no_failure(model: PrunedModel) -> None:
+    model.configure("uniform", 0)
+    pruned = texts(model, [request("first", i) for i in range(3)])
+    assert pruned == [plain(model, model.task_dict["first"]["test"][i]) for i in range(3)]
+
+
+def test_a_hook_that_does_nothing_is_caught(model: PrunedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def nothing(hooked: torch.nn.Module, pruner: Pruner, **_: object):
+        yield Ledger()
+
+    monkeypatch.setattr(wrapper, "prune", nothing)
+    model.generate_until([request("first", 0)])
+    assert "holds 0 records for 1 prompts" in model.answers[0].error
+
+
+def test_a_hook_that_keeps_everything_is_caught(model: PrunedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = wrapper.prune
+    monkeypatch.setattr(wrapper, "prune", lambda hooked, pruner, **names: real(hooked, Uniform(pruning_rate=0), **names))
+    model.generate_until([request("first", 0)])
+    assert "16 of 16 visual tokens were asked for, expected 8" in model.answers[0].error
+
+
+def test_an_exception_in_generate_is_a_failed_sample(model: PrunedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(model.model, "generate", out_of_memory)
+    assert texts(model, [request("first", 0)]) == [""]
+    assert model.answers[0].error == "OutOfMemoryError: no memory left"
+
+
+def test_keyboard_interrupt_passes(model: PrunedModel) -> None:
+    def interrupted(document: dict) -> list[dict]:
+        raise KeyboardInterrupt
+
+    set_batch_size(model, 1)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate_until([request("first", 0, messages=interrupted)])
+
+
+def test_loglikelihood_and_rounds_are_refused(model: PrunedModel) -> None:
+    with pytest.raises(NotImplementedError, match="generate_until"):
+        model.loglikelihood([])
+    with pytest.raises(NotImplementedError, match="one round"):
+        model.generate_until_multi_round([])

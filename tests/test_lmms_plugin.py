@@ -1,0 +1,137 @@
+"""What the entry point changes in lmms-eval, and that it leaves other models' runs alone."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from lmms_eval import models
+from lmms_eval.tasks import TaskManager
+
+from vlm_pruner_eval import ConfigError
+from vlm_pruner_eval.lmms import plugin
+from vlm_pruner_eval.lmms.families import VlmPrunerLlava
+
+
+def test_the_entry_point_registers_every_id_and_each_names_a_class() -> None:
+    assert "vlm_pruner_eval.lmms.plugin:manifests" in {point.value for point in entry_points(group="lmms_eval.models")}
+    for model_id in plugin.MODELS:
+        cls = models.get_model(model_id)
+        assert (cls.model_id, cls.is_simple) == (model_id, False)
+        assert model_id in models.AVAILABLE_CHAT_TEMPLATE_MODELS
+        assert model_id in plugin.STOCK_PROMPTS
+
+
+def test_the_entry_point_imports_no_torch() -> None:
+    code = "import sys, vlm_pruner_eval.lmms.plugin; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'lmms_eval')))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_stock_prompts_exist_in_lmms_eval() -> None:
+    stock = set(models.list_available_models())
+    assert set(plugin.STOCK_PROMPTS.values()) <= stock
+
+
+def test_tasks_are_found_without_include_path_and_other_paths_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("task: my_own_task\ndataset_path: parquet\noutput_type: generate_until\n")
+    for include_path in (None, str(tmp_path), [str(tmp_path)]):
+        manager = TaskManager(include_defaults=False, include_path=include_path)
+        assert "digitscenes_read" in manager.all_tasks
+        assert ("my_own_task" in manager.all_tasks) == (include_path is not None)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [("vlmpruner_llava", "llava_hf"), ("vlmpruner_qwen2_5_vl", "qwen2_5_vl"), ("qwen2_vl", "qwen2_vl"), (None, None)],
+)
+def test_tasks_see_the_stock_name_of_our_models_only(model: str | None, expected: str | None) -> None:
+    assert TaskManager(include_defaults=False, model_name=model).model_name == expected
+
+
+def test_a_loaded_model_stands_for_its_id() -> None:
+    assert plugin.prompt_name(VlmPrunerLlava.__new__(VlmPrunerLlava)) == "llava_hf"
+    other = SimpleNamespace()
+    assert plugin.prompt_name(other) is other
+
+
+def test_wrapping_twice_is_wrapping_once() -> None:
+    before = TaskManager.__init__, TaskManager.initialize_tasks
+    plugin.manifests()
+    assert (TaskManager.__init__, TaskManager.initialize_tasks) == before
+
+
+# ---- exit codes
+
+
+def arguments(**values: object) -> argparse.Namespace:
+    return argparse.Namespace(**{"model": "vlmpruner_llava", "tasks": "t", "output_path": None} | values)
+
+
+def raising(error: Exception):
+    def cli_evaluate_single(args: argparse.Namespace) -> tuple:
+        raise error
+
+    return plugin.exit_on_error(cli_evaluate_single)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (
+            ValueError("Tasks not found: nope."),
+            1,
+            "the evaluation of vlmpruner_llava failed: ValueError: Tasks not found: nope.",
+        ),
+        (KeyError("gone"), 1, "failed: KeyError: 'gone'"),
+        (ConfigError("layer: got 9."), 2, "vlm_pruner_eval: layer: got 9."),
+    ],
+)
+def test_an_exception_of_our_models_ends_the_process(error: Exception, code: int, sentence: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        raising(error)(arguments())
+    assert exit_info.value.code == code
+    assert sentence in capsys.readouterr().err
+
+
+def test_other_models_keep_lmms_evals_own_behaviour() -> None:
+    with pytest.raises(ValueError, match="Tasks not found"):
+        raising(ValueError("Tasks not found"))(arguments(model="llava_hf", tasks=None))
+    assert plugin.exit_on_error(lambda args: ("results", "samples"))(arguments()) == ("results", "samples")
+
+
+def test_what_lmms_eval_would_only_log_ends_the_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = raising(AssertionError("must not be reached"))
+    (tmp_path / "file").write_text("")
+    for values, sentence in (
+        ({"tasks": None}, "--tasks is missing"),
+        ({"output_path": str(tmp_path / "file" / "deeper")}, "is a file, expected a folder"),
+        ({"output_path": str(tmp_path / "new" / "folder")}, f"no permission in {tmp_path}"),
+    ):
+        monkeypatch.setattr(plugin.os, "access", lambda path, mode: False)  # root may write anywhere
+        with pytest.raises(SystemExit) as exit_info:
+            never(arguments(**values))
+        assert exit_info.value.code == 2
+        assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_command_line_module_is_wrapped_when_it_is_used_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    main = ModuleType("lmms_eval.__main__")
+    monkeypatch.setitem(sys.modules, "lmms_eval.__main__", main)
+    plugin._watch_command_line()
+    plugin._watch_command_line()
+    body = "def cli_evaluate_single(args):\n    raise ValueError('boom')\ndef cli_evaluate(args):\n    return cli_evaluate_single(args)\n"
+    exec(body, vars(main))
+    assert not hasattr(vars(main)["cli_evaluate_single"], "__wrapped__")
+    with pytest.raises(SystemExit):
+        importlib.import_module("lmms_eval.__main__").cli_evaluate(arguments())
+    assert type(main) is ModuleType
+    assert not hasattr(main.cli_evaluate_single.__wrapped__, "__wrapped__"), "wrapped once"

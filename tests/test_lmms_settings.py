@@ -1,0 +1,170 @@
+"""Bad input of the lmms-eval wrapper: each a sentence, before any weight is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_checkpoints import write_tiny_llama, write_tiny_llava
+
+from vlm_pruner_eval import ConfigError
+from vlm_pruner_eval.lmms import load, settings
+from vlm_pruner_eval.lmms.checkpoint import load_checkpoint, locate
+from vlm_pruner_eval.lmms.families import VlmPrunerLlava
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("model_args", "sentences"),
+    [
+        ({}, ["pretrained: missing"]),
+        ({"pretrained": 7}, ["pretrained: got 7 (int), expected text"]),
+        ({"pretrained": "x", "metod": "fastv"}, ["metod: unknown argument; did you mean 'method'?"]),
+        ({"pretrained": "x", "method": "vlmpruner", "pruning_rate": 0, "treshold": 1}, ["treshold: unknown argument; did you mean 'thres"]),
+        ({"pretrained": "x", "trust_remote_code": True}, ["trust_remote_code: unknown argument"]),
+        ({"pretrained": "x", "method": "vlmprunner", "pruning_rate": 0.5}, ["'vlmprunner', which is unknown; did you mean 'vlmpruner'?"]),
+        ({"pretrained": "x", "method": NAN}, ["method: got nan (float)"]),
+        ({"pretrained": "x", "method": "fastv"}, ["pruning_rate: missing, but method=fastv needs it"]),
+        ({"pretrained": "x", "pruning_rate": 0.5}, ["pruning_rate: got 0.5 with method=none, which prunes nothing"]),
+        ({"pretrained": "x", "method": "none", "pruning_rate": "lots"}, ["pruning_rate: got 'lots'"]),
+        ({"pretrained": "x", "method": "fastv", "pruning_rate": 1.5}, ["pruning_rate: got 1.5, expected a number in [0, 1)"]),
+        ({"pretrained": "x", "method": "fastv", "pruning_rate": NAN}, ["pruning_rate: got nan"]),
+        ({"pretrained": "x", "method": "vlmpruner", "pruning_rate": 0.5, "threshold": NAN}, ["threshold: got nan"]),
+        ({"pretrained": "x", "method": "vlmpruner", "pruning_rate": 0.5, "threshold_step": 0}, ["threshold_step"]),
+        ({"pretrained": "x", "dtype": "float15"}, ["dtype: got 'float15'; did you mean 'float16'?"]),
+        ({"pretrained": "x", "dtype": NAN}, ["dtype: got nan (float), expected text"]),
+        ({"pretrained": "x", "attn_implementation": "spda"}, ["attn_implementation: got 'spda'; did you mean 'sdpa'?"]),
+        ({"pretrained": "x", "protocol": "paper"}, ["protocol: got 'paper'"]),
+        ({"pretrained": "x", "batch_size": 0}, ["batch_size: got 0, expected a whole number, 1 or more"]),
+        ({"pretrained": "x", "batch_size": "auto"}, ["batch_size: got 'auto'"]),
+        ({"pretrained": "x", "batch_size": 2.5}, ["batch_size: got 2.5"]),
+        ({"pretrained": "x", "batch_size": True}, ["batch_size: got True"]),
+        ({"pretrained": "x", "revision": 1234567}, ["revision: got 1234567 (int), expected text"]),
+        # all of them at once
+        (
+            {"dtype": "f", "batch_size": -1, "method": "fastv", "pruning_rate": 2},
+            ["pretrained: missing", "dtype: got", "batch_size: got", "pruning_rate: got 2"],
+        ),
+    ],
+)  # fmt: skip
+def test_each_problem_is_a_sentence(model_args: dict, sentences: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        settings.parse(model_args)
+    for sentence in sentences:
+        assert sentence in str(error.value)
+    assert len(error.value.problems) == len(sentences)
+
+
+def test_good_arguments_are_parsed() -> None:
+    parsed, method, pruner = settings.parse({"pretrained": "x", "method": "dart", "pruning_rate": "8/9", "layer": 3, "batch_size": "8"})
+    assert (parsed.batch_size, parsed.dtype, parsed.protocol, method) == (8, "auto", "hf", "dart")
+    assert (pruner.pruning_rate, pruner.layer) == ("8/9", 3)
+    assert settings.parse({"pretrained": "x"})[1] == "none"
+    assert settings.parse({"pretrained": "x", "method": "blind"})[2].name == "blind"
+    assert settings.parse({"pretrained": "x", "method": "none", "pruning_rate": 0})[2].name == "none"
+
+
+@pytest.mark.parametrize(
+    ("arg_string", "additional", "expected"),
+    [
+        ("pretrained=a,batch_size=8", {"batch_size": 1, "device": None, "max_batch_size": None}, {"pretrained": "a", "batch_size": 8}),
+        ("pretrained=a", {"batch_size": "4", "device": "cpu"}, {"pretrained": "a", "batch_size": "4", "device": "cpu"}),
+        ("pretrained=a,batch_size=8", {"batch_size": "8"}, {"pretrained": "a", "batch_size": 8}),
+        ({"pretrained": "a", "pruning_rate": "8/9"}, None, {"pretrained": "a", "pruning_rate": "8/9"}),
+        ("", {}, {}),
+    ],
+)
+def test_command_line_arguments_are_joined(arg_string: object, additional: dict | None, expected: dict) -> None:
+    assert settings.from_command_line(arg_string, additional) == expected
+
+
+@pytest.mark.parametrize(
+    ("arg_string", "additional", "sentence"),
+    [
+        ("pretrained", {}, "model_args: got 'pretrained', expected name=value pairs"),
+        ("pretrained=a,batch_size=8", {"batch_size": "4"}, "batch_size: got 8 in model_args and '4' beside it"),
+        ("pretrained=a,device=cpu", {"device": "cuda"}, "device: got 'cpu' in model_args and 'cuda' beside it"),
+        ("pretrained=a", {"max_batch_size": 64}, "max_batch_size: unknown argument"),
+    ],
+)
+def test_bad_command_line_arguments_end_the_process(
+    arg_string: str, additional: dict, sentence: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        VlmPrunerLlava.create_from_arg_string(arg_string, additional)
+    assert exit_info.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_the_command_line_builds_a_model_that_exits_on_failure(tmp_path: Path) -> None:
+    folder = write_tiny_llava(tmp_path)
+    model = VlmPrunerLlava.create_from_arg_string(
+        f"pretrained={folder},method=random,pruning_rate=0.5", {"batch_size": "2", "device": "cpu"}
+    )
+    assert (model.exit_on_failure, model.batch_size, model.device, model.rank, model.world_size) == (True, 2, torch.device("cpu"), 0, 1)
+    assert load("vlmpruner_llava", pretrained=str(folder)).exit_on_failure is False
+
+
+# ---- checkpoints
+
+
+def test_an_unknown_id_names_the_closest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'vlmpruner_llava'"):
+        load("vlmpruner_lava", pretrained="x")
+
+
+@pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "~/nowhere-at-all", "nowhere", "a/b/c"])
+def test_a_missing_folder_is_a_sentence(path: str) -> None:
+    with pytest.raises(ConfigError, match=f"there is nothing at {path}, expected the folder of a checkpoint"):
+        load("vlmpruner_llava", pretrained=path)
+
+
+def test_a_hub_id_that_is_out_of_reach_is_a_sentence() -> None:
+    assert locate("owner/name") == "owner/name"
+    with pytest.raises(ConfigError, match=r"the configuration of owner/name can't be read .* needs the network or a copy in the cache"):
+        load("vlmpruner_llava", pretrained="owner/name")
+
+
+def test_minivlm_is_the_embedded_checkpoint() -> None:
+    assert json.loads(Path(locate("minivlm"), "config.json").read_text())["model_type"] == "llava"
+
+
+def test_a_folder_without_checkpoint_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds no config.json"):
+        load("vlmpruner_llava", pretrained=str(tmp_path))
+
+
+def test_another_kind_of_checkpoint_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    folder = write_tiny_llama(tmp_path)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"is a 'llama' checkpoint, expected llava for --model vlmpruner_llava"):
+        load("vlmpruner_llava", pretrained=str(folder))
+
+
+def test_a_checkpoint_without_chat_template_is_refused(tmp_path: Path) -> None:
+    folder = write_tiny_llava(tmp_path)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ConfigError, match="has no chat template"):
+        load("vlmpruner_llava", pretrained=str(folder))
+
+
+def test_a_tokenizer_without_pad_token_pads_with_its_end_token(tmp_path: Path) -> None:
+    folder = write_tiny_llava(tmp_path)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["pad_token"]
+    path.write_text(json.dumps(config))
+    parsed, *_ = settings.parse({"pretrained": str(folder)})
+    processor = load_checkpoint(parsed, torch.device("cpu"), {"llava"}, "vlmpruner_llava").processor
+    assert (processor.tokenizer.pad_token, processor.tokenizer.padding_side) == ("</s>", "left")
+
+
+@pytest.mark.parametrize(("device", "sentence"), [("gpu", "expected cpu, cuda or cuda:0"), ("cuda", "torch sees no GPU here")])
+def test_a_device_that_is_not_there_is_a_sentence(device: str, sentence: str, tmp_path: Path) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ConfigError, match=sentence):
+        load("vlmpruner_llava", pretrained=str(tmp_path), device=device)

@@ -1,0 +1,137 @@
+"""Loads a checkpoint and its processor, or says in a sentence why it can't be used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.lmms.settings import Settings
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model in evaluation mode on its device, and the processor that goes with it."""
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+
+
+def load_checkpoint(settings: Settings, device: torch.device, model_types: Collection[str], model_id: str) -> Checkpoint:
+    """Load weights and processor, after the configuration has been found to fit.
+
+    Parameters
+    ----------
+    model_types
+        Hugging Face ``model_type`` names that the wrapper takes.
+    model_id
+        The wrapper's name, for messages.
+
+    Raises
+    ------
+    ConfigError
+        No such checkpoint, another family's, one without chat template, or weights that do not fill the model.
+    """
+    source, where = locate(settings.pretrained), {"revision": settings.revision, "trust_remote_code": False}
+    config = _config(source, settings, where)
+    if config.model_type not in model_types:
+        raise ConfigError(
+            f"pretrained: {settings.pretrained} is a {config.model_type!r} checkpoint, expected {' or '.join(sorted(model_types))} "
+            f"for --model {model_id}; choose the --model of its family, or another checkpoint."
+        )
+    processor = _processor(source, settings, where)
+    # float16 and bfloat16 are slow on most CPUs, and emulated on some
+    dtype = settings.dtype if settings.dtype != "auto" or device.type != "cpu" else "float32"
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        source,
+        config=config,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        attn_implementation=settings.attn_implementation,
+        output_loading_info=True,
+        **where,
+    )
+    lacking = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
+    if lacking:
+        raise ConfigError(
+            f"pretrained: {settings.pretrained} lacks {len(lacking)} of the model's tensors or has them in other shapes, so they would "
+            f"be random (first: {lacking[0]}); expected a complete checkpoint in Hugging Face layout."
+        )
+    _forget_sampling(model)
+    return Checkpoint(model.to(device).eval(), processor)
+
+
+def _forget_sampling(model: PreTrainedModel) -> None:
+    """Tasks alone decide about sampling: the checkpoint's defaults would be warned about when greedy, and mixed in when not."""
+    blank = GenerationConfig()
+    for name in ("do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p"):
+        setattr(model.generation_config, name, getattr(blank, name))
+
+
+def locate(pretrained: str) -> str:
+    """A folder that exists, or a hub id; "minivlm" is the embedded checkpoint.
+
+    Raises
+    ------
+    ConfigError
+        Text that reads as a path, with nothing there.
+    """
+    if pretrained == "minivlm":
+        from vlm_pruner_eval.bench import minivlm_path
+
+        return str(minivlm_path())
+    path = Path(pretrained).expanduser()
+    if path.exists():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"pretrained: {pretrained} holds no config.json, expected the folder of a Hugging Face checkpoint.")
+        return str(path)
+    if pretrained.startswith((".", "~", os.sep)) or pretrained.count("/") != 1:
+        raise ConfigError(
+            f"pretrained: there is nothing at {pretrained}, expected the folder of a checkpoint, a hub id (owner/name), or minivlm."
+        )
+    return pretrained
+
+
+def _config(source: str, settings: Settings, where: dict) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source, **where)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"pretrained: the configuration of {settings.pretrained} can't be read ({_first_line(error)}). "
+            "A hub id needs the network or a copy in the cache; a folder needs a config.json that transformers knows."
+        ) from error
+
+
+def _processor(source: str, settings: Settings, where: dict) -> ProcessorMixin:
+    try:
+        processor = AutoProcessor.from_pretrained(source, **where)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"pretrained: the processor of {settings.pretrained} can't be read ({_first_line(error)}).") from error
+    if not isinstance(processor, ProcessorMixin):
+        raise ConfigError(
+            f"pretrained: {settings.pretrained} has a {type(processor).__name__} alone, expected a processor of images and text."
+        )
+    if not processor.chat_template:
+        raise ConfigError(
+            f"pretrained: {settings.pretrained} has no chat template, which protocol=hf prompts with; expected a chat_template.jinja."
+        )
+    processor.tokenizer.padding_side = "left"
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return processor
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,0 +1,123 @@
+"""Checks on either side of a generate call, and the tally of what failed: a run that did not prune must not look like one that did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vlm_pruner_eval.errors import PruningError
+from vlm_pruner_eval.ledger import SampleRecord
+from vlm_pruner_eval.lmms.log import Answer
+from vlm_pruner_eval.pruners import Pruner
+
+HOPELESS_AFTER = 16
+
+
+def check_prompt_lengths(n_prompt: Sequence[int], sample_ids: Sequence[str], config: object) -> None:
+    """Refuse prompts longer than the model's positions: rotary embeddings would run on and answer nonsense.
+
+    Parameters
+    ----------
+    n_prompt
+        Tokens of each prompt, image tokens included, padding not.
+    config
+        The Hugging Face configuration of the VLM.
+
+    Raises
+    ------
+    ValueError
+        Naming the sample, its tokens and the model's positions.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    for n_tokens, sample_id in zip(n_prompt, sample_ids, strict=True):
+        if limit is not None and n_tokens > limit:
+            raise ValueError(
+                f"{sample_id}: got a prompt of {n_tokens} tokens (image tokens included), but the model has {limit} positions; "
+                "use a task with fewer images or shorter questions, or a checkpoint with a longer context."
+            )
+
+
+def check_records(
+    records: Sequence[SampleRecord],
+    sample_ids: Sequence[str],
+    n_visual: Sequence[int],
+    n_prompt: Sequence[int],
+    *,
+    n_beams: int,
+    pruner: Pruner,
+    n_layers: int,
+) -> None:
+    """Hold what the hook measured against the prompts as they were sent.
+
+    Parameters
+    ----------
+    n_visual, n_prompt
+        Image tokens, and all tokens without padding, of each prompt.
+
+    Raises
+    ------
+    PruningError
+        Rows without a record, visual tokens that were not seen, or a count that is not what was asked.
+    """
+    if len(records) != len(sample_ids) * n_beams:
+        raise PruningError(
+            f"The ledger holds {len(records)} records for {len(sample_ids)} prompts in {n_beams} beam(s), expected "
+            f"{len(sample_ids) * n_beams}: one per row of one prefill; nothing proves that each prompt was pruned once."
+        )
+    stages = pruner.stages(n_layers)
+    for i, record in enumerate(records):
+        sample_id, visual, prompt = sample_ids[i // n_beams], n_visual[i // n_beams], n_prompt[i // n_beams]
+        if record.n_visual != visual:
+            raise PruningError(f"{sample_id}: {record.n_visual} visual tokens were seen by the hook, but the prompt holds {visual}.")
+        if record.n_kept != record.n_asked and not (pruner.official_quirks and pruner.quirks_change_count):
+            raise PruningError(f"{sample_id}: {record.n_kept} of {visual} visual tokens were kept, expected {record.n_asked}.")
+        # only with one scope and no release behaviour is the count a matter of the rate alone
+        asked = pruner.keep_at(stages[-1], visual) if stages and record.n_images == 1 and not pruner.official_quirks else record.n_asked
+        if record.n_asked != asked:
+            raise PruningError(
+                f"{sample_id}: {record.n_asked} of {visual} visual tokens were asked for, expected {asked} at rate {pruner.pruning_rate}."
+            )
+        left = prompt - visual + record.n_kept
+        if record.kv_lengths and record.kv_lengths[-1] != left:
+            raise PruningError(f"{sample_id}: the last layer's cache holds {record.kv_lengths[-1]} tokens of the prompt, expected {left}.")
+
+
+def no_op_sentence(answers: Sequence[Answer], pruner: Pruner, n_layers: int) -> str | None:
+    """A sentence when a method that should remove tokens removed none in a whole run, else None."""
+    seen = [answer.record for answer in answers if answer.record is not None and answer.record.n_visual]
+    if not seen or all(stage.share == 1 for stage in pruner.stages(n_layers)) or any(record.n_kept < record.n_visual for record in seen):
+        return None
+    return (
+        f"none of the {len(seen)} samples with images lost a visual token at pruning rate {pruner.pruning_rate} ({pruner.name}), "
+        f"so these would be the answers of the plain model; {seen[0].n_visual} tokens may be too few for this rate. "
+        "Raise it, or use method=none."
+    )
+
+
+@dataclass
+class Tally:
+    """Samples of one call that are done, and how many of them failed."""
+
+    total: int
+    done: int = 0
+    failed: int = 0
+    first: Answer | None = None
+
+    def add(self, answer: Answer) -> None:
+        """Count one answer."""
+        self.done += 1
+        if answer.error is not None:
+            self.failed += 1
+            self.first = self.first or answer
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether every one of the first 16 samples failed, so that the rest need not be tried."""
+        return self.failed == self.done >= HOPELESS_AFTER
+
+    def sentence(self) -> str:
+        """How many failed, out of how many, and the first of them."""
+        return (
+            f"{self.failed} of {self.done} samples failed ({self.total} in the run), so no score is given. First: "
+            f"{self.first.sample_id}: {self.first.error}"
+        )

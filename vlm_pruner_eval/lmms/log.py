@@ -1,0 +1,68 @@
+"""What the wrapper remembers of every sample, and the numbers that it adds to lmms-eval's throughput table."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from vlm_pruner_eval.ledger import SampleRecord
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One request: what the model answered, or why it could not.
+
+    Attributes
+    ----------
+    task, split, doc_id
+        Where the document is: ``task_dict[task][split][doc_id]``.
+    answer
+        The text, cut at the task's stop strings; empty when the sample failed.
+    error
+        Why the sample failed, as a sentence; None when it did not.
+    record
+        What was really kept; None when the sample failed.
+    prefill_ms
+        Prefill of the whole batch that the sample was in (`batch_size` rows), not its share.
+    decode_ms
+        Median of that batch's decoding steps; None when the answer took no step.
+    n_prompt_tokens, n_new_tokens
+        Of this sample alone, without padding; image tokens are counted in the prompt.
+    batch_size
+        Rows of the batch; a sample that was tried again alone has 1.
+    """
+
+    task: str
+    split: str
+    doc_id: int
+    answer: str
+    error: str | None = None
+    record: SampleRecord | None = None
+    prefill_ms: float | None = None
+    decode_ms: float | None = None
+    n_prompt_tokens: int | None = None
+    n_new_tokens: int | None = None
+    batch_size: int | None = None
+
+    @property
+    def sample_id(self) -> str:
+        """``task/split/doc_id``."""
+        return f"{self.task}/{self.split}/{self.doc_id}"
+
+    def as_json(self) -> dict:
+        """Plain types only."""
+        return asdict(self) | {"record": self.record and self.record.as_json()}
+
+
+def pruning_metrics(answers: Sequence[Answer]) -> dict[str, float]:
+    """Means of token counts and medians of times over the samples with images; empty when there is none."""
+    seen = [answer for answer in answers if answer.record is not None and answer.record.n_visual]
+    if not seen:
+        return {}
+    return {
+        "kept_tokens": statistics.fmean(answer.record.n_kept for answer in seen),
+        "visual_tokens": statistics.fmean(answer.record.n_visual for answer in seen),
+        "prefill_ms": statistics.median(answer.prefill_ms for answer in seen),
+        "selection_ms": statistics.median(answer.record.selection_ms for answer in seen),
+    }

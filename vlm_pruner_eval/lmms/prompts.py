@@ -1,0 +1,144 @@
+"""From lmms-eval's requests to prompts and generation options, and from generated ids back to an answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lmms_eval.api.instance import Instance
+from lmms_eval.protocol import ChatMessages
+from loguru import logger
+from PIL import Image
+from torch import Tensor
+from transformers import ProcessorMixin
+
+WINDOW_BATCHES = 8  # batches whose images are held in memory, so that prompts of like length meet in one batch
+DEFAULT_NEW_TOKENS = 1024
+SAMPLING = ("temperature", "top_p", "top_k")
+PASSED_ON = ("max_new_tokens", "num_beams", "repetition_penalty", "length_penalty")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One lmms-eval request with its place in the call, so that answers go back in the order of the questions."""
+
+    index: int
+    task: str
+    split: str
+    doc_id: int
+    to_messages: object
+    options: Mapping[str, object]
+    length: int
+    is_padding: bool
+
+    @classmethod
+    def of(cls, index: int, instance: Instance) -> Request:
+        """Read an instance ``(ctx, doc_to_messages, gen_kwargs, doc_id, task, split)``; its gen_kwargs are copied."""
+        context, to_messages, options, doc_id, task, split = instance.args
+        # torchrun ranks with fewer documents repeat their last one, so that all ranks run equally often
+        is_padding = bool((instance.metadata or {}).get("__padding_only__"))
+        return cls(index, task, split, doc_id, to_messages, dict(options), len(context), is_padding)
+
+    @property
+    def sample_id(self) -> str:
+        """``task/split/doc_id``."""
+        return f"{self.task}/{self.split}/{self.doc_id}"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A request made ready: the rendered chat and its images, in order."""
+
+    request: Request
+    text: str
+    images: list[Image.Image]
+
+
+def build(request: Request, task_dict: Mapping, processor: ProcessorMixin, kinds: Collection[str]) -> Prompt:
+    """Look the document up by the request's OWN task and split, and render it with the checkpoint's chat template.
+
+    Parameters
+    ----------
+    kinds
+        Media that the model family takes, out of "image" and "video".
+
+    Raises
+    ------
+    ValueError
+        A document with media that the family does not take.
+    """
+    document = task_dict[request.task][request.split][request.doc_id]
+    messages = ChatMessages(messages=request.to_messages(document))
+    images, videos, audios = messages.extract_media()
+    for kind, found in (("image", images), ("video", videos), ("audio", audios)):
+        if found and kind not in kinds:
+            raise ValueError(f"{request.sample_id} holds {len(found)} {kind} input(s), expected {' and '.join(kinds)} only for this model.")
+    text = processor.apply_chat_template(messages.to_hf_messages(), add_generation_prompt=True, tokenize=False)
+    return Prompt(request, text, [_as_rgb(image) for image in images])
+
+
+def _as_rgb(image: Image.Image | str | Path) -> Image.Image:
+    if not isinstance(image, Image.Image):
+        image = Image.open(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Arguments of ``model.generate``, and the strings at which an answer ends."""
+
+    kwargs: Mapping[str, object]
+    stops: tuple[str, ...] = field(default=())
+
+    @property
+    def n_beams(self) -> int:
+        """Rows per prompt."""
+        return self.kwargs["num_beams"]
+
+    def cut(self, text: str) -> str:
+        """`text` up to the first stop string."""
+        return text[: min((at for stop in self.stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def generation(options: Mapping[str, object]) -> Generation:
+    """Map a task's generation_kwargs to `generate`'s; greedy unless a temperature above 0 or do_sample asks for sampling."""
+    temperature = options.get("temperature")
+    samples = bool(options.get("do_sample", temperature is not None)) and temperature != 0
+    kwargs = {"max_new_tokens": DEFAULT_NEW_TOKENS, "num_beams": 1, "do_sample": samples}
+    kwargs |= {name: options[name] for name in PASSED_ON if options.get(name) is not None}
+    kwargs |= {name: options[name] for name in SAMPLING if samples and options.get(name) is not None}
+    stops = options.get("until") or ()
+    unread = sorted(set(options) - {*PASSED_ON, *SAMPLING, "do_sample", "until"})
+    if unread:
+        logger.warning(f"vlm_pruner_eval: generation_kwargs {', '.join(unread)} have no meaning for this model and are not used.")
+    return Generation(kwargs, (stops,) if isinstance(stops, str) else tuple(stop for stop in stops if stop))
+
+
+def windows(asked: Sequence[Request], batch_size: int) -> Iterator[tuple[Generation, list[Request]]]:
+    """Requests with equal generation options, longest question first, in windows of a few batches.
+
+    Long prompts come first so that a batch that does not fit into memory fails at once, not after hours.
+    """
+    groups: dict[str, list[Request]] = {}
+    for request in asked:
+        groups.setdefault(json.dumps(request.options, sort_keys=True, default=str), []).append(request)
+    for requests in groups.values():
+        options = generation(requests[0].options)
+        requests.sort(key=lambda request: -request.length)
+        for start in range(0, len(requests), batch_size * WINDOW_BATCHES):
+            yield options, requests[start : start + batch_size * WINDOW_BATCHES]
+
+
+def batches(prompts: list[Prompt], batch_size: int) -> Iterator[list[Prompt]]:
+    """Batches of prompts of like length: more images first, then longer text."""
+    prompts = sorted(prompts, key=lambda prompt: (-len(prompt.images), -len(prompt.text)))
+    for start in range(0, len(prompts), batch_size):
+        yield prompts[start : start + batch_size]
+
+
+def count_new(new_ids: Tensor, eos_ids: Collection[int]) -> int:
+    """Tokens that one row [n] really generated: up to and with its first end token; the rest is padding."""
+    ends = [at for at, token in enumerate(new_ids.tolist()) if token in eos_ids]
+    return ends[0] + 1 if ends else len(new_ids)

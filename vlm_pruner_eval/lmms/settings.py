@@ -1,0 +1,138 @@
+"""The arguments of a run (lmms-eval's --model_args), checked all at once before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vlm_pruner_eval.budget import Rate, parse_rate
+from vlm_pruner_eval.errors import ConfigError, closest
+from vlm_pruner_eval.pruners import Pruner, get_pruner, parameters, pruner_class
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
+PROTOCOLS = ("hf",)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a checkpoint is loaded and asked; the method is kept apart, since it can be switched on a loaded model.
+
+    Attributes
+    ----------
+    pretrained
+        A folder, a hub id, or "minivlm" (the embedded checkpoint).
+    revision
+        Branch, tag or commit of a hub id.
+    dtype
+        "auto": float32 on CPU, the checkpoint's own on a GPU.
+    device
+        Default: this process's GPU, or the CPU where there is none.
+    batch_size
+        Prompts per generate call.
+    protocol
+        Whose prompt and image handling; "hf" is the checkpoint's own chat template and processor.
+    """
+
+    pretrained: str
+    revision: str | None = None
+    dtype: str = "auto"
+    attn_implementation: str = "sdpa"
+    device: str | None = None
+    batch_size: int = 1
+    protocol: str = "hf"
+
+
+def parse(model_args: Mapping[str, object]) -> tuple[Settings, str, Pruner]:
+    """Check everything that can be checked without loading a checkpoint.
+
+    Returns
+    -------
+    The settings, the method's name, and the pruner.
+
+    Raises
+    ------
+    ConfigError
+        With all problems found: unknown names (and the closest known one), wrong types, values out of range.
+    """
+    names = {field.name for field in dataclasses.fields(Settings)}
+    given = {name: value for name, value in model_args.items() if name in names}
+    params = {name: value for name, value in model_args.items() if name not in names | {"method", "pruning_rate"}}
+    method, problems = model_args.get("method", "none"), []
+    try:
+        known = names | {"method"} | set(parameters(pruner_class(method)))
+        problems += [f"{name}: unknown argument; {closest(name, known)}" for name in params if name not in known]
+        pruner = build_pruner(method, model_args.get("pruning_rate"), {name: params[name] for name in params if name in known})
+    except ConfigError as error:
+        problems += error.problems
+    problems += _setting_problems(given)
+    if problems:
+        raise ConfigError(problems)
+    return Settings(**given | {"batch_size": int(given.get("batch_size", 1))}), method, pruner
+
+
+def build_pruner(method: str, pruning_rate: Rate | None, params: Mapping[str, object]) -> Pruner:
+    """`get_pruner`, refusing a method that would not prune or would prune by an unstated rate.
+
+    Raises
+    ------
+    ConfigError
+        A rate that is missing, or one above 0 for the plain model; and whatever `get_pruner` finds.
+    """
+    if pruning_rate is None:
+        pruning_rate = parameters(pruner_class(method))["pruning_rate"]
+    if pruning_rate is dataclasses.MISSING:
+        raise ConfigError(
+            f"pruning_rate: missing, but method={method} needs it; 8/9 keeps 64 of 576 tokens. The plain model is method=none."
+        )
+    if method == "none" and parse_rate(pruning_rate) != 0:
+        raise ConfigError(
+            f"pruning_rate: got {pruning_rate!r} with method=none, which prunes nothing; "
+            "name a method (method=vlmpruner), or leave the rate out."
+        )
+    return get_pruner(method, pruning_rate=pruning_rate, **params)
+
+
+def _setting_problems(given: Mapping[str, object]) -> list[str]:
+    problems = []
+    if "pretrained" not in given:
+        problems.append("pretrained: missing, expected a folder with a checkpoint, a hub id, or minivlm (the embedded one).")
+    for name in ("pretrained", "revision", "device", "dtype", "attn_implementation", "protocol"):
+        value = given.get(name, "")
+        if not (isinstance(value, str) or (value is None and name in ("revision", "device"))):
+            problems.append(
+                f"{name}: got {value!r} ({type(value).__name__}), expected text; lmms-eval turns text that reads as a number into one."
+            )
+    for name, choices in (("dtype", DTYPES), ("attn_implementation", ATTENTION), ("protocol", PROTOCOLS)):
+        value = given.get(name, choices[0])
+        if isinstance(value, str) and value not in choices:
+            problems.append(f"{name}: got {value!r}; {closest(value, choices)}")
+    size = given.get("batch_size", 1)
+    if isinstance(size, bool) or not (isinstance(size, int) or (isinstance(size, str) and size.isdecimal())) or int(size) < 1:
+        problems.append(f"batch_size: got {size!r}, expected a whole number, 1 or more; automatic sizes are not offered.")
+    return problems
+
+
+def from_command_line(arg_string: str | Mapping[str, object], additional: Mapping[str, object] | None) -> dict[str, object]:
+    """Join --model_args with lmms-eval's own --batch_size, --max_batch_size and --device.
+
+    Raises
+    ------
+    ConfigError
+        Text that is not ``name=value,name=value``, or an argument given twice with different values.
+    """
+    from lmms_eval.utils import simple_parse_args_string
+
+    try:
+        merged = dict(arg_string) if isinstance(arg_string, Mapping) else simple_parse_args_string(arg_string)
+    except ValueError:
+        raise ConfigError(f"model_args: got {arg_string!r}, expected name=value pairs, separated by commas.") from None
+    for name, value in (additional or {}).items():
+        is_default = value is None or (name == "batch_size" and str(value) == "1")
+        if name not in merged:
+            if value is not None:
+                merged[name] = value
+        elif not is_default and str(merged[name]) != str(value):
+            raise ConfigError(f"{name}: got {merged[name]!r} in model_args and {value!r} beside it; give it once.")
+    return merged

@@ -1,0 +1,308 @@
+"""The batched chat wrapper: one class, used by lmms-eval's command line and by library code alike.
+
+It does not build on lmms-eval's stock wrappers, which answer "" when generate fails and look documents of a batch up in
+the first one's task.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+import statistics
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar, NoReturn
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from loguru import logger
+from tqdm import tqdm
+from transformers import BatchFeature
+
+from vlm_pruner_eval.budget import Rate
+from vlm_pruner_eval.errors import ConfigError, PruningError, closest
+from vlm_pruner_eval.hook import prune
+from vlm_pruner_eval.lmms import prompts, settings
+from vlm_pruner_eval.lmms.checkpoint import load_checkpoint
+from vlm_pruner_eval.lmms.checks import Tally, check_prompt_lengths, check_records, no_op_sentence
+from vlm_pruner_eval.lmms.log import Answer, pruning_metrics
+from vlm_pruner_eval.lmms.plugin import MODELS, exit_with
+from vlm_pruner_eval.lmms.prompts import Generation, Prompt, Request
+from vlm_pruner_eval.pruners import Pruner
+from vlm_pruner_eval.timing import time_forwards
+from vlm_pruner_eval.vlms import family_of
+
+
+class PrunedModel(lmms):
+    """A VLM of one family, answering lmms-eval's requests while its visual tokens are pruned.
+
+    Parameters
+    ----------
+    model_args
+        The fields of `settings.Settings`, `method` (default "none", the plain model), `pruning_rate`, and the
+        parameters of the method.
+
+    Attributes
+    ----------
+    answers : list of Answer
+        Every sample answered since the method was last configured, in the order of the requests.
+    keep_loaded
+        Whether the weights survive `clean`, which lmms-eval calls after every evaluation.
+    exit_on_failure
+        Whether failed samples end the process; True when lmms-eval's command line built the model.
+    show_progress
+        Whether a progress bar is drawn.
+
+    Raises
+    ------
+    ConfigError
+        A request that can't be run as written.
+    """
+
+    is_simple = False
+    model_id: ClassVar[str]
+    model_types: ClassVar[frozenset[str]]
+    kinds: ClassVar[tuple[str, ...]] = ("image",)
+
+    def __init__(self, **model_args: object):
+        super().__init__()
+        self.settings, method, pruner = settings.parse(model_args)
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.device = self._pick_device()
+        checkpoint = load_checkpoint(self.settings, self.device, self.model_types, self.model_id)
+        self._model, self.processor, self.config = checkpoint.model, checkpoint.processor, checkpoint.model.config
+        self.dtype, self._family, self._n_layers = self._model.dtype, family_of(self._model), len(self._model.model.language_model.layers)
+        self.answers: list[Answer] = []
+        self.keep_loaded = self.exit_on_failure = self.show_progress = False
+        self._use(method, pruner)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str | Mapping[str, object], additional_config: dict | None = None) -> PrunedModel:
+        """Build the model for lmms-eval's command line, which exits with 0 after an exception: bad input leaves through SystemExit(2)."""
+        try:
+            model = cls(**settings.from_command_line(arg_string, additional_config))
+        except ConfigError as error:
+            exit_with(str(error), code=2)
+        model.exit_on_failure = model.show_progress = True
+        return model
+
+    # ---- configuration
+    def configure(self, method: str, pruning_rate: Rate | None = None, **params: object) -> None:
+        """Switch the method on the loaded model and forget the answers.
+
+        Raises
+        ------
+        ConfigError
+            The method, its parameters or its layer do not fit; the former method stays.
+        """
+        self._use(method, settings.build_pruner(method, pruning_rate, params))
+
+    def _use(self, method: str, pruner: Pruner) -> None:
+        prune(self.model, pruner)  # not entered: refuses layers and positions that this model does not have
+        self.method, self.pruner = method, pruner
+        self.answers = []  # not cleared: the former list may be in use
+
+    def _pick_device(self) -> torch.device:
+        own = self.accelerator.device if self.accelerator.device.type == "cuda" else torch.device("cpu")
+        if self.settings.device is None:
+            return own
+        try:
+            wanted = torch.device(self.settings.device)
+        except RuntimeError as error:
+            raise ConfigError(f"device: got {self.settings.device!r}, expected cpu, cuda or cuda:0 and so on ({error}).") from None
+        if wanted.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"device: got {self.settings.device!r}, but torch sees no GPU here; leave it out, or use cpu.")
+        if self._world_size > 1 and wanted.type != own.type:
+            raise ConfigError(
+                f"device: got {self.settings.device!r}, but the {self._world_size} processes of this run talk on {own.type}; leave it out."
+            )
+        return own if wanted == torch.device(own.type) else wanted
+
+    def describe(self) -> dict[str, object]:
+        """The resolved configuration, in plain types: everything that an answer depends on, and where it ran."""
+        params = dataclasses.asdict(self.pruner)
+        return {
+            "model": self.model_id,
+            **dataclasses.asdict(self.settings),
+            "commit": getattr(self.config, "_commit_hash", None),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "method": self.method,
+            "params": {
+                name: value if isinstance(value, (bool, int, float, str, type(None))) else str(value) for name, value in params.items()
+            },
+        }
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({json.dumps(self.describe(), sort_keys=True)})"
+
+    # ---- what lmms-eval reads
+    @property
+    def model(self) -> torch.nn.Module:
+        """The Hugging Face model; gone after `clean`, unless `keep_loaded`."""
+        return self._model
+
+    @property
+    def tokenizer(self) -> object:
+        """The checkpoint's tokenizer, padding on the left."""
+        return self.processor.tokenizer
+
+    @property
+    def batch_size(self) -> int:
+        """Prompts per generate call."""
+        return self.settings.batch_size
+
+    @property
+    def _eos_ids(self) -> set[int]:
+        ids = self.model.generation_config.eos_token_id
+        return set(ids) if isinstance(ids, (list, tuple)) else {ids}
+
+    def clean(self) -> None:
+        """Free the weights, as lmms-eval asks after every evaluation, unless `keep_loaded`."""
+        if not self.keep_loaded:
+            super().clean()
+
+    def loglikelihood(self, requests: list[Instance]) -> NoReturn:
+        """Not offered: pruned models are compared by what they generate."""
+        raise NotImplementedError(f"{self.model_id} has no loglikelihood; choose tasks with output_type generate_until.")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> NoReturn:
+        """Not offered: an image of a later round would meet a pruned cache."""
+        raise NotImplementedError(f"{self.model_id} answers in one round; choose tasks with output_type generate_until.")
+
+    # ---- answering
+    def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
+        """Answer every request, in order.
+
+        A sample that fails is answered with "" and recorded with its error, and the run goes on.
+
+        Raises
+        ------
+        PruningError
+            The first 16 samples all failed, or nothing was pruned though the method should have pruned.
+        SystemExit
+            With `exit_on_failure`: in those cases, and at the end of a run in which any sample failed.
+        """
+        asked = [Request.of(index, instance) for index, instance in enumerate(requests)]
+        answers: list[Answer | None] = [None] * len(asked)
+        tally, started = Tally(len(asked)), time.perf_counter()
+        try:
+            with tqdm(total=len(asked), disable=not self.show_progress or self.rank != 0, desc=f"{self.model_id} {self.method}") as bar:
+                for request, answer in self._answers_of(asked):
+                    answers[request.index] = answer
+                    tally.add(answer)
+                    bar.update()
+                    if tally.is_hopeless:
+                        self._fail(tally.sentence())
+        finally:
+            done = [answer for request, answer in zip(asked, answers, strict=True) if answer is not None and not request.is_padding]
+            self.answers.extend(done)
+        self._log(done, time.perf_counter() - started)
+        if tally.failed and self.exit_on_failure:
+            self._fail(tally.sentence())
+        if sentence := no_op_sentence(done, self.pruner, self._n_layers):
+            self._fail(sentence)
+        return [GenerationResult(answer.answer, TokenCounts(answer.n_prompt_tokens, answer.n_new_tokens)) for answer in answers]
+
+    def _answers_of(self, asked: list[Request]) -> Iterator[tuple[Request, Answer]]:
+        for options, window in prompts.windows(asked, self.batch_size):
+            ready = []
+            for request in window:
+                try:
+                    ready.append(prompts.build(request, self.task_dict, self.processor, self.kinds))
+                except Exception as error:  # a document can be broken in any way; it is recorded, and the run ends in failure
+                    yield request, self._failed(request, error)
+            for batch in prompts.batches(ready, self.batch_size):
+                yield from self._answers_of_batch(batch, options)
+
+    def _answers_of_batch(self, batch: list[Prompt], options: Generation) -> Iterator[tuple[Request, Answer]]:
+        try:
+            answers = self._generate(batch, options)
+        except Exception as error:  # whatever it is, it must cost its own sample only, and be recorded as that sample's failure
+            answers = None
+            if len(batch) == 1:
+                answers = [self._failed(batch[0].request, error)]
+            else:
+                logger.warning(f"A batch of {len(batch)} failed ({type(error).__name__}: {error}); its samples are tried one by one.")
+        if answers is None:  # outside the except clause, which would keep the failed batch's tensors alive
+            for prompt in batch:
+                yield from self._answers_of_batch([prompt], options)
+        else:
+            yield from zip((prompt.request for prompt in batch), answers, strict=True)
+
+    def _generate(self, batch: list[Prompt], options: Generation) -> list[Answer]:
+        sample_ids = [prompt.request.sample_id for prompt in batch]
+        inputs = self._inputs(batch)
+        n_prompt = inputs["attention_mask"].sum(1).tolist()
+        check_prompt_lengths(n_prompt, sample_ids, self.config)
+        n_visual = self._family.is_visual(self.config, inputs["input_ids"]).sum(1).tolist()
+        with time_forwards(self.model.model) as times, prune(self.model, self.pruner, sample_ids=sample_ids) as ledger:
+            output = self.model.generate(**inputs, **options.kwargs, pad_token_id=self.tokenizer.pad_token_id)
+        records = ledger.records
+        check_records(records, sample_ids, n_visual, n_prompt, n_beams=options.n_beams, pruner=self.pruner, n_layers=self._n_layers)
+        new_ids = output[:, inputs["input_ids"].shape[1] :]
+        texts = self.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
+        shared = {
+            "prefill_ms": sum(times.prefill_ms),
+            "decode_ms": statistics.median(times.decode_ms) if times.decode else None,
+            "batch_size": len(batch),
+        }
+        return [
+            Answer(
+                *(prompt.request.task, prompt.request.split, prompt.request.doc_id, options.cut(texts[i])),
+                record=records[i * options.n_beams],
+                n_prompt_tokens=n_prompt[i],
+                n_new_tokens=prompts.count_new(new_ids[i], self._eos_ids),
+                **shared,
+            )
+            for i, prompt in enumerate(batch)
+        ]
+
+    def _inputs(self, batch: list[Prompt]) -> BatchFeature:
+        images = [image for prompt in batch for image in prompt.images]
+        inputs = self.processor(text=[prompt.text for prompt in batch], images=images or None, padding=True, return_tensors="pt")
+        if "token_type_ids" not in inspect.signature(self.model.forward).parameters:
+            inputs.pop("token_type_ids", None)  # some tokenizers add these zeros, and generate refuses what a model does not take
+        return inputs.to(self.device, self.dtype)
+
+    def _failed(self, request: Request, error: Exception) -> Answer:
+        logger.error("Sample {} failed:\n{}", request.sample_id, "".join(traceback.format_exception(error)))
+        return Answer(request.task, request.split, request.doc_id, "", error=f"{type(error).__name__}: {error}")
+
+    def _fail(self, sentence: str) -> NoReturn:
+        if self.exit_on_failure:
+            exit_with(sentence, code=1)
+        raise PruningError(sentence)
+
+    def _log(self, answers: list[Answer], elapsed_s: float) -> None:
+        """Hand token counts and times to lmms-eval, which prints them below its table of scores."""
+        n_tokens = sum(answer.n_new_tokens or 0 for answer in answers)
+        log_metrics(elapsed_s, n_tokens, n_tokens / elapsed_s if elapsed_s > 0 else 0.0, additional_metrics=pruning_metrics(answers))
+
+
+def load(model_id: str, **model_args: object) -> PrunedModel:
+    """Load a model by its lmms-eval id, for use from Python: problems are exceptions, and the process is never ended.
+
+    Parameters
+    ----------
+    model_id
+        As after ``lmms-eval --model``, e.g. "vlmpruner_llava".
+    model_args
+        As in ``--model_args``: pretrained, method, pruning_rate, batch_size, dtype and so on.
+
+    Raises
+    ------
+    ConfigError
+        An unknown id, or arguments that can't be run.
+    """
+    if model_id not in MODELS:
+        raise ConfigError(f"model: got {model_id!r}, which is unknown; {closest(model_id, MODELS)}")
+    module, _, name = MODELS[model_id].rpartition(".")
+    return getattr(importlib.import_module(module), name)(**model_args)
