@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# All tests, then the regression sweep against results/reference/ci.json: installs what it needs into .venv.
+# Usage: bash scripts/test.sh [pytest arguments]     (with arguments: pytest only)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/_venv.sh
+ensure_venv test
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+if [ "$#" -gt 0 ]; then
+  exec .venv/bin/python -m pytest "$@"
+fi
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+output="$(mktemp -d)"
+trap 'rm -rf "$output"' EXIT
+.venv/bin/vlm-pruner-eval sweep configs/ci.yaml --output "$output/ci"
+.venv/bin/vlm-pruner-eval report "$output/ci" --check results/reference/ci.json
+.venv/bin/python -m pytest

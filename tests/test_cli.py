@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import Result
+from loguru import logger
+from sweep_standin import Behaviour, StandIn, task_manager, write_tasks
+from typer.testing import CliRunner
+
+from vlm_pruner_eval.cli import app
+
+ROOT = Path(__file__).parent.parent
+GOOD = {
+    "name": "tiny",
+    "model": {"id": "vlmpruner_llava", "pretrained": "somewhere/tiny", "visual_tokens": 36},
+    "tasks": ["tiny_mean", "tiny_pairs"],
+    "pruning_rates": ["2/3"],
+    "methods": ["vlmpruner", "blind"],
+    "limit": 4,
+}
+
+
+@pytest.fixture(autouse=True)
+def clean_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Commands run in an empty folder, and what they set in the environment is undone."""
+    for name in ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    yield
+    logger.remove()  # the command's sink is the runner's stderr, which is closed by now
+    logger.add(sys.stderr)
+
+
+@pytest.fixture
+def behaviour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Behaviour:
+    """A stand-in model and the tiny tasks in place of the real ones; the returned object says how it misbehaves."""
+    chosen, tasks = Behaviour(), task_manager(write_tasks(tmp_path / "tasks"))
+    monkeypatch.setattr("vlm_pruner_eval.lmms.wrapper.load", lambda *args, **kwargs: StandIn(chosen))
+    monkeypatch.setattr("lmms_eval.tasks.TaskManager", lambda **kwargs: tasks)
+    return chosen
+
+
+def call(*args: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(GOOD | changes))
+    return path
+
+
+def last_json(result: Result) -> dict[str, Any]:
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def test_a_sweep_ends_with_table_paths_and_one_json_line(tmp_path: Path, behaviour: Behaviour) -> None:
+    result = call("sweep", write(tmp_path))
+    assert result.exit_code == 0, result.output
+    summary = last_json(result)
+    assert summary == {"runs": 3, "skipped": 0, "failed": 0, "report": "output/tiny/report.md"}
+    assert Path(summary["report"]).read_text().startswith("# tiny")
+    assert "66.7 % removed (2/3)" in result.stdout
+    for kind in ("report.json", "report.csv", "accuracy_vs_rate.png", "accuracy_vs_rate.svg"):
+        assert f"output/tiny/{kind}" in result.stdout
+    again = call("sweep", write(tmp_path))
+    assert (again.exit_code, last_json(again)["skipped"]) == (0, 3)
+
+
+def test_output_goes_where_it_is_told(tmp_path: Path, behaviour: Behaviour) -> None:
+    assert last_json(call("sweep", write(tmp_path, output="from_file")))["report"] == "from_file/report.md"
+    assert last_json(call("sweep", write(tmp_path, output="from_file"), "--output", "told"))["report"] == "told/report.md"
+    limited = call("sweep", write(tmp_path), "--output", "short", "--limit", "2")
+    assert json.loads(Path("short/sweep.json").read_text())["config"]["limit"] == 2
+    assert limited.exit_code == 0
+
+
+def test_a_failed_run_is_exit_code_1_and_the_report_is_there(tmp_path: Path, behaviour: Behaviour) -> None:
+    behaviour.fail = {("vlmpruner", 0)}
+    result = call("sweep", write(tmp_path))
+    assert result.exit_code == 1
+    assert last_json(result)["failed"] == 1
+    assert "samples failed" in result.output
+    assert "failed" in Path("output/tiny/report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"methods": ["vlmprunr"]}, "methods[0]: method: got 'vlmprunr', which is unknown; did you mean 'vlmpruner'?"),
+        ({"methods": [{"name": "vlmpruner", "pivot": 3}]}, "methods[0]: vlmpruner: unknown parameter 'pivot'; did you mean 'pivots'?"),
+        ({"methods": [{"name": "vlmpruner", "threshold_step": 0}]}, "methods[0]: vlmpruner: threshold_step: got 0"),
+        ({"pruning_rates": [1.5]}, "pruning_rates[0]: got 1.5, expected a number in [0, 1)"),
+        ({"pruning_rates": ["much"]}, "pruning_rates[0]: got 'much', expected a number in [0, 1)"),
+        ({"tasks": ["tiny_mea"]}, "tasks: got 'tiny_mea', which lmms-eval does not know; did you mean 'tiny_mean'?"),
+        ({"taks": ["tiny_mean"]}, "taks: is an unknown key; did you mean 'tasks'?"),
+        ({"methods": ["fastv"]}, "fastv-2of3: layer: got 99, expected 0 to 3."),
+    ],
+)
+def test_bad_input_is_a_sentence_and_exit_code_2(tmp_path: Path, behaviour: Behaviour, changes: dict[str, Any], sentence: str) -> None:
+    behaviour.refuse = {"fastv"}
+    result = call("sweep", write(tmp_path, **changes))
+    assert result.exit_code == 2
+    assert sentence in result.output
+    assert "Traceback" not in result.output
+    assert os.listdir(".") == []
+
+
+def test_a_limit_is_checked_as_in_the_file(tmp_path: Path) -> None:
+    result = call("sweep", write(tmp_path), "--limit", "0")
+    assert result.exit_code == 2
+    assert "limit: got 0 (int), expected a whole number of questions per task" in result.output
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path, behaviour: Behaviour) -> None:
+    (tmp_path / "taken").write_text("mine")
+    result = call("sweep", write(tmp_path), "--output", tmp_path / "taken")
+    assert result.exit_code == 2
+    assert "is not a folder; choose another folder with --output" in result.output
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        ({"pretrained": "no/such/folder/anywhere"}, "no/such/folder/anywhere"),
+        ({"id": "vlmpruner_lava"}, "did you mean 'vlmpruner_llava'?"),
+        ({"pretrained": "minivlm", "protocol": "papr"}, "protocol: got 'papr'"),
+        ({"pretrained": "minivlm", "device": "abacus"}, "device: got 'abacus'"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_is_refused(
+    tmp_path: Path, behaviour: Behaviour, monkeypatch: pytest.MonkeyPatch, model: dict[str, str], sentence: str
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path / "here")
+    tasks = task_manager(tmp_path / "tasks")
+    monkeypatch.setattr("lmms_eval.tasks.TaskManager", lambda **kwargs: tasks)
+    result = call("sweep", write(tmp_path, model=GOOD["model"] | model))
+    assert result.exit_code == 2, result.output
+    assert sentence in result.output
+    assert os.listdir(".") == []
+
+
+def test_a_dry_run_shows_the_grid_and_writes_nothing(tmp_path: Path) -> None:
+    result = call("sweep", write(tmp_path), "--dry-run")
+    assert result.exit_code == 0
+    assert last_json(result) == {"runs": 3, "tasks": 2, "dry_run": True}
+    assert "12 of 36" in result.stdout
+    assert os.listdir(".") == []
+
+
+def test_report_writes_references_and_finds_regressions(tmp_path: Path, behaviour: Behaviour) -> None:
+    config = write(tmp_path)
+    assert call("sweep", config, "--output", "a").exit_code == 0
+    assert call("report", "a", "--write-reference", "reference.json").exit_code == 0
+    passed = call("report", "a", "--check", "reference.json")
+    assert (passed.exit_code, last_json(passed)) == (0, {"check": "reference.json", "problems": 0})
+    behaviour.other_kept = 1
+    call("sweep", config, "--output", "b")
+    failed = call("report", "b", "--check", "reference.json")
+    assert (failed.exit_code, last_json(failed)["problems"]) == (1, 1)
+    assert "regression: vlmpruner-2of3: 2 of 8 kept sets differ" in failed.output
+
+
+def test_report_rewrites_and_shows_the_tables(tmp_path: Path, behaviour: Behaviour) -> None:
+    call("sweep", write(tmp_path), "--output", "a")
+    Path("a/report.md").unlink()
+    result = call("report", "a")
+    assert result.exit_code == 0
+    assert "vlmpruner" in result.stdout
+    assert Path("a/report.md").exists()
+    nothing = call("report", "nowhere")
+    assert nothing.exit_code == 2
+    assert "nowhere: holds no sweep" in nothing.output
+    assert not Path("nowhere").exists()
+
+
+def test_list_shows_methods_models_and_tasks() -> None:
+    result = call("list")
+    assert result.exit_code == 0
+    for text in ("vlmpruner", "threshold_step=0.1", "divprune", "vlmpruner_llava", "digitscenes_pairs"):
+        assert text in result.stdout
+
+
+def test_minivlm_from_file_to_table(tmp_path: Path) -> None:
+    """The real thing, small: the embedded checkpoint on the embedded benchmark through lmms-eval."""
+    model = {"id": "vlmpruner_llava", "pretrained": "minivlm", "batch_size": 4, "device": "cpu"}
+    tasks = ["digitscenes_exist", "digitscenes_pairs"]
+    config = write(tmp_path, model=model, tasks=tasks, pruning_rates=["8/9"], methods=["vlmpruner"], limit=6)
+    result = call("sweep", config)
+    assert result.exit_code == 0, result.output
+    assert last_json(result)["runs"] == 2
+    report = json.loads(Path("output/tiny/report.json").read_text())
+    unpruned, pruned = report["rows"]
+    assert (unpruned["kept"]["mean"], pruned["asked"]["mean"], pruned["kept"]["mean"]) == (576.0, 64.0, 64.0)
+    assert pruned["layer_averaged"] == pytest.approx((2 * 576 + 3 * 64) / 5)
+    assert set(pruned["cells"]) == set(tasks)
+    assert pruned["cells"]["digitscenes_exist"]["n"] == 6
+    assert pruned["prefill_ms"]["median"] > 0
+    assert "no evidence about which method is better" in " ".join(result.stdout.split())
+    assert call("report", "output/tiny", "--write-reference", "r.json").exit_code == 0
+    Path("output/tiny/sweep.json").rename("sweep.json")
+    again = call("sweep", config, "--output", "again")
+    assert again.exit_code == 0
+    assert call("report", "again", "--check", "r.json").exit_code == 0
+
+
+@pytest.mark.cli
+def test_the_module_answers_a_broken_file_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_text("name: [")
+    command = [sys.executable, "-m", "vlm_pruner_eval", "sweep", str(tmp_path / "broken.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "is not valid YAML" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.cli
+def test_the_script_hands_on_arguments_and_exit_codes(tmp_path: Path) -> None:
+    surroundings = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    script = ["bash", str(ROOT / "scripts" / "sweep.sh")]
+    done = subprocess.run(
+        [*script, str(write(tmp_path)), "--dry-run"], capture_output=True, text=True, timeout=120, check=False, env=surroundings
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.strip().splitlines()[-1])["runs"] == 3
+    bare = subprocess.run(script, capture_output=True, text=True, timeout=60, check=False, env=surroundings)
+    assert (bare.returncode, bare.stdout) == (2, "")
+    assert "usage" in bare.stderr

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vlm_pruner_eval.sweep.scores import MAIN_METRICS, score_task
+
+
+class Task:
+    """The two methods of an lmms-eval task that scoring asks."""
+
+    def __init__(self, **aggregations: Callable):
+        self._aggregations = aggregations
+
+    def aggregation(self) -> dict[str, Callable]:
+        return self._aggregations
+
+    def higher_is_better(self) -> dict[str, bool]:
+        return {name: name != "error_rate" for name in self._aggregations}
+
+
+def mean(items: list[float]) -> float:
+    return sum(items) / len(items)
+
+
+def pairs_right(items: list[dict[str, Any]]) -> float:
+    pairs: dict[str, list[float]] = {}
+    for item in items:
+        pairs.setdefault(item["question_id"], []).append(item["score"])
+    assert all(len(scores) == 2 for scores in pairs.values())
+    return sum(100.0 * sum(scores) / 2 + 100.0 * (sum(scores) == 2) for scores in pairs.values()) / len(pairs)
+
+
+def rows_of(metric: str, items: list[Any], **docs: list[Any]) -> list[dict[str, Any]]:
+    return [{"doc_id": i, "doc": {name: values[i] for name, values in docs.items()}, metric: item} for i, item in enumerate(items)]
+
+
+def test_the_interval_of_a_mean_is_the_one_of_the_normal_law() -> None:
+    items = [1.0] * 240 + [0.0] * 60
+    scores = score_task("unknown", {"acc,none": 0.8, "alias": "x"}, rows_of("acc", items), Task(acc=mean))
+    got = scores["metrics"]["acc"]
+    half = 1.96 * math.sqrt(0.8 * 0.2 / 300)
+    assert (got["value"], got["n"]) == (0.8, 300)
+    assert got["low"] == pytest.approx(0.8 - half, abs=0.012)
+    assert got["high"] == pytest.approx(0.8 + half, abs=0.012)
+    assert scores["main"] == {"metric": "acc", **got}
+
+
+def test_any_aggregation_is_resampled_the_way_it_is_computed() -> None:
+    items = [float(i % 10) for i in range(100)]
+    results = {"mean,none": mean(items), "mean_twice,none": 2 * mean(items)}
+    rows = [row | {"mean_twice": row["mean"]} for row in rows_of("mean", items)]
+    scores = score_task("unknown", results, rows, Task(mean=mean, mean_twice=lambda items: 2 * mean(items)))["metrics"]
+    assert scores["mean_twice"]["low"] == pytest.approx(2 * scores["mean"]["low"])
+    assert scores["mean_twice"]["high"] == pytest.approx(2 * scores["mean"]["high"])
+
+
+def test_pairs_stay_together_and_a_pair_drawn_twice_counts_twice() -> None:
+    items = [{"question_id": i // 2, "score": float(i % 4 != 1), "category": "colour"} for i in range(80)]
+    rows = rows_of("mme_perception_score", items)
+    scores = score_task("mme_half", {"mme_perception_score,none": pairs_right(items)}, rows, Task(mme_perception_score=pairs_right))
+    got = scores["metrics"]["mme_perception_score"]
+    assert got["low"] < got["value"] < got["high"]
+
+
+def test_numbers_of_a_pair_are_drawn_together_too() -> None:
+    paired = [1.0, 1.0, 0.0, 0.0] * 50
+    rows = rows_of("accuracy", paired, pair_id=[i // 2 for i in range(200)])
+    alone = score_task("unknown", {"accuracy,none": 0.5}, rows_of("accuracy", paired, pair_id=[""] * 200), Task(accuracy=mean))["main"]
+    together = score_task("unknown", {"accuracy,none": 0.5}, rows, Task(accuracy=mean))["main"]
+    widths = [score["high"] - score["low"] for score in (together, alone)]
+    assert widths[0] / widths[1] == pytest.approx(math.sqrt(2), abs=0.15)  # half as many independent draws
+
+
+def test_mme_is_the_sum_of_its_two_parts() -> None:
+    perception = [{"question_id": i // 2, "score": float(i % 3 > 0), "category": "a"} for i in range(40)]
+    cognition = [{"question_id": i // 2, "score": float(i % 4 > 0), "category": "b"} for i in range(20)]
+    rows = rows_of("mme_perception_score", perception) + rows_of("mme_cognition_score", cognition)
+    values = pairs_right(perception), pairs_right(cognition)
+    results = {"mme_perception_score,none": values[0], "mme_cognition_score,none": values[1]}
+    main = score_task("mme", results, rows, Task(mme_perception_score=pairs_right, mme_cognition_score=pairs_right))["main"]
+    assert main["metric"] == "mme_perception_score + mme_cognition_score"
+    assert main["value"] == pytest.approx(sum(values))
+    assert main["n"] == 60
+    assert main["low"] < main["value"] < main["high"]
+
+
+def test_a_part_that_is_missing_leaves_no_main_metric() -> None:
+    items = [{"question_id": i // 2, "score": 1.0, "category": "a"} for i in range(4)]
+    rows = rows_of("mme_perception_score", items)
+    assert score_task("mme", {"mme_perception_score,none": 200.0}, rows, Task(mme_perception_score=pairs_right))["main"] is None
+
+
+def test_an_aggregation_that_remembers_is_not_resampled() -> None:
+    seen = []
+
+    def remembers(items: list[float]) -> float:
+        seen.extend(items)
+        return sum(seen)
+
+    items = [1.0, 0.0, 1.0]
+    got = score_task("unknown", {"points,none": remembers(items)}, rows_of("points", items), Task(points=remembers))["metrics"]["points"]
+    assert (got["value"], got["low"], got["high"]) == (2.0, None, None)
+    assert "answers 4 when asked again" in got["note"]
+
+
+def test_an_aggregation_that_writes_files_is_never_called_again() -> None:
+    def writes(items: list[float], args: object) -> float:
+        raise AssertionError("called")
+
+    got = score_task("unknown", {"submitted,none": 0.5}, rows_of("submitted", [1.0, 0.0]), Task(submitted=writes))["metrics"]["submitted"]
+    assert got["low"] is None
+    assert "writes files" in got["note"]
+
+
+def test_ocrbench_points_get_an_interval_without_calling_its_aggregation() -> None:
+    def writes(items: list[Any], args: object) -> float:
+        raise AssertionError("called")
+
+    items = [{"question_type": "x", "score": int(i % 2)} for i in range(1000)]
+    rows = rows_of("ocrbench_accuracy", items)
+    main = score_task("ocrbench", {"ocrbench_accuracy,none": 0.5}, rows, Task(ocrbench_accuracy=writes))["main"]
+    assert main["value"] == 500.0
+    assert main["low"] == pytest.approx(500 - 31, abs=5)
+    assert main["high"] == pytest.approx(500 + 31, abs=5)
+
+
+def test_submissions_and_tables_are_no_scores() -> None:
+    rows = [{"doc_id": 0, "doc": {}, "acc": 1.0, "submission": {}}, {"doc_id": 1, "doc": {}, "acc": 0.0, "submission": {}}]
+    scores = score_task("unknown", {"acc,none": 0.5, "submission,none": None}, rows, Task(acc=mean, submission=mean))
+    assert list(scores["metrics"]) == ["acc"]
+
+
+def test_the_main_metric_of_an_unknown_task_is_one_of_which_more_is_better() -> None:
+    rows = [{"doc_id": i, "doc": {}, "error_rate": 0.2, "score": 0.8} for i in range(3)]
+    results = {"error_rate,none": 0.2, "score,none": 0.8}
+    assert score_task("unknown", results, rows, Task(error_rate=mean, score=mean))["main"]["metric"] == "score"
+    assert score_task("unknown", {"error_rate,none": 0.2}, rows, Task(error_rate=mean))["main"] is None
+
+
+def test_filters_do_not_mix() -> None:
+    rows = rows_of("acc", [1.0, 1.0]) + rows_of("acc", [0.0, 1.0])
+    scores = score_task("unknown", {"acc,strict": 1.0, "acc,loose": 0.5}, rows, Task(acc=mean))["metrics"]
+    assert (scores["acc,strict"]["low"], scores["acc,strict"]["n"]) == (1.0, 2)
+    assert scores["acc,loose"]["low"] == 0.0
+
+
+def test_one_document_has_no_interval() -> None:
+    got = score_task("unknown", {"acc,none": 1.0}, rows_of("acc", [1.0]), Task(acc=mean))["metrics"]["acc"]
+    assert (got["low"], got["high"]) == (None, None)
+
+
+def test_intervals_of_a_mean_cover_it_as_often_as_they_say() -> None:
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(200):
+        items = (rng.random(100) < 0.7).astype(float).tolist()
+        got = score_task("unknown", {"acc,none": mean(items)}, rows_of("acc", items), Task(acc=mean))["main"]
+        covered += got["low"] <= 0.7 <= got["high"]
+    assert 0.90 <= covered / 200 <= 0.99
+
+
+def test_every_packaged_task_and_every_benchmark_of_the_paper_has_a_main_metric() -> None:
+    from vlm_pruner_eval.bench import GROUP, TASKS
+
+    assert {f"{GROUP}_{task}" for task in TASKS} <= set(MAIN_METRICS)
+    assert {"gqa", "mme", "pope", "ocrbench", "seedbench", "textvqa_val", "ok_vqa_val2014", "scienceqa_img"} <= set(MAIN_METRICS)

@@ -1,0 +1,166 @@
+"""The command line: `vlm-pruner-eval {sweep,report,list}`. Light to import; torch is loaded by commands that need it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.sweep.config import SweepConfig
+
+P = ParamSpec("P")
+
+BAD_INPUT, FAILED_RUNS = 2, 1
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Evaluate visual-token pruning in vision-language models.",
+)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _sentences(command: Callable[P, None]) -> Callable[P, None]:
+    """What a user did wrong is a sentence on stderr and exit code 2, never a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except ConfigError as error:
+            for problem in error.problems:
+                print(f"vlm-pruner-eval: {problem}", file=sys.stderr)
+            raise typer.Exit(BAD_INPUT) from None
+
+    return run
+
+
+@app.command()
+@_sentences
+def sweep(
+    config: Annotated[Path, typer.Argument(help="A sweep file (YAML), for example configs/quickstart.yaml.")],
+    output: Annotated[Path | None, typer.Option(help="Results directory; default: the file's `output`, else ./output/NAME.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions per task, instead of the file's.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the grid and stop: nothing is loaded or written.")] = False,
+) -> None:
+    """Run a sweep, skip what is finished, write and print the report. Exit code 1 if a run failed, 2 for bad input."""
+    from vlm_pruner_eval.sweep import config as sweep_config
+
+    loaded = sweep_config.load(config, overrides={} if limit is None else {"limit": limit})
+    if dry_run:
+        _print_grid(loaded)
+        return
+    _run(loaded, output or Path(loaded.output or Path("output") / loaded.name))
+
+
+@app.command()
+@_sentences
+def report(
+    directory: Annotated[Path, typer.Argument(help="A results directory written by `sweep`.")],
+    check: Annotated[Path | None, typer.Option(help="Compare with this reference file; exit code 1 on a regression.")] = None,
+    write_reference: Annotated[Path | None, typer.Option(help="Write a reference file from a finished sweep.")] = None,
+) -> None:
+    """Write and print the report of a results directory, or use it as a regression reports."""
+    from vlm_pruner_eval import report as reports
+
+    if write_reference is not None:
+        print(f"reference: {reports.write_reference(directory, write_reference)}")
+    if check is not None:
+        problems = reports.check(directory, check)
+        for problem in problems:
+            print(f"regression: {problem}", file=sys.stderr)
+        print(json.dumps({"check": str(check), "problems": len(problems)}))
+        if problems:
+            raise typer.Exit(FAILED_RUNS)
+    if check is None and write_reference is None:
+        _report(directory)
+
+
+@app.command("list")
+@_sentences
+def list_() -> None:
+    """Show the methods with their parameters, the model ids, and the packaged tasks."""
+    from vlm_pruner_eval.bench import GROUP, TASKS
+    from vlm_pruner_eval.lmms.plugin import MODELS
+    from vlm_pruner_eval.pruners import list_pruners, parameters, pruner_class
+
+    console = Console()
+    table = Table("method", "parameters and defaults", box=None, pad_edge=False)
+    for name in list_pruners():
+        known = parameters(pruner_class(name))
+        shown = ", ".join(parameter if parameter == "pruning_rate" else f"{parameter}={value}" for parameter, value in known.items())
+        table.add_row(escape(name), escape(shown))
+    console.print(table)
+    console.print(f"\nmodel ids: {', '.join(sorted(MODELS))}", highlight=False, soft_wrap=True)
+    names = [GROUP, *(f"{GROUP}_{task}" for task in TASKS)]
+    console.print(f"packaged tasks: {', '.join(names)} (`lmms-eval tasks list` shows all others)", highlight=False, soft_wrap=True)
+
+
+def _print_grid(config: SweepConfig) -> None:
+    from vlm_pruner_eval.budget import keep_count
+    from vlm_pruner_eval.sweep.grid import expand, rate_percent
+
+    total = config.model.visual_tokens
+    table = Table("run", "method", "removed", "kept", "id", box=None, pad_edge=False)
+    runs = expand(config)
+    for run in runs:
+        percent = rate_percent(run.pruning_rate)
+        kept = "" if total is None or run.pruning_rate is None else f"{keep_count(total, run.pruning_rate)} of {total}"
+        table.add_row(
+            escape(run.key), escape(run.method), "" if percent is None else f"{percent:.1f} %", kept, run.run_id.rpartition("-")[2]
+        )
+    Console().print(table)
+    print(json.dumps({"runs": len(runs), "tasks": len(config.tasks), "dry_run": True}))
+
+
+def _run(config: SweepConfig, output: Path) -> None:
+    _quieten()
+    from vlm_pruner_eval.sweep.runner import run_sweep
+
+    outcome = run_sweep(config, output)
+    paths = _report(output)
+    summary = {"runs": outcome.runs, "skipped": outcome.skipped, "failed": outcome.failed, "report": str(paths["md"])}
+    print(json.dumps(summary), flush=True)
+    if outcome.failed:
+        raise typer.Exit(FAILED_RUNS)
+
+
+def _report(directory: Path) -> dict[str, Path]:
+    from vlm_pruner_eval.report.build import write
+    from vlm_pruner_eval.report.load import load_results
+    from vlm_pruner_eval.report.tables import rows_of
+    from vlm_pruner_eval.report.terminal import WIDTH, print_tables
+
+    results = load_results(directory)
+    rows = rows_of(results)
+    paths = write(results, rows)
+    print_tables(Console(width=WIDTH), results, rows)
+    for kind, path in paths.items():
+        print(f"{kind:5s}{path}")
+    return paths
+
+
+def _quieten() -> None:
+    """Keep warnings, drop the progress bars and notices that lmms-eval and its libraries print for every run."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from loguru import logger
+
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING", format="{level}: {message}")

@@ -1,0 +1,144 @@
+"""The regression gate: kept sets and answers of a sweep against a reference file, document by document."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.report.load import Results, load_results
+from vlm_pruner_eval.sweep.records import answer_digest, kept_digest
+from vlm_pruner_eval.sweep.store import to_json, write_atomic
+
+_DIGITS = 8  # 32 bits a document: a chance match is no worry, and the file stays small
+_SETTINGS = ("id", "pretrained", "revision", "dtype", "protocol", "attn_implementation")
+
+# Documents a run. Another processor rounds differently: it can tip a near tie in a score, and now and then an answer.
+TOLERANCE = {"kept_sets_same_processor": 0, "kept_sets_other_processor": 2, "answers": 2}
+
+
+def write_reference(results_dir: Path | str, path: Path | str) -> Path:
+    """Make the reference file of a finished sweep; the tolerance of a file that is there already is kept.
+
+    Raises
+    ------
+    ConfigError
+        Runs that failed or did not happen: a reference must be complete.
+    """
+    results, path = load_results(results_dir), Path(path)
+    unfinished = [f"{run.key} ({run.status})" for run in results.runs if not run.finished]
+    if unfinished:
+        raise ConfigError(f"{results_dir}: got unfinished runs ({', '.join(unfinished)}), expected a complete sweep; run it again.")
+    tolerance = _read(path)["tolerance"] if path.exists() else TOLERANCE
+    reference = {"what": "kept sets and answers, eight hexadecimal digits each, by run, task and document", "tolerance": tolerance}
+    reference |= {"processor": _processor(results), "settings": _settings(results), "runs": _digests(results)}
+    try:
+        write_atomic(path, _compact(reference))
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be written ({error}); choose another file.") from error
+    return path
+
+
+def check(results_dir: Path | str, reference_path: Path | str) -> list[str]:
+    """Compare a sweep with a reference.
+
+    Returns
+    -------
+    list of str
+        Every difference beyond the reference's tolerance, one sentence each; empty when all is well.
+
+    Raises
+    ------
+    ConfigError
+        Files that can't be read, or a sweep with other settings: the two can't be compared.
+    """
+    results, reference = load_results(results_dir), _read(Path(reference_path))
+    settings = _settings(results)
+    different = [
+        f"{name}: the sweep has {settings.get(name)!r}, the reference {value!r}; compare sweeps of one configuration."
+        for name, value in reference["settings"].items()
+        if settings.get(name) != value
+    ]
+    if different:
+        raise ConfigError(different)
+    problems = [f"{run.key}: is {run.status}, expected finished." for run in results.runs if not run.finished]
+    ours = _digests(results)
+    in_grid = {run.key for run in results.runs}
+    problems += [f"{key}: is in the reference and not in the sweep." for key in reference["runs"] if key not in in_grid]
+    problems += [f"{key}: is in the sweep and not in the reference." for key in ours if key not in reference["runs"]]
+    same = _processor(results) == reference["processor"]
+    for key, tasks in ours.items():
+        problems += _differences(key, tasks, reference["runs"].get(key), reference["tolerance"], same_processor=same)
+    return problems
+
+
+def _differences(
+    key: str, ours: dict[str, Any], theirs: dict[str, Any] | None, tolerance: dict[str, int], *, same_processor: bool
+) -> Iterator[str]:
+    if theirs is None:
+        return
+    mine = {(task, doc): value for task, docs in ours.items() for doc, value in docs.items()}
+    expected = {(task, doc): value for task, docs in theirs.items() for doc, value in docs.items()}
+    if mine.keys() != expected.keys():
+        yield f"{key}: {len(mine.keys() ^ expected.keys())} documents are on one side only; expected the same documents."
+    for part, name, allowed in (
+        (0, "kept sets", tolerance["kept_sets_same_processor" if same_processor else "kept_sets_other_processor"]),
+        (1, "answers", tolerance["answers"]),
+    ):
+        changed = [at for at in sorted(mine.keys() & expected.keys()) if mine[at].split(":")[part] != expected[at].split(":")[part]]
+        if len(changed) > allowed:
+            where = ", ".join(f"{task} {doc}" for task, doc in changed[:5]) + (", ..." if len(changed) > 5 else "")
+            processor = "the same processor" if same_processor else "another processor"
+            yield f"{key}: {len(changed)} of {len(mine)} {name} differ from the reference (at most {allowed} may, on {processor}): {where}."
+
+
+def _digests(results: Results) -> dict[str, dict[str, dict[str, str]]]:
+    """By run, task and document: "kept:answer"."""
+    digests: dict[str, dict[str, dict[str, str]]] = {}
+    for run in results.runs:
+        if not run.finished:
+            continue
+        tasks = digests.setdefault(run.key, {})
+        for sample in results.store.read_samples(run.run_id):
+            kept, answer = kept_digest(sample["record"]) or "0" * _DIGITS, answer_digest(sample["answer"])
+            tasks.setdefault(sample["task"], {})[str(sample["doc_id"])] = f"{kept[:_DIGITS]}:{answer[:_DIGITS]}"
+    return digests
+
+
+def _settings(results: Results) -> dict[str, Any]:
+    model = {name: results.config["model"][name] for name in _SETTINGS}
+    return model | {"tasks": results.tasks, "limit": results.config["limit"], "seed": results.config["seed"]}
+
+
+def _processor(results: Results) -> str:
+    return "; ".join(sorted({record["provenance"]["processor"] for record in results.records}))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A reference file.
+
+    Raises
+    ------
+    ConfigError
+        Not there, not JSON, or not made by `write_reference`.
+    """
+    try:
+        reference = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: can't be read as a reference ({error}); make one with `report DIR --write-reference FILE`.") from error
+    wanted = {"tolerance", "processor", "settings", "runs"}
+    if not isinstance(reference, dict) or not wanted <= reference.keys() or not TOLERANCE.keys() <= reference["tolerance"].keys():
+        raise ConfigError(f"{path}: is not a reference file: expected {', '.join(sorted(wanted))}; make one with --write-reference.")
+    return reference
+
+
+def _compact(reference: dict[str, Any]) -> str:
+    """JSON with one line a run and task, so that a changed document shows as one changed line in a diff."""
+    head = to_json({key: value for key, value in reference.items() if key != "runs"}).removesuffix("\n}")
+    runs = []
+    for key, tasks in reference["runs"].items():
+        lines = ",\n".join(f"   {json.dumps(task)}: {json.dumps(docs)}" for task, docs in tasks.items())
+        runs.append(f"  {json.dumps(key)}: {{\n{lines}\n  }}")
+    return f'{head},\n "runs": {{\n' + ",\n".join(runs) + "\n }\n}\n"

@@ -1,0 +1,246 @@
+"""The sweep file: schema, and every problem of a file in one ConfigError. Never imports torch."""
+
+from __future__ import annotations
+
+import reprlib
+from collections import Counter
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vlm_pruner_eval.budget import parse_rate
+from vlm_pruner_eval.errors import ConfigError, closest
+
+_STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
+_SHORT = reprlib.Repr()  # a nested or huge value must not flood the message
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 80, 80
+
+
+def canonical_rate(rate: object) -> str | float:
+    """Text of an exact fraction in lowest terms ("2/3"), or the float itself: what is hashed and handed to a method.
+
+    Raises
+    ------
+    ConfigError
+        Not a rate in [0, 1).
+    """
+    value = parse_rate(rate)
+    return str(value) if isinstance(value, Fraction) else value
+
+
+class ModelSection(BaseModel):
+    """The checkpoint and how it is run."""
+
+    model_config = _STRICT
+
+    id: str = Field(description="a model id such as vlmpruner_llava (`vlm-pruner-eval list` shows them)")
+    pretrained: str = Field(min_length=1, description="a checkpoint folder, a hub id, or minivlm (the embedded one)")
+    revision: str | None = Field(None, description="a branch, tag or commit of the hub checkpoint, or null")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="one of auto, float32, float16, bfloat16")
+    batch_size: int = Field(1, ge=1, description="a whole number, 1 or more")
+    protocol: str = Field("hf", min_length=1, description="a protocol name such as hf (the checkpoint's own chat template)")
+    attn_implementation: str = Field("sdpa", min_length=1, description="an attention backend such as sdpa or eager")
+    device: str | None = Field(None, description="a device such as cpu or cuda:0, or null for the first GPU if there is one")
+    visual_tokens: int | None = Field(None, ge=1, description="the visual tokens of one image, for example 576 for LLaVA-1.5")
+
+
+class MethodEntry(BaseModel):
+    """One line of `methods`: a name, or a mapping with name, label, seeds and any parameter of the method."""
+
+    model_config = _STRICT
+
+    name: str = Field(min_length=1, description="a method name, or package.module:Class")
+    label: str | None = Field(None, min_length=1, max_length=60, description="text for the tables, at most 60 characters")
+    seeds: tuple[int, ...] | None = Field(None, min_length=1, description="a list of whole numbers such as [0, 1, 2]")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="parameters of the method, by name")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split(cls, data: object) -> object:
+        if isinstance(data, str):
+            return {"name": data, "parameters": {}}
+        if not isinstance(data, dict):
+            return data
+        own = {key: value for key, value in data.items() if key in ("name", "label", "seeds")}
+        if isinstance(own.get("seeds"), list):
+            own["seeds"] = tuple(own["seeds"])
+        return own | {"parameters": {key: value for key, value in data.items() if key not in own}}
+
+    @property
+    def shown(self) -> str:
+        """The label, or the name where there is none."""
+        return self.label or self.name
+
+
+class SweepConfig(BaseModel):
+    """A sweep file. Exactly one of `pruning_rates` and `keep_tokens` is given."""
+
+    model_config = _STRICT
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="letters, digits, '.', '_' and '-' (it names a folder)")
+    model: ModelSection = Field(description="a mapping with at least id and pretrained")
+    tasks: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1, description="a list of at least one lmms-eval task name")
+    pruning_rates: list[Annotated[Any, AfterValidator(canonical_rate)]] | None = Field(
+        None, min_length=1, description="a list of rates in [0, 1), for example [2/3, 0.778, 8/9]"
+    )
+    keep_tokens: list[Annotated[int, Field(ge=1)]] | None = Field(
+        None, min_length=1, description="a list of token counts, 1 or more each, for example [192, 128, 64]"
+    )
+    methods: list[MethodEntry] = Field(min_length=1, description="a list of method names, or mappings with a name and parameters")
+    limit: int | None = Field(None, ge=1, description="a whole number of questions per task, 1 or more, or null for all")
+    seed: int = Field(0, ge=0, description="a whole number, 0 or more")
+    output: str | None = Field(None, min_length=1, description="a folder for the results, or null")
+
+    @property
+    def rates(self) -> list[str | float]:
+        """Pruning rates in order; a token count k of V becomes the exact fraction 1 - k / V."""
+        if self.pruning_rates is not None:
+            return list(self.pruning_rates)
+        return [str(1 - Fraction(keep, self.model.visual_tokens)) for keep in self.keep_tokens]
+
+
+def load(path: str | Path, *, overrides: dict[str, Any] | None = None) -> SweepConfig:
+    """Read and validate a sweep file.
+
+    Parameters
+    ----------
+    path
+        The YAML file.
+    overrides
+        Top-level keys that replace the file's, from the command line.
+
+    Raises
+    ------
+    ConfigError
+        Every problem of the file, one sentence each, with key paths: unreadable file, malformed or empty YAML, repeated or
+        unknown keys, wrong types or values, contradictions between keys.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: can't be read as a text file ({error}); give the path of a YAML sweep file.") from error
+    try:
+        raw = yaml.safe_load(text)
+        repeated = [f"{path}: {problem}" for problem in _repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), set())]
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: impossible dates and numbers inside YAML
+        where = " ".join(str(error).split())
+        raise ConfigError(f"{path}: is not valid YAML ({where}); mend it there.") from error
+    if not isinstance(raw, dict):
+        got = "an empty file" if raw is None else f"{type(raw).__name__} {_SHORT.repr(raw)}"
+        raise ConfigError(f"{path}: got {got}, expected a mapping with the keys name, model, tasks, pruning_rates and methods.")
+    try:
+        return validate(raw | (overrides or {}), more=repeated, where=f"{path}: ")
+    except RecursionError as error:  # an anchor that contains itself
+        raise ConfigError(f"{path}: holds an anchor that contains itself; write the values out.") from error
+
+
+def validate(raw: dict[str, Any], *, more: list[str] | None = None, where: str = "") -> SweepConfig:
+    """Validate a mapping as a sweep file.
+
+    Parameters
+    ----------
+    raw
+        What the YAML file holds.
+    more
+        Problems found before, to be reported with the others.
+    where
+        Put before every sentence, for example the path of the file.
+
+    Raises
+    ------
+    ConfigError
+        All problems at once.
+    """
+    problems, config = list(more or []), None
+    try:
+        config = SweepConfig.model_validate(raw)
+    except ValidationError as error:
+        problems += [where + _sentence(item) for item in error.errors()]
+    problems += [where + problem for problem in _contradictions(raw)]
+    if problems or config is None:
+        raise ConfigError(problems)
+    return config
+
+
+def _contradictions(raw: dict[str, Any]) -> Iterator[str]:
+    """Problems between keys, looked for in the raw mapping so that they are reported with the others."""
+    rates, counts = raw.get("pruning_rates"), raw.get("keep_tokens")
+    if (rates is None) == (counts is None):
+        got = "both pruning_rates and keep_tokens" if rates is not None else "neither pruning_rates nor keep_tokens"
+        yield f"got {got}, expected exactly one of them: how much to remove, or how many tokens to keep."
+    model = raw.get("model") if isinstance(raw.get("model"), dict) else {}
+    total = model.get("visual_tokens")
+    if counts is not None and total is None:
+        yield "keep_tokens: needs model.visual_tokens, the tokens of one image (576 for LLaVA-1.5); add it, or use pruning_rates."
+    if isinstance(counts, list) and type(total) is int:
+        for keep in counts:
+            if type(keep) is int and keep > total:
+                yield f"keep_tokens: got {keep}, expected at most model.visual_tokens = {total}."
+    for key in ("tasks", "keep_tokens", "pruning_rates"):
+        values = raw.get(key) if isinstance(raw.get(key), list) else []
+        for value, times in Counter(_comparable(value) for value in values).items():
+            if times > 1:
+                yield f"{key}: got {value} {times} times, expected each value once; remove the repeats."
+
+
+def _comparable(value: object) -> str:
+    """One text for equal values: 1/2 and 0.5 are the same rate."""
+    if isinstance(value, (str, int, float)):
+        try:
+            return str(float(Fraction(str(value))))
+        except (ValueError, ZeroDivisionError, OverflowError):  # no number
+            return _SHORT.repr(value)
+    return _SHORT.repr(value)
+
+
+def _sentence(error: dict[str, Any]) -> str:
+    """One pydantic error as: key path, what was got, what was expected, what to do."""
+    loc = error["loc"]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".") or "the file"
+    if error["type"] == "extra_forbidden":
+        return f"{path}: is an unknown key; {closest(loc[-1], _section(loc[:-1]))}"
+    if error["type"] == "value_error":
+        own = error["ctx"]["error"]
+        return f"{path}: {str(own).removeprefix('pruning_rate: ')}"
+    expected = _expected(loc)
+    if error["type"] == "missing":
+        return f"{path}: is missing; expected {expected}."
+    return f"{path}: got {_SHORT.repr(error['input'])} ({type(error['input']).__name__}), expected {expected}."
+
+
+def _section(loc: tuple[int | str, ...]) -> list[str]:
+    return sorted(ModelSection.model_fields if loc[:1] == ("model",) else SweepConfig.model_fields)
+
+
+def _expected(loc: tuple[int | str, ...]) -> str:
+    """The description of the deepest known field on the way to an error."""
+    fields: dict[str, Any] = SweepConfig.model_fields
+    description = "the keys of a sweep file"
+    for part in loc:
+        if isinstance(part, int) or part not in fields:
+            continue
+        description = fields[part].description
+        fields = {"model": ModelSection, "methods": MethodEntry}[part].model_fields if part in ("model", "methods") else {}
+    return description
+
+
+def _repeated_keys(node: yaml.Node | None, seen: set[int]) -> Iterator[str]:
+    """YAML itself silently lets the last of two equal keys win."""
+    if node is None or id(node) in seen or isinstance(node, yaml.ScalarNode):
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        keys = [(key.value, key.start_mark.line + 1) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        first: dict[str, int] = {}
+        for key, line in keys:
+            if key in first and key != "<<":
+                yield f"{key}: is given twice (lines {first[key]} and {line}); keep one."
+            first.setdefault(key, line)
+    children = [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
+    for child in children:
+        yield from _repeated_keys(child, seen)

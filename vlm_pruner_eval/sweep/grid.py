@@ -1,0 +1,175 @@
+"""From a sweep file to its list of runs; a run's identity is a hash of everything that can change its answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import vlm_pruner_eval
+from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.sweep.config import MethodEntry, SweepConfig
+
+UNPRUNED = "none"
+RATELESS = frozenset({"blind"})  # keeps no visual token, so a rate means nothing to it
+
+# Sources that can't change a record: editing the report must not make old runs unusable.
+_NOT_IN_RECORDS = ("report", "sweep", "cli.py", "__main__.py")
+_IN_RECORDS = ("sweep/scores.py", "sweep/records.py")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """One cell of the grid: the loaded model under one method, rate and seed, on all tasks.
+
+    Attributes
+    ----------
+    key
+        Readable name, unique in a sweep and stable over code versions.
+    run_id
+        `key` and the first ten hexadecimal digits of the hash of `config`.
+    label
+        Text for tables.
+    method, pruning_rate, params
+        What `PrunedModel.configure` is called with; params as the user gave them, with the seed.
+    seed
+        Seed of a method that draws random numbers, else None.
+    config
+        The resolved configuration, with every parameter of the method, defaults included.
+    """
+
+    key: str
+    run_id: str
+    label: str
+    method: str
+    pruning_rate: str | float | None
+    params: dict[str, Any]
+    seed: int | None
+    config: dict[str, Any]
+
+
+def expand(config: SweepConfig) -> list[Run]:
+    """All runs of a sweep: the unpruned one first, then methods x rates x seeds.
+
+    Raises
+    ------
+    ConfigError
+        Unknown methods or parameters, values out of range, runs that are there twice: all at once.
+    """
+    problems: list[str] = []
+    runs = [_make_run(config, label="unpruned", method=UNPRUNED)]
+    for index, entry in enumerate(config.methods):
+        try:
+            runs += _runs_of(config, entry)
+        except ConfigError as error:
+            problems += [f"methods[{index}]: {problem}" for problem in error.problems]
+    problems += _duplicates(runs)
+    if problems:
+        raise ConfigError(dict.fromkeys(problems))
+    return runs
+
+
+def rate_percent(rate: str | float | None) -> float | None:
+    """A rate as a percentage of tokens removed."""
+    return None if rate is None else float(Fraction(rate)) * 100
+
+
+def run_hash(config: dict[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of a resolved configuration."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+
+
+@functools.cache
+def code_version() -> str:
+    """Package version and a digest of the sources that can change what a run records."""
+    root, digest = Path(vlm_pruner_eval.__file__).parent, hashlib.sha256()
+    for file in sorted(root.rglob("*")):
+        name = file.relative_to(root)
+        if file.suffix in (".py", ".yaml", ".parquet") and (name.parts[0] not in _NOT_IN_RECORDS or name.as_posix() in _IN_RECORDS):
+            digest.update(name.as_posix().encode() + b"\0" + file.read_bytes())
+    return f"{vlm_pruner_eval.__version__}+{digest.hexdigest()[:12]}"
+
+
+def _runs_of(config: SweepConfig, entry: MethodEntry) -> Iterator[Run]:
+    from vlm_pruner_eval.pruners import parameters, pruner_class  # torch: only where a grid is really built
+
+    known = parameters(pruner_class(entry.name))
+    if entry.name == UNPRUNED:
+        raise ConfigError("got none, but the unpruned run is always in the grid; leave it out.")
+    if "pruning_rate" in entry.parameters:
+        raise ConfigError("pruning_rate: the rates of a sweep stand in pruning_rates (or keep_tokens); leave it out here.")
+    if "seed" in known and entry.seeds and "seed" in entry.parameters:
+        raise ConfigError("got both seed and seeds, expected one of them.")
+    if entry.seeds and "seed" not in known:
+        raise ConfigError(f"seeds: method {entry.name} draws no random numbers (it has no parameter seed); leave seeds out.")
+    seeds = entry.seeds or ((entry.parameters.get("seed", config.seed),) if "seed" in known else (None,))
+    rates = [None] if entry.name in RATELESS else config.rates
+    problems: list[str] = []
+    for rate in rates:
+        for seed in seeds:
+            params = dict(entry.parameters) if seed is None else entry.parameters | {"seed": seed}
+            try:
+                yield _make_run(config, label=entry.shown, method=entry.name, rate=rate, params=params, seed=seed, many=bool(entry.seeds))
+            except ConfigError as error:
+                problems += error.problems
+    if problems:
+        raise ConfigError(dict.fromkeys(problems))
+
+
+def _make_run(
+    config: SweepConfig,
+    *,
+    label: str,
+    method: str,
+    rate: str | float | None = None,
+    params: dict[str, Any] | None = None,
+    seed: int | None = None,
+    many: bool = False,
+) -> Run:
+    """`many`: the seed tells runs apart, so it is part of the key."""
+    params = params or {}
+    key = "-".join(part for part in (_slug(label), _slug(str(rate)) if rate is not None else "", f"seed{seed}" if many else "") if part)
+    resolved = {
+        "model": config.model.model_dump(exclude={"visual_tokens"}),
+        "method": method,
+        "pruning_rate": rate,
+        "parameters": _every_parameter(method, rate, params),
+        "tasks": list(config.tasks),
+        "limit": config.limit,
+        "seed": config.seed,
+        "code": code_version(),
+    }
+    run_id = f"{key}-{run_hash(resolved)[:10]}"
+    return Run(key=key, run_id=run_id, label=label, method=method, pruning_rate=rate, params=params, seed=seed, config=resolved)
+
+
+def _every_parameter(method: str, rate: str | float | None, params: dict[str, Any]) -> dict[str, Any]:
+    from vlm_pruner_eval.pruners import get_pruner
+
+    pruner = get_pruner(method, pruning_rate=0 if rate is None else rate, **params)
+    values = dataclasses.asdict(pruner)
+    values.pop("pruning_rate")
+    return {name: str(value) if isinstance(value, Fraction) else value for name, value in values.items()}
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower().replace("/", "of")).strip("-.") or "run"
+
+
+def _duplicates(runs: list[Run]) -> list[str]:
+    """Runs that would compute the same thing twice, or that tables could not tell apart."""
+    problems, by_hash, by_key = [], {}, {}
+    for run in runs:
+        same = by_hash.setdefault(run_hash(run.config), run)
+        if same is not run:
+            problems.append(f"methods: {run.key!r} and {same.key!r} are the same run; remove one.")
+        twin = by_key.setdefault(run.key, run)
+        if twin is not run and same is run:
+            problems.append(f"methods: two different runs are both named {run.key!r}; give one of them its own label.")
+    return problems

@@ -1,0 +1,68 @@
+"""Live progress of a sweep: a bar on a terminal, plain lines everywhere else."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+
+class SweepProgress:
+    """Reports the runs of a sweep as they pass; use as a context manager.
+
+    Parameters
+    ----------
+    console
+        Where to write; a bar is drawn only if it is a terminal.
+    total
+        Runs of the sweep.
+    """
+
+    def __init__(self, console: Console, total: int):
+        self._console, self._total, self._done = console, total, 0
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("runs"),
+                TimeElapsedColumn(),
+            )
+            self._bar = Progress(*columns, console=console, transient=True)
+            self._task = self._bar.add_task("starting", total=total)
+
+    def __enter__(self) -> SweepProgress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def start(self, key: str) -> None:
+        """A run begins."""
+        self._since = time.monotonic()
+        if self._bar:
+            self._bar.update(self._task, description=escape(key))
+        else:
+            self._line(f"{key}: started")
+
+    def end(self, key: str, outcome: str) -> None:
+        """A run ended, or was skipped."""
+        self._done += 1
+        if self._bar:
+            self._bar.update(self._task, completed=self._done)
+        self._line(f"{key}: {outcome}")
+
+    def finished(self, key: str, outcome: str) -> None:
+        """A run ended; says how long it took."""
+        self.end(key, f"{outcome} in {time.monotonic() - self._since:.0f} s")
+
+    def _line(self, text: str) -> None:
+        self._console.print(f"[{self._done}/{self._total}] {text}", markup=False, highlight=False, soft_wrap=True)

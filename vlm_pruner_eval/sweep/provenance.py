@@ -1,0 +1,127 @@
+"""Where a number comes from: versions, device, checkpoint files, commit, command."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import platform
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import vlm_pruner_eval
+
+_LARGE_BYTES = 1_000_000_000
+_PACKAGES = {
+    "lmms_eval": "lmms-eval",
+    "torch": "torch",
+    "transformers": "transformers",
+    "numpy": "numpy",
+    "datasets": "datasets",
+    "pillow": "Pillow",
+}
+
+
+def collect(describe: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Everything about the surroundings of a run.
+
+    Parameters
+    ----------
+    describe
+        ``PrunedModel.describe()``: device, dtype, attention backend, revision, threads.
+    checkpoint
+        ``checkpoint_files(...)`` of the loaded model.
+    """
+    import torch
+
+    versions = {"vlm_pruner_eval": vlm_pruner_eval.__version__, "python": platform.python_version()}
+    versions |= {name: metadata.version(package) for name, package in _PACKAGES.items()}
+    return {
+        "versions": versions,
+        "platform": platform.platform(),
+        "processor": processor(str(describe.get("device", "cpu"))),
+        "threads": torch.get_num_threads(),
+        "model": describe,
+        "checkpoint": checkpoint,
+        "git_commit": git_commit(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def processor(device: str = "cpu") -> str:
+    """Name of the processor that computes: the GPU's, else the CPU's with what decides how it rounds (model, vector instructions)."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    vectors, cpuinfo = torch.backends.cpu.get_cpu_capability(), Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.is_file() else []
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    if "model name" not in facts:
+        return f"{platform.processor() or platform.machine()}, {vectors}"
+    return f"{facts['model name']} (family {facts.get('cpu family', '?')}, model {facts.get('model', '?')}), {vectors}"
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree that the package runs from, with "+changes" when it was edited; None when installed."""
+    root = Path(vlm_pruner_eval.__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    answers = []
+    for command in (["rev-parse", "HEAD"], ["status", "--porcelain"]):
+        try:
+            done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, timeout=20, check=False)
+        except (FileNotFoundError, subprocess.TimeoutExpired):
+            return None
+        if done.returncode != 0:  # a repository without a commit, or one that belongs to another user
+            return None
+        answers.append(done.stdout.strip())
+    return answers[0] + ("+changes" if answers[1] else "")
+
+
+def checkpoint_files(pretrained: str, revision: str | None = None) -> dict[str, Any]:
+    """Identity of the checkpoint's files.
+
+    Returns
+    -------
+    dict
+        name -> SHA-256 for files of a folder (size and modification time above 1 GB, where hashing would take minutes);
+        name -> content id of the hub's cache for a hub checkpoint, with its commit; empty before it has been downloaded.
+    """
+    folder = _folder(pretrained)
+    if folder is not None:
+        return {
+            file.name: _fingerprint(file)
+            for file in sorted(folder.iterdir())
+            if file.is_file() and file.suffix in (".json", ".safetensors", ".bin")
+        }
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.utils import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(pretrained, "config.json", revision=revision)
+    except HFValidationError:  # neither a folder nor a possible hub id: loading the model will say so
+        return {}
+    if not isinstance(config, str):
+        return {}
+    snapshot = Path(config).parent
+    return {"commit": snapshot.name} | {file.name: file.resolve().name for file in sorted(snapshot.iterdir()) if file.is_file()}
+
+
+def _folder(pretrained: str) -> Path | None:
+    if pretrained == "minivlm":
+        from vlm_pruner_eval.bench import minivlm_path
+
+        return minivlm_path()
+    return Path(pretrained) if Path(pretrained).is_dir() else None
+
+
+def _fingerprint(file: Path) -> str:
+    stat = file.stat()
+    if stat.st_size > _LARGE_BYTES:
+        return f"{stat.st_size} bytes, modified {stat.st_mtime_ns}"
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,0 +1,91 @@
+"""What a run leaves behind, computed from its answers: kept tokens, times, digests of the kept sets, failures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def kept_digest(record: dict[str, Any] | None) -> str | None:
+    """SHA-256 of WHICH visual tokens a sample kept; None without a record.
+
+    The set, never the order: another processor changes the order in about 1 of 12 images and the set in none. Positions are
+    taken relative to the first kept one, because left padding shifts a whole row with the composition of its batch.
+    """
+    if record is None:
+        return None
+    positions = record["kept_positions"]
+    relative = [position - positions[0] for position in positions]
+    return hashlib.sha256(json.dumps([sorted(record["order"]), relative]).encode()).hexdigest()
+
+
+def answer_digest(answer: str) -> str:
+    """SHA-256 of an answer's text."""
+    return hashlib.sha256(answer.encode()).hexdigest()
+
+
+def run_digest(samples: Iterable[dict[str, Any]]) -> str:
+    """SHA-256 over the kept sets of all documents, sorted by task and document."""
+    entries = sorted((sample["task"], sample["doc_id"], kept_digest(sample["record"]) or "") for sample in samples)
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def summarise_tokens(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Visual tokens over the samples that had images: there, asked for, kept, and averaged over layers."""
+    records = [sample["record"] for sample in samples if sample["record"] is not None and sample["record"]["n_visual"] > 0]
+    quirks = Counter(quirk for record in records for quirk in record["quirks"])
+    return {
+        "samples_with_images": len(records),
+        "n_visual": _spread(record["n_visual"] for record in records),
+        "asked": _spread(record["n_asked"] for record in records),
+        "kept": _spread(record["n_kept"] for record in records),
+        "layer_averaged": _spread(record["layer_averaged"] for record in records),
+        "layers": sorted({record["layer"] for record in records if record["layer"] is not None}),
+        "quirks": dict(sorted(quirks.items())),
+    }
+
+
+def summarise_times(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Median and interquartile range in milliseconds; prefill is a whole batch's, decode a token's, selection a sample's."""
+    with_record = [sample["record"] for sample in samples if sample["record"] is not None]
+    return {
+        "prefill_ms": _median([sample["prefill_ms"] for sample in samples]),
+        "decode_ms": _median([sample["decode_ms"] for sample in samples]),
+        "selection_ms": _median([record["selection_ms"] for record in with_record]),
+        "batch_sizes": sorted({sample["batch_size"] for sample in samples if sample["batch_size"]}),
+    }
+
+
+def failures(samples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Answers that carry an error."""
+    return [{key: sample[key] for key in ("task", "doc_id", "error")} for sample in samples if sample["error"]]
+
+
+def missing_answers(samples: Iterable[dict[str, Any]], logged: dict[str, Sequence[dict[str, Any]]]) -> list[str]:
+    """Documents that were scored but never answered, or answered twice: a sentence each task."""
+    answered = Counter((sample["task"], sample["doc_id"]) for sample in samples)
+    problems = []
+    for task, rows in logged.items():
+        documents = {row["doc_id"] for row in rows}
+        wrong = sorted(doc for doc in documents if answered[task, doc] != 1)
+        if wrong:
+            problems.append(f"{task}: {len(wrong)} of {len(documents)} documents have no answer of their own (first: document {wrong[0]}).")
+    return problems
+
+
+def _spread(values: Iterable[float]) -> dict[str, float] | None:
+    listed = list(values)
+    return {"mean": sum(listed) / len(listed), "min": min(listed), "max": max(listed)} if listed else None
+
+
+def _median(values: Sequence[float | None]) -> dict[str, float] | None:
+    from vlm_pruner_eval.timing import median_iqr  # torch: the report reads digests from here and does without it
+
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    median, iqr = median_iqr(known)
+    return {"median": median, "iqr": iqr, "n": len(known)}

@@ -1,0 +1,138 @@
+"""Records on disk: one directory per run, written so that a reader never sees half a file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm_pruner_eval.errors import ConfigError
+
+FINISHED, FAILED = "finished", "failed"
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a file by new text in one step: a crash leaves the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # mkstemp makes files that only their owner can read
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def to_json(value: object, *, indent: int | None = 1) -> str:
+    """JSON text with Unicode kept; NaN and infinity become null, numpy numbers plain ones, other objects their text."""
+    return json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(str(item) for item in value)
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # numpy and torch scalars
+        value = value.item()
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+@dataclass(frozen=True)
+class Store:
+    """The results directory of one sweep.
+
+    Layout: ``sweep.json`` (the grid), ``runs/<run_id>/run.json`` and ``samples.jsonl``, and what the report adds.
+    """
+
+    root: Path
+
+    def check_writable(self) -> None:
+        """Refuse a directory that can't be written, before any work and without creating anything.
+
+        Raises
+        ------
+        ConfigError
+            The path is a file, or the nearest existing folder can't be written.
+        """
+        nearest = self.root.absolute()
+        while not nearest.exists() and nearest != nearest.parent:
+            nearest = nearest.parent
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            what = "is not a folder" if not nearest.is_dir() else "can't be written"
+            raise ConfigError(f"output: got {str(self.root)!r}, but {str(nearest)!r} {what}; choose another folder with --output.")
+
+    def begin(self, name: str, source: dict[str, Any], runs: Iterable[dict[str, Any]]) -> None:
+        """Write the grid, so that a report can tell "not run" from "not asked".
+
+        Raises
+        ------
+        ConfigError
+            The directory can't be written.
+        """
+        try:
+            write_atomic(self.root / "sweep.json", to_json({"name": name, "config": source, "runs": list(runs)}) + "\n")
+        except OSError as error:
+            raise ConfigError(f"output: {str(self.root)!r} can't be written ({error}); choose another folder with --output.") from error
+
+    def run_dir(self, run_id: str) -> Path:
+        """The directory of one run."""
+        return self.root / "runs" / run_id
+
+    def read(self, run_id: str) -> dict[str, Any] | None:
+        """A run's record, or None when there is none or it was not written by this package."""
+        path = self.run_dir(run_id) / "run.json"
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+            return None
+        return record if isinstance(record, dict) and record.get("run_id") == run_id else None
+
+    def is_finished(self, run_id: str, checkpoint: dict[str, Any] | None = None) -> bool:
+        """Whether a run has a complete record, of the same checkpoint files where they are given."""
+        record = self.read(run_id)
+        if record is None or record.get("status") != FINISHED or not (self.run_dir(run_id) / "samples.jsonl").is_file():
+            return False
+        return checkpoint is None or record["provenance"]["checkpoint"] == checkpoint
+
+    def write_run(self, record: dict[str, Any], samples: Iterable[dict[str, Any]]) -> None:
+        """Write a run's samples, then its record: the record is what makes the run exist."""
+        folder = self.run_dir(record["run_id"])
+        (folder / "run.json").unlink(missing_ok=True)  # an old record must not vouch for new samples
+        write_atomic(folder / "samples.jsonl", "".join(to_json(sample, indent=None) + "\n" for sample in samples))
+        write_atomic(folder / "run.json", to_json(record) + "\n")
+
+    def read_samples(self, run_id: str) -> list[dict[str, Any]]:
+        """The answers of a run, one mapping each."""
+        path = self.run_dir(run_id) / "samples.jsonl"
+        with path.open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+    def read_grid(self) -> dict[str, Any]:
+        """The grid of the sweep as `begin` wrote it.
+
+        Raises
+        ------
+        ConfigError
+            There is none: the directory holds no sweep.
+        """
+        path = self.root / "sweep.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{self.root}: holds no sweep ({error}); give the folder that `vlm-pruner-eval sweep` wrote.") from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: is not valid JSON ({error}); run the sweep again to rewrite it.") from error
