@@ -145,8 +145,16 @@ def test_the_main_metric_of_an_unknown_task_is_one_of_which_more_is_better() -> 
 def test_filters_do_not_mix() -> None:
     rows = rows_of("acc", [1.0, 1.0]) + rows_of("acc", [0.0, 1.0])
     scores = score_task("unknown", {"acc,strict": 1.0, "acc,loose": 0.5}, rows, Task(acc=mean))["metrics"]
-    assert (scores["acc,strict"]["low"], scores["acc,strict"]["n"]) == (1.0, 2)
+    assert (scores["acc,strict"]["value"], scores["acc,strict"]["n"]) == (1.0, 2)
     assert scores["acc,loose"]["low"] == 0.0
+
+
+def test_the_same_score_everywhere_is_no_certainty() -> None:
+    """20 of 20: 20 / (20 + 1.96^2) to 1, and the mirror image for 0 of 20; also in the unit of papers."""
+    for value in (0.0, 1.0):
+        scores = score_task("digitscenes_read", {"exact_match,none": value}, rows_of("exact_match", [value] * 20), Task(exact_match=mean))
+        assert scores["main"]["low"] == pytest.approx(100 * (0.8389 if value else 0.0), abs=0.01)
+        assert scores["main"]["high"] == pytest.approx(100 * (1.0 if value else 0.1611), abs=0.01)
 
 
 def test_one_document_has_no_interval() -> None:

@@ -11,10 +11,10 @@ from vlm_pruner_eval.report.tables import PLUMBING, Row, is_plumbing
 
 _LEGEND = (
     "Scores with 95 % intervals (percentile bootstrap over documents, 1000 resamples, pairs kept together; several seeds: mean ± "
-    "standard deviation over seeds). Where every document scored the same, resampling shows no spread and the interval is a point. "
+    "standard deviation over seeds). Where every document scored the same, the Wilson interval. "
     "Relative Avg = 100 × mean over benchmarks of score / unpruned score, equal weights "
     "(arXiv 2512.02700). Tokens: visual tokens a prompt, asked for and measured from the tensors, and the measured count averaged over "
-    "all decoder layers. Prefill: vision tower, projector, language model and selection, of one batch; median (interquartile range)."
+    "all decoder layers. Prefill: the language model and the selection, without the vision tower, of one batch; median (interquartile range)."
 )
 
 

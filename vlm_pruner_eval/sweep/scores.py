@@ -77,7 +77,8 @@ def score_task(task: str, results: dict[str, Any], samples: Sequence[dict[str, A
     Returns
     -------
     dict
-        `metrics`: name -> value, low, high (95 % percentile bootstrap over documents, whole pairs kept together), n, note.
+        `metrics`: name -> value, low, high (95 % percentile bootstrap over documents, whole pairs kept together; Wilson's
+        interval where every document scored the same), n, note.
         `main`: the same for the metric that stands for the task, in the unit of papers, or None when no metric can.
     """
     aggregations, better = task_object.aggregation(), task_object.higher_is_better()
@@ -97,6 +98,8 @@ def score_task(task: str, results: dict[str, Any], samples: Sequence[dict[str, A
         slow = wanted is not None and metric not in wanted.metrics and len(rows) > _MANY_ITEMS
         draws[shown], note = _draw(aggregations[metric], rows, metric, float(value), wanted, slow=slow)
         scored[shown] = _summary(float(value), draws[shown], len(rows)) | ({"note": note} if note else {})
+        if draws[shown] is not None and value in (0, 1) and all(np.isscalar(row[metric]) and row[metric] == value for row in rows):
+            scored[shown] |= dict(zip(("low", "high"), wilson_interval(float(value), len(rows)), strict=True))
     return {"metrics": scored, "main": _main(wanted, scored, draws, better)}
 
 
@@ -105,6 +108,17 @@ def percentile_interval(draws: np.ndarray) -> tuple[float, float]:
     tail = (100.0 - CONFIDENCE) / 2
     low, high = np.percentile(draws, [tail, 100.0 - tail])
     return float(low), float(high)
+
+
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    """The Wilson score interval (95 %) of a share of `n`: what 20 right answers out of 20 really say is 84 to 100 %.
+
+    Used where every document scored the same, so that resampling them shows no spread at all.
+    """
+    z = 1.959963985
+    middle, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    scale = 1 + z**2 / n
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
 def _summary(value: float, draws: np.ndarray | None, n: int) -> dict[str, Any]:
@@ -126,6 +140,10 @@ def _main(
     if not names:
         return None
     value = scale * sum(scored[name]["value"] for name in names)
+    if len(names) == 1:
+        (one,) = names
+        scaled = {key: None if scored[one][key] is None else scale * scored[one][key] for key in ("value", "low", "high")}
+        return {"metric": one} | scaled | {"n": scored[one]["n"]}
     known = [draws[name] for name in names]
     total = None if any(draw is None for draw in known) else scale * np.sum(known, axis=0)
     return {"metric": " + ".join(names)} | _summary(value, total, sum(scored[name]["n"] for name in names))

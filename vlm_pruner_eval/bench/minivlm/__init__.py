@@ -1,0 +1,1 @@
+"""The MiniVLM checkpoint: data only; README.md is its model card."""

@@ -1,0 +1,1 @@
+"""lmms-eval task files of DIGITSCENES, and the functions they name."""
