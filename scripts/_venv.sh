@@ -2,17 +2,17 @@
 # Usage: ensure_venv [EXTRA]     EXTRA: an extra of setup.cfg, for example "test"
 
 ensure_venv() {
-  local extra="${1:-}" python="${PYTHON:-python3}" spec stamp
+  local extra="${1:-core}" python="${PYTHON:-python3}" spec what="."
+  spec="$(cat setup.cfg pyproject.toml | cksum)"
+  if [ "$(cat ".venv/installed-$extra" 2>/dev/null)" = "$spec" ]; then return; fi
   if ! "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))'; then
     echo "Got $("$python" --version 2>&1) at $(command -v "$python"), expected Python 3.10 to 3.13; set PYTHON=/path/to/python3." >&2
     return 2
   fi
-  spec="${extra}$(cat setup.cfg pyproject.toml | cksum)"
-  stamp=".venv/installed${extra:+-$extra}"
-  if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$spec" ]; then
-    echo "Installing into .venv (torch and its companions: about 5 GB, a few minutes) ..."
-    [ -x .venv/bin/python ] || "$python" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}"
-    echo "$spec" > "$stamp"
-  fi
+  echo "Installing into .venv (torch and its companions: about 5 GB, a few minutes) ..." >&2
+  if [ "$extra" != core ]; then what=".[$extra]"; fi
+  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable "$what"
+  echo "$spec" > ".venv/installed-$extra"
+  echo "$spec" > .venv/installed-core  # an extra comes on top of everything else
 }

@@ -13,6 +13,6 @@ fi
 .venv/bin/ruff format --check .
 output="$(mktemp -d)"
 trap 'rm -rf "$output"' EXIT
-.venv/bin/vlm-pruner-eval sweep configs/ci.yaml --output "$output/ci"
+bash scripts/quickstart.sh "$output/ci" configs/ci.yaml
 .venv/bin/vlm-pruner-eval report "$output/ci" --check results/reference/ci.json
 .venv/bin/python -m pytest

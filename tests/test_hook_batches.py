@@ -97,6 +97,14 @@ def test_logits_keep_the_length_of_the_input_and_the_loss_works(tiny_model, fami
     assert distance(with_positions[seen], slow[seen]) < CLOSE
 
 
+def test_gradients_flow_through_the_cut(family):
+    model, inputs = build(family), prompts(family, ONE)
+    with prune(model, KeyNorm(pruning_rate="2/3")):
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    layers = model.model.language_model.layers
+    assert all(float(layers[i].mlp.down_proj.weight.grad.abs().max()) > 0 for i in range(N_LAYERS))
+
+
 def test_right_padding_keeps_the_same_tokens(tiny_model, family):
     model, fastv = tiny_model(family), get_pruner("fastv", pruning_rate="2/3")
     right, left = prompts(family, MIXED, pad="right"), prompts(family, MIXED)

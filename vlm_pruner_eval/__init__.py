@@ -22,7 +22,7 @@ _PUBLIC = {
     "PruningError": "errors",
 }
 
-__all__ = list(_PUBLIC)  # noqa: PLE0605  # one table, not two
+__all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str) -> object:

@@ -31,6 +31,8 @@ class Cut:
         L, the length of the prompt as passed.
     contiguous
         Whether kept tokens are renumbered 0..n'-1.
+    full
+        Whether there is no filler.
     """
 
     layer: int
@@ -38,10 +40,7 @@ class Cut:
     valid: Tensor
     length: int
     contiguous: bool
-    full: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.full = bool(self.valid.all())
+    full: bool
 
     @classmethod
     def of_rows(cls, rows: list[Tensor], *, layer: int, length: int, contiguous: bool) -> Cut:
@@ -52,7 +51,7 @@ class Cut:
         for b, row in enumerate(rows):
             index[b, width - len(row) :] = row
             valid[b, width - len(row) :] = True
-        return cls(layer, index, valid, length, contiguous)
+        return cls(layer, index, valid, length, contiguous, full=all(len(row) == width for row in rows))
 
     @property
     def width(self) -> int:

@@ -103,30 +103,35 @@ class Prefill:
         self.seen[i] = hidden.shape[1]
         return hidden
 
-    @torch.no_grad()
     def _cut(self, stage: Stage, hidden: Tensor, state: CutState) -> Tensor:
         before, probe = state.at(stage.layer), self.probes.get(stage.layer)
         lengths = [sum(len(alive.local) for alive in row.scopes) for row in self.rows]
-        merged: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        for b, row in enumerate(self.rows):
-            view = _RowView(self, b, row, hidden, before, probe)
-            for s, alive in enumerate(row.scopes):
-                states = self._select(stage, view, s, alive)
-                if states is not None:
-                    merged[b, s] = view.slots(alive.scope.positions[alive.local]), states
+        with torch.no_grad():  # a choice has no gradient; the gather below has one
+            merged = self._select_all(stage, hidden, before, probe)
         if probe is not None:
             probe.clear()
         if lengths == [sum(len(alive.local) for alive in row.scopes) for row in self.rows]:
             return hidden  # nothing was dropped: leave the model exactly as it was
         if merged:
             hidden = hidden.clone()
-            for (b, _), (slots, states) in merged.items():
+            for b, slots, states in merged:
                 hidden[b, slots] = states
         rows = [row.positions() for row in self.rows]
         cut = Cut.of_rows(rows, layer=stage.layer, length=self.length, contiguous=self.contiguous)
         state.cuts.append(cut)
         index = cut.index if before is None else before.gather_index(cut)
         return take(hidden, index)
+
+    def _select_all(self, stage: Stage, hidden: Tensor, before: Cut | None, probe: Probe | None) -> list[tuple[int, Tensor, Tensor]]:
+        """Run the method on every scope; returns (row, slots, new states) where it merged."""
+        merged = []
+        for b, row in enumerate(self.rows):
+            view = _RowView(self, b, row, hidden, before, probe)
+            for s, alive in enumerate(row.scopes):
+                states = self._select(stage, view, s, alive)
+                if states is not None:
+                    merged.append((b, view.slots(alive.scope.positions[alive.local]), states))
+        return merged
 
     def _select(self, stage: Stage, view: _RowView, s: int, alive: Alive) -> Tensor | None:
         """Run the method on one scope; returns new states [n, D] of what is left, or None."""
@@ -142,7 +147,7 @@ class Prefill:
         if type(self.pruner).select is not Pruner.select:
             self._check(selection, tokens, alive.asked, sample_id)
         row.quirks |= selection.quirks
-        alive.order = alive.local[selection.order]
+        alive.order = alive.local[selection.order.to(alive.local.device)]
         alive.local = alive.order.sort().values
         return selection.hidden_states
 
@@ -227,8 +232,9 @@ class _RowView:
     probe: Probe | None
 
     def slots(self, positions: Tensor) -> Tensor:
-        """Where ascending `positions` [n] of the row stand in the current sequence."""
-        return positions if self.before is None else self.before.slots_of(self.b, positions)
+        """Where ascending `positions` [n] of the row stand in the current sequence, on the device of this layer."""
+        slots = positions if self.before is None else self.before.slots_of(self.b, positions)
+        return slots.to(self.hidden.device)
 
     def tokens(self, alive: Alive, sample_id: str) -> VisualTokens:
         """The VisualTokens of one scope, with the fields that the method needs and no others."""
@@ -238,7 +244,7 @@ class _RowView:
         return VisualTokens(
             hidden,
             grid=alive.scope.layout.grid,
-            coords=alive.scope.layout.coords.to(hidden.device)[alive.local],
+            coords=alive.scope.layout.coords.to(hidden.device)[alive.local.to(hidden.device)],
             keys=self._keys(slots) if "keys" in needs else None,
             attention=self._attention[slots] if "attention" in needs else None,
             normed_hidden_states=self._normed(hidden) if "normed_hidden_states" in needs else None,

@@ -14,7 +14,8 @@ _LEGEND = (
     "standard deviation over seeds). Where every document scored the same, the Wilson interval. "
     "Relative Avg = 100 × mean over benchmarks of score / unpruned score, equal weights "
     "(arXiv 2512.02700). Tokens: visual tokens a prompt, asked for and measured from the tensors, and the measured count averaged over "
-    "all decoder layers. Prefill: the language model and the selection, without the vision tower, of one batch; median (interquartile range)."
+    "all decoder layers. Prefill: the language model and the selection, without the vision tower, of one batch; median "
+    "(interquartile range)."
 )
 
 
