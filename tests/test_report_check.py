@@ -62,7 +62,7 @@ def test_a_reference_is_small_and_one_line_a_task(reference: Path) -> None:
 def test_kept_sets_must_match_on_the_same_processor(make: Make, reference: Path) -> None:
     (problem,) = check(make(Behaviour(other_kept=1)), reference)
     assert problem.startswith(
-        "vlmpruner-2of3: 2 of 16 kept sets differ from the reference (at most 0 may, on the same processor): tiny_mean 0"
+        "vlmpruner-2of3: 2 of 16 kept sets differ from the reference (at most 0 may, on the same processor and torch): tiny_mean 0"
     )
 
 
@@ -70,7 +70,7 @@ def test_a_handful_may_differ_on_another_processor(make: Make, reference: Path, 
     elsewhere = changed(reference, tmp_path, lambda content: content.update(processor="Abacus"))
     assert check(make(Behaviour(other_kept=1)), elsewhere) == []
     (problem,) = check(make(Behaviour(other_kept=2)), elsewhere)
-    assert "4 of 16 kept sets differ from the reference (at most 2 may, on another processor)" in problem
+    assert "4 of 16 kept sets differ from the reference (at most 2 may, on another processor or torch)" in problem
 
 
 def test_answers_may_flip_only_as_often_as_stated(make: Make, reference: Path) -> None:

@@ -90,7 +90,7 @@ def _differences(
         changed = [at for at in sorted(mine.keys() & expected.keys()) if mine[at].split(":")[part] != expected[at].split(":")[part]]
         if len(changed) > allowed:
             where = ", ".join(f"{task} {doc}" for task, doc in changed[:5]) + (", ..." if len(changed) > 5 else "")
-            processor = "the same processor" if same_processor else "another processor"
+            processor = "the same processor and torch" if same_processor else "another processor or torch"
             yield f"{key}: {len(changed)} of {len(mine)} {name} differ from the reference (at most {allowed} may, on {processor}): {where}."
 
 
@@ -113,7 +113,9 @@ def _settings(results: Results) -> dict[str, Any]:
 
 
 def _processor(results: Results) -> str:
-    return "; ".join(sorted({record["provenance"]["processor"] for record in results.records}))
+    """Processor and torch version: both decide how sums are rounded."""
+    made = [record["provenance"] for record in results.records]
+    return "; ".join(sorted({f"{record['processor']}, torch {record['versions']['torch']}" for record in made}))
 
 
 def _read(path: Path) -> dict[str, Any]:

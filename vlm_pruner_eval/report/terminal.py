@@ -16,6 +16,7 @@ from vlm_pruner_eval.report.tables import PLUMBING, Row, is_plumbing
 
 WIDTH = 100
 _TASKS_A_TABLE = 6
+_ROOMY = 3  # up to so many tasks leave room for long labels
 
 
 def print_tables(console: Console, results: Results, rows: list[Row]) -> None:
@@ -39,33 +40,40 @@ def _table(results: Results, rows: list[Row], tasks: list[str], names: dict[str,
     model = results.config["model"]
     title = f"{results.name}: {model['pretrained']}, protocol {model['protocol']}"
     table = Table(
-        title=Text(title), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left", caption_justify="left"
+        title=Text(title), box=box.SIMPLE_HEAD, pad_edge=False, padding=0, title_justify="left", caption_justify="left"
     )
-    table.add_column("method", overflow="fold", max_width=22)
+    table.add_column("removed", overflow="fold", max_width=8)
+    table.add_column("method", overflow="fold", max_width=16 if len(tasks) > _ROOMY else 26)
     for name in (names[task] for task in tasks):
-        table.add_column(name, justify="right", overflow="fold", max_width=11)
+        table.add_column(name, justify="right", overflow="fold", max_width=10)
     for name in ("Avg", "kept", "layers", "ms") if last else ():
         table.add_column(name, justify="right", overflow="fold", max_width=9)
-    for heading, group in groupby(rows, key=lambda row: row.heading):
-        table.add_row(Text(heading, style="italic dim"))
-        for row in group:
-            table.add_row(*_cells(row, tasks, last=last))
+    for _, group in groupby(rows, key=lambda row: row.heading):
+        listed = list(group)
+        for row in listed:
+            table.add_row(_removed(row) if row is listed[0] else Text(""), *_cells(row, tasks, last=last), end_section=row is listed[-1])
     if last:
-        table.caption = Text("Avg: % of unpruned. kept: tokens asked/measured. layers: kept, averaged over layers. ms: prefill of a batch.")
+        table.caption = Text(
+            "Scores ± half of their 95 % interval (sd: over seeds). Avg: % of unpruned. kept: tokens measured (and asked, where it "
+            "differs). layers: kept, averaged over layers. ms: prefill of a batch."
+        )
     return table
 
 
+def _removed(row: Row) -> Text:
+    if row.percent is None:
+        return Text("none" if row.group[0] == 0 else "all", style="italic")
+    return Text(f"{row.percent:.1f} %", style="italic")
+
+
 def _cells(row: Row, tasks: list[str], *, last: bool) -> Iterator[Text]:
-    yield Text(row.label) if row.status == "finished" else Text.assemble(row.label, (f"\n{row.status}", "red"))
+    yield Text(row.label) if row.status == "finished" else Text.assemble(row.label, (f" {row.status}", "red"))
     for task in tasks:
-        yield _two(*text.cell_lines(row, row.cells.get(task)))
+        yield Text.assemble(*text.cell_short(row, row.cells.get(task)))
     if last:
         relative = row.relative
-        yield _two(text.number(relative.value), "" if relative.sd is None else f"± {relative.sd:.1f}")
-        yield _two(text.spread(row.asked), text.spread(row.kept))
+        yield Text(text.number(relative.value) + ("" if relative.sd is None else f" sd {relative.sd:.1f}"))
+        asked, kept = text.spread(row.asked), text.spread(row.kept)
+        yield Text(kept if asked == kept else f"{kept} of {asked} asked")
         yield Text(text.number(row.layer_averaged))
-        yield Text(text.time_ms(row.prefill_ms, iqr=False))
-
-
-def _two(first: str, second: str) -> Text:
-    return Text.assemble(first, (f"\n{second}", "dim")) if second else Text(first)
+        yield Text("" if row.prefill_ms is None else f"{row.prefill_ms['median']:.0f}")

@@ -23,6 +23,15 @@ def cell_lines(row: Row, cell: Cell | None) -> tuple[str, str]:
     return number(cell.value), "" if cell.low is None else f"{number(cell.low)}–{number(cell.high)}"
 
 
+def cell_short(row: Row, cell: Cell | None) -> tuple[str, tuple[str, str]]:
+    """A score and, dimmed, half the width of its interval (or the deviation over seeds), on one line."""
+    if cell is None:
+        return row.status, ("", "dim")
+    if cell.sd is not None:
+        return number(cell.value), (f" sd {cell.sd:.1f}", "dim")
+    return number(cell.value), ("" if cell.low is None else f" ±{(cell.high - cell.low) / 2:.0f}", "dim")
+
+
 def spread(values: dict[str, float] | None) -> str:
     """A mean token count, with its range where it varies."""
     if values is None:
