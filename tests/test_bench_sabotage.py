@@ -55,7 +55,7 @@ def answers(minivlm: tuple, pruner: Pruner) -> list[float]:
         given = list(generate_answers(model, processor, rows, 10))
     assert {record.n_visual for record in ledger.records} == {576}
     assert [record.n_kept for record in ledger.records] == [pruner.default_keep(576)] * N
-    return [score(TASK, row, answer) for row, answer in zip(rows, given, strict=True)]
+    return [score(TASK, row, answer)["exact_match"] for row, answer in zip(rows, given, strict=True)]
 
 
 def paired_p(right: list[float], other: list[float]) -> float:

@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -294,3 +295,8 @@ def test_tokens_that_contradict_themselves():
         VisualTokens(states[:0], grid=(1, 1))
     with pytest.raises(PruningError, match=r"attention has shape \(11,\), expected 12 rows"):
         get_pruner("fastv", pruning_rate=0.5).select(VisualTokens(states, grid=(3, 4), attention=torch.rand(11)))
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert keep_count(np.int64(576), np.float32(0.875)) == 72
+    assert len(get_pruner("uniform", pruning_rate=np.float64(0.5)).select(tokens(), np.int64(3)).order) == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from numbers import Integral, Real
 
 from vlm_pruner_eval.errors import ConfigError
 
@@ -37,7 +38,7 @@ def parse_rate(pruning_rate: object) -> Fraction | float:
             rate = Fraction(pruning_rate.strip())
         except (ValueError, ZeroDivisionError):
             raise ConfigError(f"pruning_rate: got {pruning_rate!r}, {expected}.") from None
-    elif isinstance(pruning_rate, (int, float)) and not isinstance(pruning_rate, bool):
+    elif isinstance(pruning_rate, Real) and not isinstance(pruning_rate, bool):
         rate = float(pruning_rate)
     else:
         raise ConfigError(f"pruning_rate: got {pruning_rate!r} ({type(pruning_rate).__name__}), {expected}.")
@@ -66,9 +67,9 @@ def keep_count(n_visual: int, pruning_rate: Rate) -> int:
     ConfigError
         The rate is not in [0, 1), or `n_visual` is not a whole number >= 0.
     """
-    if isinstance(n_visual, bool) or not isinstance(n_visual, int) or n_visual < 0:
+    if isinstance(n_visual, bool) or not isinstance(n_visual, Integral) or n_visual < 0:
         raise ConfigError(f"n_visual: got {n_visual!r}, expected a whole number of visual tokens, 0 or more.")
-    return keep_share(n_visual, 1 - parse_rate(pruning_rate))
+    return keep_share(int(n_visual), 1 - parse_rate(pruning_rate))
 
 
 def share_for_layer_average(share: Fraction | float, layer: int, n_layers: int) -> Fraction | float:

@@ -19,7 +19,7 @@ class Stage:
     share: Fraction | float
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class TextTokens:
     """The text tokens AFTER the image (DART's text pivots).
 

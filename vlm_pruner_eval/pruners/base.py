@@ -7,6 +7,7 @@ import math
 import typing
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral
 from typing import ClassVar
 
 import torch
@@ -137,12 +138,13 @@ class Pruner:
         """
         if keep is None:
             keep = self.default_keep(tokens.n_visual)
-        if isinstance(keep, bool) or not isinstance(keep, int) or not 0 <= keep <= tokens.n_visual:
+        if isinstance(keep, bool) or not isinstance(keep, Integral) or not 0 <= keep <= tokens.n_visual:
             raise PruningError(
                 f"{self._where(tokens)}: asked to keep {keep!r} of {tokens.n_visual} tokens, "
                 f"expected a whole number from 0 to {tokens.n_visual}."
             )
         self._check_input(tokens)
+        keep = int(keep)
         answer = self._chosen(tokens, keep)
         selection = answer if isinstance(answer, Selection) else Selection(answer)
         exact = not (self.official_quirks and self.quirks_change_count)

@@ -39,9 +39,7 @@ def print_tables(console: Console, results: Results, rows: list[Row]) -> None:
 def _table(results: Results, rows: list[Row], tasks: list[str], names: dict[str, str], *, last: bool) -> Table:
     model = results.config["model"]
     title = f"{results.name}: {model['pretrained']}, protocol {model['protocol']}"
-    table = Table(
-        title=Text(title), box=box.SIMPLE_HEAD, pad_edge=False, padding=0, title_justify="left", caption_justify="left"
-    )
+    table = Table(title=Text(title), box=box.SIMPLE_HEAD, pad_edge=False, padding=0, title_justify="left", caption_justify="left")
     table.add_column("removed", overflow="fold", max_width=8)
     table.add_column("method", overflow="fold", max_width=16 if len(tasks) > _ROOMY else 26)
     for name in (names[task] for task in tasks):
