@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from test_hook_exact import CLOSE, MIXED, ONE, distance
-from tiny_models import IMAGE, N_LAYERS, build, generate, masked_recompute, prompts, step_logits, views_from
+from tiny_models import FAMILIES, IMAGE, N_LAYERS, build, generate, masked_recompute, prompts, scopes_of, step_logits, views_from
 from toy_pruners import KeyNorm, StateNorm, Stride
 
 from vlm_pruner_eval import prune
@@ -15,6 +15,11 @@ from vlm_pruner_eval.types import Selection
 
 # transformers 4.57 and 5.0 repeat images one by one under beams, wrongly when a row has several
 SEVERAL_UNDER_BEAMS = hasattr(transformers.GenerationMixin, "_expand_multimodal_outputs")
+
+
+def plain_positions(family: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Positions that count attended tokens, where the model does not compute multi-dimensional ones itself."""
+    return {} if FAMILIES[family].mrope else {"position_ids": (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)}
 
 
 def rate_for(name: str) -> object:
@@ -39,7 +44,9 @@ def test_every_method_gives_the_same_in_a_batch_and_alone(tiny_model, family, na
         assert together[i].kv_lengths == record.kv_lengths
         assert distance(step_logits(batch)[i], step_logits(alone)[0]) < CLOSE
         assert torch.equal(batch.sequences[i, -6:], alone.sequences[0, -6:])
-        expected = pruner.default_keep(16) * record.n_images
+        scopes = scopes_of(family, sample)
+        expected = sum(map(pruner.default_keep, scopes))
+        assert (record.n_images, record.n_visual) == (len(scopes), sum(scopes))
         assert record.n_kept == record.n_asked == expected
         text = len(prompts(family, [sample])["input_ids"][0]) - record.n_visual
         cut_at = record.layer if record.layer is not None else N_LAYERS
@@ -60,7 +67,7 @@ def test_records_say_what_was_kept(tiny_model, family):
         assert record.as_json()["n_kept"] == record.n_kept
 
 
-@pytest.mark.parametrize("rows", [[[4, "i0", 7], [3, "i1", 12], [9]], MIXED], ids=["one image a row", "several images"])
+@pytest.mark.parametrize("rows", [[[4, "i0", 7], [3, "i0", 12], [9]], MIXED], ids=["one image a row", "several images"])
 @pytest.mark.parametrize("kind", ["beams", "samples"])
 def test_beams_and_returned_sequences(tiny_model, family, rows, kind):
     """With a rule that does not depend on numbers, cached decoding equals decoding without a cache."""
@@ -76,7 +83,8 @@ def test_beams_and_returned_sequences(tiny_model, family, rows, kind):
             outputs.append(generate(model, inputs, 5, use_cache=use_cache, **kwargs))
         first = ledger.records[:9]
         assert [record.sample_id for record in first] == ["a"] * 3 + ["b"] * 3 + ["c"] * 3
-        assert all(record.n_kept == 5 * record.n_images for record in ledger.records)
+        kept = [sum(map(Stride(pruning_rate="2/3").default_keep, scopes_of(family, row))) for row in rows for _ in range(3)]
+        assert [record.n_kept for record in first] == kept
     assert torch.equal(outputs[0].sequences, outputs[1].sequences)
     if kind == "beams":
         assert distance(outputs[0].sequences_scores, outputs[1].sequences_scores) < 1e-4
@@ -88,7 +96,7 @@ def test_logits_keep_the_length_of_the_input_and_the_loss_works(tiny_model, fami
     labels[:, :-5] = -100
     with prune(model, KeyNorm(pruning_rate="2/3")) as ledger, torch.no_grad():
         out = model(**inputs, labels=labels)
-        with_positions = model(**inputs, position_ids=(inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)).logits
+        with_positions = model(**inputs, **plain_positions(family, inputs)).logits
     assert out.logits.shape[:2] == inputs["input_ids"].shape
     assert bool(torch.isfinite(out.loss))
     views = views_from(ledger.records[3:], inputs)
@@ -108,9 +116,8 @@ def test_gradients_flow_through_the_cut(family):
 def test_right_padding_keeps_the_same_tokens(tiny_model, family):
     model, fastv = tiny_model(family), get_pruner("fastv", pruning_rate="2/3")
     right, left = prompts(family, MIXED, pad="right"), prompts(family, MIXED)
-    positions = (right["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     with prune(model, fastv) as ledger, torch.no_grad():
-        logits = model(**right, position_ids=positions).logits
+        logits = model(**right, **plain_positions(family, right)).logits
         model(**left)
     records = ledger.records
     assert [r.order for r in records[:3]] == [r.order for r in records[3:]]
@@ -144,13 +151,18 @@ def see():
     return _See(pruning_rate=0.5), _See.seen
 
 
+def rows_of(family: str) -> list[int]:
+    """The row of every scope of MIXED."""
+    return [b for b, sample in enumerate(MIXED) for _ in scopes_of(family, sample)]
+
+
 def test_keys_are_those_of_the_cache(tiny_model, family, see):
     model, inputs = tiny_model(family), prompts(family, MIXED)
     pruner, seen = see
     with prune(model, pruner), torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
     keys = cache.layers[1].keys
-    for row, tokens in zip((0, 1, 1), seen, strict=True):
+    for row, tokens in zip(rows_of(family), seen, strict=True):
         padding = int((inputs["attention_mask"][row] == 0).sum())
         assert torch.equal(tokens.keys, keys[row, :, tokens.positions + padding].transpose(0, 1))
         assert torch.equal(tokens.text.keys, keys[row, :, tokens.text.positions + padding].transpose(0, 1))
@@ -163,13 +175,13 @@ def test_attention_is_the_last_row_that_eager_attention_computes(tiny_model, fam
         tiny_model(family)(**inputs)
     with torch.no_grad():
         weights = tiny_model(family, "eager")(**inputs, output_attentions=True).attentions[1]
-    for row, tokens in zip((0, 1, 1), seen, strict=True):
+    for row, tokens in zip(rows_of(family), seen, strict=True):
         padding = int((inputs["attention_mask"][row] == 0).sum())
         assert distance(tokens.attention, weights[row, :, -1].mean(0)[tokens.positions + padding]) < 1e-6
 
 
-def test_the_text_after_the_image_and_the_final_norm(tiny_model, family, see):
-    model, inputs = tiny_model(family), prompts(family, MIXED)
+def test_the_text_after_the_image_and_the_final_norm(tiny_model, see):
+    model, inputs = tiny_model("llava"), prompts("llava", MIXED)
     pruner, seen = see
     with prune(model, pruner), torch.no_grad():
         model(**inputs)
@@ -212,26 +224,28 @@ def test_hidden_states_and_attentions_can_be_asked_for(family):
     length = inputs["input_ids"].shape[1]
     with prune(model, KeyNorm(pruning_rate="2/3")), torch.no_grad():
         out = model(**inputs, output_hidden_states=True, output_attentions=True)
-    short = length - 16 + 5
+    (n_visual,) = scopes_of(family, ONE[0])
+    short = length - n_visual + KeyNorm(pruning_rate="2/3").default_keep(n_visual)
     assert [tuple(a.shape[2:]) for a in out.attentions] == [(length, length)] * 2 + [(short, short)] * 3
-    assert out.hidden_states[-1].shape[1] == length
+    assert [states.shape[1] for states in out.hidden_states[:3]] == [length] * 3
+    assert out.logits.shape[1] == length
 
 
-def test_layer_average_budget(tiny_model, family):
+def test_layer_average_budget(tiny_model):
     """Rate 0.25 on average over 5 layers, two of which see all 16 tokens: (2 * 16 + 3 * 9) / 5 is nearest to 12."""
-    with prune(tiny_model(family), KeyNorm(pruning_rate=0.25, budget="layer_average")) as ledger:
-        generate(tiny_model(family), prompts(family, ONE), 1)
+    with prune(tiny_model("llava"), KeyNorm(pruning_rate=0.25, budget="layer_average")) as ledger:
+        generate(tiny_model("llava"), prompts("llava", ONE), 1)
     (record,) = ledger.records
     assert record.n_kept == 9
     assert abs(record.layer_averaged - 12) < 0.5
 
 
-def test_a_selection_may_be_returned_whole(tiny_model, family):
+def test_a_selection_may_be_returned_whole(tiny_model):
     class Whole(StateNorm):
         def choose(self, tokens, keep):
             return Selection(torch.arange(keep).flip(0), quirks=frozenset({"told"}))
 
-    with prune(tiny_model(family), Whole(pruning_rate="2/3")) as ledger:
-        generate(tiny_model(family), prompts(family, ONE), 1)
+    with prune(tiny_model("llava"), Whole(pruning_rate="2/3")) as ledger:
+        generate(tiny_model("llava"), prompts("llava", ONE), 1)
     assert ledger.records[0].order == [4, 3, 2, 1, 0]
     assert ledger.records[0].quirks == {"told"}

@@ -6,8 +6,21 @@ import copy
 
 import pytest
 import torch
+import transformers
 from fake_flash import NAME as FAKE_FLASH
-from tiny_models import N_LAYERS, View, generate, masked_recompute, prompts, seen_after, step_logits, views_from
+from tiny_models import (
+    FAMILIES,
+    N_LAYERS,
+    View,
+    generate,
+    masked_recompute,
+    next_positions,
+    prompts,
+    scopes_of,
+    seen_after,
+    step_logits,
+    views_from,
+)
 from toy_pruners import KeyNorm, StateNorm, Stride, TwoStages
 from transformers import DynamicCache
 
@@ -49,6 +62,17 @@ def test_cached_decoding_equals_masked_recompute(tiny_model, family, attention, 
     assert cache.get_seq_length() == inputs["input_ids"].shape[1] + new
 
 
+@pytest.mark.parametrize("family", sorted(name for name, tiny in FAMILIES.items() if tiny.videos))
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("samples", [[[4, "v1", 6]], [[4, "i1", 3, "v0", 6]]], ids=["video", "image and video"])
+def test_videos(tiny_model, family, layer, samples):
+    _, records, apart = compare(tiny_model(family), prompts(family, samples), StateNorm(pruning_rate=7 / 9, layer=layer))
+    assert apart < CLOSE
+    pruner, scopes = StateNorm(pruning_rate=7 / 9), scopes_of(family, samples[0])
+    assert (records[0].n_images, records[0].n_visual) == (len(scopes), sum(scopes))
+    assert records[0].n_kept == sum(map(pruner.default_keep, scopes))
+
+
 def test_merged_states_reach_the_layers_behind_the_cut(tiny_model, family):
     def views(records, inputs):
         def edit(hidden):
@@ -64,6 +88,7 @@ def test_merged_states_reach_the_layers_behind_the_cut(tiny_model, family):
     assert compare(model, inputs, KeyNorm(pruning_rate="2/3", merge=True), views=views)[2] < CLOSE
 
 
+@pytest.mark.parametrize("family", sorted(name for name, tiny in FAMILIES.items() if not tiny.mrope))
 @pytest.mark.parametrize("layer", [0, 2])
 def test_contiguous_positions_are_renumbered_and_decoding_goes_on_from_them(tiny_model, family, layer):
     n = 6
@@ -142,7 +167,7 @@ def test_blind_drops_every_visual_token(tiny_model, family):
     model, inputs = tiny_model(family), prompts(family, MIXED)
     _, records, apart = compare(model, inputs, get_pruner("blind", pruning_rate=0.5))
     assert apart < CLOSE
-    assert [(record.n_visual, record.n_kept) for record in records] == [(16, 0), (32, 0), (0, 0)]
+    assert [(record.n_visual, record.n_kept) for record in records] == [(sum(scopes_of(family, sample)), 0) for sample in MIXED]
 
 
 @pytest.mark.parametrize("with_mask", [True, False])
@@ -152,18 +177,20 @@ def test_a_decoding_loop_written_by_hand(tiny_model, family, layer, with_mask):
     length, n = inputs["input_ids"].shape[1], 5
     cache, logits, tokens, step = DynamicCache(config=model.model.language_model.config), [], [], dict(inputs)
     if not with_mask:
+        if FAMILIES[family].mrope and "mm_token_type_ids" not in inputs:
+            pytest.skip("this transformers version itself restarts multi-dimensional positions at 0 then")
         del step["attention_mask"]
     with prune(model, StateNorm(pruning_rate="2/3", layer=layer)) as ledger, torch.no_grad():
         for t in range(n):
             out = model(**step, past_key_values=cache, use_cache=True)
-            out.logits[..., 100] = -1e4
+            out.logits[..., 100:104] = -1e4
             logits.append(out.logits[:, -1])
             tokens.append(logits[-1].argmax(-1, keepdim=True))
             step = {"input_ids": tokens[-1]}
             if with_mask:
-                step |= {"attention_mask": torch.ones(1, length + t + 1, dtype=torch.long), "position_ids": torch.tensor([[length + t]])}
+                step |= {"attention_mask": torch.ones(1, length + t + 1, dtype=torch.long)} | next_positions(model, inputs, after=t)
     slow = masked_recompute(model, inputs, views_from(ledger.records, inputs), torch.cat(tokens, 1))
-    slow[..., 100] = -1e4
+    slow[..., 100:104] = -1e4
     assert distance(torch.stack(logits, 1), slow[:, length - 1 : length - 1 + n]) < CLOSE
 
 
@@ -172,8 +199,8 @@ def test_text_in_a_second_turn_continues_a_pruned_cache(tiny_model, family):
     length = inputs["input_ids"].shape[1]
     with prune(model, KeyNorm(pruning_rate="2/3")) as ledger, torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
-        mask, positions = torch.ones(1, length + 4, dtype=torch.long), torch.arange(length, length + 4)[None]
-        logits = model(input_ids=turn, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+        mask = torch.ones(1, length + 4, dtype=torch.long)
+        logits = model(input_ids=turn, attention_mask=mask, past_key_values=cache, **next_positions(model, inputs, 4)).logits
     assert len(ledger.records) == 1
     slow = masked_recompute(model, inputs, views_from(ledger.records, inputs), turn)[:, -4:]
     assert distance(logits, slow) < CLOSE
@@ -181,13 +208,13 @@ def test_text_in_a_second_turn_continues_a_pruned_cache(tiny_model, family):
 
 def test_prompts_may_be_interleaved_on_their_own_caches(tiny_model, family):
     model, both = tiny_model(family), [prompts(family, [sample]) for sample in MIXED[:2]]
-    lengths = [inputs["input_ids"].shape[1] for inputs in both]
     with prune(model, KeyNorm(pruning_rate="2/3")) as ledger, torch.no_grad():
         caches = [model(**inputs, use_cache=True).past_key_values for inputs in both]
         steps = []
-        for cache, n in zip(caches, lengths, strict=True):
-            mask = torch.ones(1, n + 1, dtype=torch.long)
-            steps.append(model(input_ids=torch.tensor([[7]]), attention_mask=mask, past_key_values=cache).logits[:, -1])
+        for cache, inputs in zip(caches, both, strict=True):
+            mask = torch.ones(1, inputs["input_ids"].shape[1] + 1, dtype=torch.long)
+            positions = next_positions(model, inputs)
+            steps.append(model(input_ids=torch.tensor([[7]]), attention_mask=mask, past_key_values=cache, **positions).logits[:, -1])
     for inputs, record, step in zip(both, ledger.records, steps, strict=True):
         slow = masked_recompute(model, inputs, views_from([record], inputs), torch.tensor([[7]]))[:, -1]
         assert distance(step, slow) < CLOSE
@@ -199,8 +226,8 @@ def test_a_copy_of_a_pruned_cache_decodes_on_its_own(tiny_model, family, layer):
     length = inputs["input_ids"].shape[1]
 
     def step(cache, n):
-        mask = torch.ones(1, n + 1, dtype=torch.long)
-        return model(input_ids=torch.tensor([[7]]), attention_mask=mask, past_key_values=cache).logits
+        mask, positions = torch.ones(1, n + 1, dtype=torch.long), next_positions(model, inputs, after=n - length)
+        return model(input_ids=torch.tensor([[7]]), attention_mask=mask, past_key_values=cache, **positions).logits
 
     with prune(model, StateNorm(pruning_rate="2/3", layer=layer)), torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
@@ -249,6 +276,8 @@ def test_kept_tokens_keep_their_positions_and_decoding_goes_on_from_the_original
 
 @pytest.mark.parametrize("samples", [ONE, MIXED], ids=["one", "mixed batch"])
 def test_flash_attentions_rules(tiny_model, family, samples):
+    if family == "qwen3_vl" and int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("this transformers version hands flash attention positions of Qwen3-VL that it misreads, pruned or not")
     model, inputs = tiny_model(family), prompts(family, samples)
     with prune(model, KeyNorm(pruning_rate="2/3")):
         reference = step_logits(generate(model, inputs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-VOCAB, IMAGE, PAD = 120, 100, 0
+VOCAB, IMAGE, VIDEO, VISION_START, VISION_END, PAD = 120, 100, 101, 102, 103, 0
 N_LAYERS = 5
 TEXT = {
     "vocab_size": VOCAB,
@@ -25,51 +26,198 @@ TEXT = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
-CLIP = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 56,
-    "patch_size": 14,
-    "projection_dim": 16,
-}
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
+CLIP = TOWER | {"model_type": "clip_vision_model", "projection_dim": 16}
+SIGLIP = TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False}
+IMAGE_IDS = {"image_token_id": IMAGE, "image_token_index": IMAGE}
+VIDEO_IDS = {"video_token_id": VIDEO, "video_token_index": VIDEO}
 
-Segments = Sequence[int | str]  # a number of text tokens, or "i<k>" for image k
+SIZES = [(50, 100), (112, 80), (40, 140), (100, 100)]  # (height, width) of anyres images
+PINPOINTS = [[56, 112], [112, 56], [112, 112], [56, 168]]
+GRIDS = [(1, 4, 6), (1, 8, 4), (1, 6, 6), (1, 4, 4)]  # (frames, rows, cols) in patches, before the 2 x 2 merge
+VIDEO_GRIDS = [(2, 4, 4), (3, 4, 6)]
+
+Segments = Sequence[int | str]  # a number of text tokens, "i<k>" for image k, "v<k>" for video k
 
 
 @dataclass(frozen=True)
 class TinyFamily:
-    """How to make a tiny model of a family, and a prompt for it. One entry here puts a family into every behaviour test."""
+    """How to make a tiny model of a family, and a prompt for it. One entry in FAMILIES puts it into every behaviour test.
+
+    `scopes(kind, k)`: tokens of each budget scope that image or video k makes. `features(kind, ks, dtype)`: its tensors.
+    `framed`: how the placeholder tokens of one image or video stand in the prompt.
+    """
 
     model_class: str
     config: Callable[[], object]
-    image_tokens: Callable[[int], int]
-    features: Callable[[list[int], torch.dtype], dict[str, Tensor]]
+    scopes: Callable[[str, int], list[int]]
+    features: Callable[[str, list[int], torch.dtype], dict[str, Tensor]]
+    framed: Callable[[str, int, list[int]], list[int]] = lambda kind, k, tokens: tokens
+    videos: bool = False
+    mrope: bool = False
+
+    def n_visual(self, kind: str, k: int) -> int:
+        """Placeholder tokens of one image or video."""
+        return sum(self.scopes(kind, k))
 
 
-def _pixels(k: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1000 + k))
+def _random(seed: str, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1000 + 7 * sum(map(ord, seed))))
 
 
+# ---- LLaVA-1.5
 def _llava_config() -> object:
-    return transformers.LlavaConfig(
-        vision_config=dict(CLIP),
-        text_config=dict(TEXT, model_type="llama"),
-        image_token_id=IMAGE,
-        image_token_index=IMAGE,
-        vision_feature_layer=-2,
-        image_seq_length=16,
+    text = dict(TEXT, model_type="llama")
+    return transformers.LlavaConfig(vision_config=dict(CLIP), text_config=text, vision_feature_layer=-2, image_seq_length=16, **IMAGE_IDS)
+
+
+def _llava_features(kind: str, ks: list[int], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {"pixel_values": torch.stack([_random(f"i{k}", 3, 56, 56) for k in ks]).to(dtype)}
+
+
+# ---- LLaVA-NeXT and LLaVA-OneVision: tiles
+def _next_config() -> object:
+    text = dict(TEXT, model_type="llama")
+    return transformers.LlavaNextConfig(
+        vision_config=dict(CLIP), text_config=text, vision_feature_layer=-2, image_grid_pinpoints=PINPOINTS, **IMAGE_IDS
     )
 
 
+def _onevision_config() -> object:
+    return transformers.LlavaOnevisionConfig(
+        vision_config=dict(SIGLIP),
+        text_config=dict(TEXT, model_type="qwen2"),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        image_grid_pinpoints=PINPOINTS,
+        **IMAGE_IDS,
+        **VIDEO_IDS,
+    )
+
+
+def _tiles(size: tuple[int, int]) -> tuple[int, int]:
+    """(rows, cols) of tiles of the pinpoint that keeps most of the image and wastes least, restated from LLaVA-NeXT's rule."""
+
+    def fit(pinpoint: list[int]) -> tuple[int, int]:
+        scale = min(pinpoint[1] / size[1], pinpoint[0] / size[0])
+        effective = min(int(size[1] * scale) * int(size[0] * scale), size[0] * size[1])
+        return effective, -(pinpoint[0] * pinpoint[1] - effective)
+
+    best = max(PINPOINTS, key=fit)
+    return best[0] // 56, best[1] // 56
+
+
+def _anyres_tokens(size: tuple[int, int]) -> int:
+    """16 tokens of the base view, and the unpadded grid of tiles with one newline token a row."""
+    rows, cols = (4 * n for n in _tiles(size))
+    height, width = size
+    if width / height > cols / rows:
+        rows -= 2 * ((rows - int(round(height * (cols / width), 7))) // 2)
+    else:
+        cols -= 2 * ((cols - int(round(width * (rows / height), 7))) // 2)
+    return 16 + rows * (cols + 1)
+
+
+def _anyres_features(kind: str, ks: list[int], dtype: torch.dtype) -> dict[str, Tensor]:
+    if kind == "v":
+        return {"pixel_values_videos": torch.stack([_random(f"v{k}", k + 2, 3, 56, 56) for k in ks]).to(dtype)}
+    counts = [1 + math.prod(_tiles(SIZES[k])) for k in ks]
+    pixels = torch.zeros(len(ks), max(counts), 3, 56, 56)
+    for row, k, n in zip(pixels, ks, counts, strict=True):
+        row[:n] = _random(f"i{k}", n, 3, 56, 56)
+    return {"pixel_values": pixels.to(dtype), "image_sizes": torch.tensor([SIZES[k] for k in ks])}
+
+
+# ---- Qwen: grids of merged patches, multi-dimensional rotary positions
+def _qwen_config(name: str, text: dict, vision: dict) -> object:
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    new = int(transformers.__version__.split(".")[0]) >= 5
+    rope_keys = {"rope_parameters": rope} if new else {"rope_scaling": rope, "rope_theta": 10000.0}
+    vision = {"num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2} | vision
+    ids = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
+    return getattr(transformers, name)(text_config=TEXT | text | rope_keys, vision_config=vision, **ids)
+
+
+def _qwen2_config() -> object:
+    return _qwen_config("Qwen2VLConfig", {}, {"depth": 2, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2, "patch_size": 14})
+
+
+def _qwen25_config() -> object:
+    vision = {"depth": 2, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48, "patch_size": 14}
+    windows = {"window_size": 56, "fullatt_block_indexes": [1], "tokens_per_second": 2}
+    return _qwen_config("Qwen2_5_VLConfig", {}, vision | windows)
+
+
+def _qwen3_config() -> object:
+    vision = {"depth": 4, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48, "patch_size": 16}
+    deepstack = {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2]}
+    return _qwen_config("Qwen3VLConfig", {"head_dim": 16}, vision | deepstack)
+
+
+def _qwen_scopes(kind: str, k: int) -> list[int]:
+    return [math.prod((GRIDS if kind == "i" else VIDEO_GRIDS)[k]) // 4]
+
+
+def _qwen_features(patch: int):
+    def features(kind: str, ks: list[int], dtype: torch.dtype) -> dict[str, Tensor]:
+        grids, names = (
+            (GRIDS, ("pixel_values", "image_grid_thw")) if kind == "i" else (VIDEO_GRIDS, ("pixel_values_videos", "video_grid_thw"))
+        )
+        pixels = [_random(f"{kind}{k}", math.prod(grids[k]), 3 * 2 * patch * patch) for k in ks]
+        return {names[0]: torch.cat(pixels).to(dtype), names[1]: torch.tensor([grids[k] for k in ks])}
+
+    return features
+
+
+def _qwen_framed(kind: str, k: int, tokens: list[int]) -> list[int]:
+    return [VISION_START, *tokens, VISION_END]
+
+
+def _qwen3_framed(kind: str, k: int, tokens: list[int]) -> list[int]:
+    """A video's frames are separated by their timestamps, so its tokens do not stand together."""
+    if kind == "i":
+        return _qwen_framed(kind, k, tokens)
+    frames = VIDEO_GRIDS[k][0]
+    per_frame = len(tokens) // frames
+    return [token for t in range(frames) for token in (50 + t, *_qwen_framed(kind, k, tokens[:per_frame]))]
+
+
+# ---- InternVL: tiles of 2 x 2 tokens
+def _internvl_config() -> object:
+    vision = dict(TOWER, model_type="internvl_vision", image_size=[56, 56], patch_size=[14, 14], num_hidden_layers=2)
+    text = dict(TEXT, model_type="qwen2")
+    return transformers.InternVLConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=4, downsample_ratio=0.5
+    )
+
+
+def _internvl_features(kind: str, ks: list[int], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {"pixel_values": torch.cat([_random(f"i{k}", k + 1, 3, 56, 56) for k in ks]).to(dtype)}
+
+
 FAMILIES = {
-    "llava": TinyFamily(
-        model_class="LlavaForConditionalGeneration",
-        config=_llava_config,
-        image_tokens=lambda k: 16,
-        features=lambda images, dtype: {"pixel_values": torch.stack([_pixels(k, 3, 56, 56) for k in images]).to(dtype)},
+    "internvl": TinyFamily(
+        "InternVLForConditionalGeneration", _internvl_config, lambda kind, k: [4] * (k + 1), _internvl_features, _qwen_framed
+    ),
+    "llava": TinyFamily("LlavaForConditionalGeneration", _llava_config, lambda kind, k: [16], _llava_features),
+    "llava_next": TinyFamily(
+        "LlavaNextForConditionalGeneration", _next_config, lambda kind, k: [_anyres_tokens(SIZES[k])], _anyres_features
+    ),
+    "llava_onevision": TinyFamily(
+        "LlavaOnevisionForConditionalGeneration",
+        _onevision_config,
+        lambda kind, k: [_anyres_tokens(SIZES[k]) if kind == "i" else 4 * (k + 2) + 1],
+        _anyres_features,
+        videos=True,
+    ),
+    "qwen2_vl": TinyFamily(
+        "Qwen2VLForConditionalGeneration", _qwen2_config, _qwen_scopes, _qwen_features(14), _qwen_framed, videos=True, mrope=True
+    ),
+    "qwen2_5_vl": TinyFamily(
+        "Qwen2_5_VLForConditionalGeneration", _qwen25_config, _qwen_scopes, _qwen_features(14), _qwen_framed, videos=True, mrope=True
+    ),
+    "qwen3_vl": TinyFamily(
+        "Qwen3VLForConditionalGeneration", _qwen3_config, _qwen_scopes, _qwen_features(16), _qwen3_framed, videos=True, mrope=True
     ),
 }
 
@@ -94,8 +242,8 @@ def build(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.float
 
 
 def prompts(family: str, samples: Sequence[Segments], dtype: torch.dtype = torch.float32, *, pad: str = "left") -> dict[str, Tensor]:
-    """A padded batch of prompts: input_ids, attention_mask, and the images' features."""
-    rows, images = [], []
+    """A padded batch of prompts: input_ids, attention_mask, and the images' and videos' features."""
+    tiny, rows, found = FAMILIES[family], [], {"i": [], "v": []}
     for sample in samples:
         generator = torch.Generator().manual_seed(sum(map(ord, str(list(sample)))))
         row: list[int] = []
@@ -103,24 +251,48 @@ def prompts(family: str, samples: Sequence[Segments], dtype: torch.dtype = torch
             if isinstance(segment, int):
                 row += torch.randint(5, 95, (segment,), generator=generator).tolist()
             else:
-                images.append(int(segment[1:]))
-                row += [IMAGE] * FAMILIES[family].image_tokens(images[-1])
+                kind, k = segment[0], int(segment[1:])
+                found[kind].append(k)
+                row += tiny.framed(kind, k, [IMAGE if kind == "i" else VIDEO] * tiny.n_visual(kind, k))
         rows.append(row)
+    ids, mask = (_padded(table, pad) for table in (rows, [[1] * len(row) for row in rows]))
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if tiny.mrope and _wants_token_types(tiny):
+        batch["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+    for kind, ks in found.items():
+        batch |= tiny.features(kind, ks, dtype) if ks else {}
+    return batch
+
+
+def _padded(rows: list[list[int]], pad: str) -> Tensor:
     length = max(map(len, rows))
-    fill = [([PAD] * (length - len(row)), [0] * (length - len(row))) for row in rows]
-    left = pad == "left"
-    batch = {
-        "input_ids": torch.tensor([ids + row if left else row + ids for row, (ids, _) in zip(rows, fill, strict=True)]),
-        "attention_mask": torch.tensor(
-            [mask + [1] * len(row) if left else [1] * len(row) + mask for row, (_, mask) in zip(rows, fill, strict=True)]
-        ),
-    }
-    return batch | (FAMILIES[family].features(images, dtype) if images else {})
+    return torch.tensor([[0] * (length - len(row)) + row if pad == "left" else row + [0] * (length - len(row)) for row in rows])
+
+
+def _wants_token_types(tiny: TinyFamily) -> bool:
+    """Some release of transformers 5 on, multi-dimensional positions are computed from token types."""
+    core = getattr(transformers, tiny.model_class.replace("ForConditionalGeneration", "Model"))
+    return "mm_token_type_ids" in inspect.signature(core.get_rope_index).parameters
+
+
+def scopes_of(family: str, sample: Segments) -> list[int]:
+    """Tokens of every budget scope of one prompt, in order."""
+    return [n for segment in sample if isinstance(segment, str) for n in FAMILIES[family].scopes(segment[0], int(segment[1:]))]
+
+
+def next_positions(model: nn.Module, inputs: dict[str, Tensor], n: int = 1, *, after: int = 0) -> dict[str, Tensor]:
+    """The position_ids that generate() would pass for `n` more tokens, `after` steps behind a prompt of one row."""
+    positions = torch.arange(n)[None] + inputs["input_ids"].shape[1] + after
+    if not hasattr(model.model, "get_rope_index"):
+        return {"position_ids": positions}
+    grids = {name: value for name, value in inputs.items() if name.endswith("grid_thw") or name == "mm_token_type_ids"}
+    delta = model.model.get_rope_index(inputs["input_ids"], **grids)[1]
+    return {"position_ids": (positions + delta).expand(3, 1, n)}
 
 
 def generate(model: nn.Module, inputs: dict[str, Tensor], n: int = 6, **kwargs: object) -> object:
     """Greedy decoding of exactly `n` tokens, with the logits of every step; never an image token."""
-    settings = {"do_sample": False, "suppress_tokens": [IMAGE]} | kwargs
+    settings = {"do_sample": False, "suppress_tokens": [IMAGE, VIDEO, VISION_START, VISION_END]} | kwargs
     with torch.no_grad():
         return model.generate(**inputs, max_new_tokens=n, return_dict_in_generate=True, output_logits=True, **settings)
 
@@ -154,8 +326,11 @@ def masked_recompute(model: nn.Module, inputs: dict[str, Tensor], views: dict[in
     if new is not None:
         x["input_ids"] = torch.cat([x["input_ids"], new], 1)
         x["attention_mask"] = torch.cat([x["attention_mask"], x["attention_mask"].new_ones(len(new), n_new)], 1)
+        if "mm_token_type_ids" in x:
+            x["mm_token_type_ids"] = torch.cat([x["mm_token_type_ids"], x["mm_token_type_ids"].new_zeros(len(new), n_new)], 1)
     attended = x["attention_mask"].bool()
-    x["position_ids"] = (attended.long().cumsum(-1) - 1).clamp(min=0)
+    if not any(name.endswith("grid_thw") for name in x):  # multi-dimensional positions are the model's own business
+        x["position_ids"] = (attended.long().cumsum(-1) - 1).clamp(min=0)
     causal = torch.ones(attended.shape[1], attended.shape[1]).tril().bool()
     text, dtype = model.model.language_model, next(model.parameters()).dtype
 
@@ -183,7 +358,7 @@ def masked_recompute(model: nn.Module, inputs: dict[str, Tensor], views: dict[in
 
 def seen_after(inputs: dict[str, Tensor], kept_positions: Sequence[Sequence[int]]) -> Tensor:
     """Bool [B, L]: attended text, and of the visual tokens only `kept_positions` of each row."""
-    seen = inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE)
+    seen = inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE) & (inputs["input_ids"] != VIDEO)
     for row, kept in zip(seen, kept_positions, strict=True):
         row[list(kept)] = True
     return seen

@@ -136,7 +136,7 @@ class Prefill:
     def _select(self, stage: Stage, view: _RowView, s: int, alive: Alive) -> Tensor | None:
         """Run the method on one scope; returns new states [n, D] of what is left, or None."""
         row, n_now = view.row, len(alive.local)
-        alive.asked = min(n_now, self.family.keep(self.pruner, stage, len(alive.scope.positions)))
+        alive.asked = min(n_now, self.family.keep(self.pruner, stage, len(alive.scope.positions), s))
         if alive.asked == n_now:
             return None
         sample_id = f"{row.sample_id}/{s}"
@@ -240,11 +240,13 @@ class _RowView:
         """The VisualTokens of one scope, with the fields that the method needs and no others."""
         needs, positions = self.prefill.pruner.needs, alive.scope.positions[alive.local]
         slots = self.slots(positions)
-        hidden = self.hidden[self.b, slots]
+        hidden, layout = self.hidden[self.b, slots], alive.scope.layout
+        if self.prefill.pruner.official_quirks:
+            layout = self.prefill.family.release_layout(layout)
         return VisualTokens(
             hidden,
-            grid=alive.scope.layout.grid,
-            coords=alive.scope.layout.coords.to(hidden.device)[alive.local.to(hidden.device)],
+            grid=layout.grid,
+            coords=layout.coords.to(hidden.device)[alive.local.to(hidden.device)],
             keys=self._keys(slots) if "keys" in needs else None,
             attention=self._attention[slots] if "attention" in needs else None,
             normed_hidden_states=self._normed(hidden) if "normed_hidden_states" in needs else None,

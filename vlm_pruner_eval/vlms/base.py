@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,13 @@ class Scope:
     layout: Layout
 
 
+class SeenTokens(Protocol):
+    """The shortened sequence that a layer sees: `index` [B, L'] positions in the prompt, `valid` [B, L'] False for fillers."""
+
+    index: Tensor
+    valid: Tensor
+
+
 # Arguments of one call of ``get_image_features`` / ``get_video_features``, by name.
 FeatureCall = Mapping[str, object]
 # (owner, attribute, wrapper(original, cut, *args, **kwargs)); cut = the sequence the current layer sees, or None.
@@ -70,9 +77,13 @@ class Family:
         """A sentence when a checkpoint of this model type can't be pruned, else None."""
         return None
 
-    def keep(self, pruner: Pruner, stage: Stage, n_visual: int) -> int:
-        """Tokens of a scope kept after `stage`; a family's release count (official_quirks) goes here."""
+    def keep(self, pruner: Pruner, stage: Stage, n_visual: int, scope: int) -> int:
+        """Tokens kept after `stage` of the row's scope number `scope`; a family's release count (official_quirks) goes here."""
         return pruner.keep_at(stage, n_visual)
+
+    def release_layout(self, layout: Layout) -> Layout:
+        """Where the released code takes the tokens of `layout` to be (official_quirks)."""
+        return layout
 
     def patches(self, core: nn.Module) -> list[InstancePatch]:
         """Methods of the model that must know which tokens were cut (DeepStack); most families have none."""

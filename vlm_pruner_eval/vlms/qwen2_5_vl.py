@@ -1,0 +1,13 @@
+"""Qwen2.5-VL (arXiv 2502.13923): the grids of Qwen2-VL."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from vlm_pruner_eval.vlms.qwen2_vl import QwenVL
+
+
+class Qwen25VL(QwenVL):
+    """``Qwen2_5_VLForConditionalGeneration``; window attention is in its vision tower only."""
+
+    model_types: ClassVar[frozenset[str]] = frozenset({"qwen2_5_vl"})

@@ -1,0 +1,37 @@
+"""Qwen3-VL: the grids of Qwen2-VL, and DeepStack: visual features are added again after the first layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from vlm_pruner_eval.vlms.base import InstancePatch, SeenTokens
+from vlm_pruner_eval.vlms.qwen2_vl import QwenVL
+
+
+class Qwen3VL(QwenVL):
+    """``Qwen3VLForConditionalGeneration``: a cut among the DeepStack layers takes the features of the kept tokens along."""
+
+    model_types: ClassVar[frozenset[str]] = frozenset({"qwen3_vl"})
+
+    def patches(self, core: nn.Module) -> list[InstancePatch]:
+        """The method of the language model that adds the features."""
+        return [(core.language_model, "_deepstack_process", add_to_kept)]
+
+
+def add_to_kept(original: Callable, cut: SeenTokens | None, hidden: Tensor, visual: Tensor, features: Tensor) -> Tensor:
+    """Add DeepStack features [n_visual, D] to the visual tokens that `hidden` [B, L', D] still holds.
+
+    Parameters
+    ----------
+    visual : Tensor [B, L] bool
+        The visual tokens of the whole prompt; `features` come in their order.
+    """
+    if cut is None:
+        return original(hidden, visual, features)
+    index, valid = cut.index.to(visual.device), cut.valid.to(visual.device)
+    row_of = (visual.flatten().cumsum(0) - 1).view_as(visual).gather(1, index)
+    kept = visual.gather(1, index) & valid
+    return original(hidden, kept, features[row_of[kept].to(features.device)])
