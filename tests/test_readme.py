@@ -99,7 +99,7 @@ def test_every_method_is_in_the_table_of_methods():
 
 def test_the_tree_is_the_tree():
     """Every source file has its line, and every line its file."""
-    (tree,) = blocks("text")
+    (tree,) = [block for block in blocks("text") if block.startswith("vlm_pruner_eval/")]
     listed, folders = set(), []
     for line in tree.splitlines():
         name, depth = line.split()[0], (len(line) - len(line.lstrip())) // 2

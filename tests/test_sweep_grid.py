@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sweep_standin import make_config
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.sweep.config import validate
-from vlm_pruner_eval.sweep.grid import code_version, expand, rate_percent
+from vlm_pruner_eval.sweep.config import load, validate
+from vlm_pruner_eval.sweep.grid import code_version, expand, method_problems, rate_percent
 
 BASE: dict[str, Any] = {
     "name": "tiny",
@@ -118,3 +119,14 @@ def test_rates_as_percentages() -> None:
     assert rate_percent("8/9") == pytest.approx(88.8889, abs=1e-4)
     assert rate_percent(0.5) == 50.0
     assert rate_percent(None) is None
+
+
+def test_problems_of_methods_are_reported_with_those_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("name: x\nmodle: {}\ntasks: [a]\npruning_rates: [2]\nmethods: [fastw, 3, {name: dart, image_pivot: 2}]\n")
+    with pytest.raises(ConfigError) as refusal:
+        load(path, check=method_problems)
+    text = str(refusal.value)
+    for part in ("modle", "pruning_rates[0]", "methods[0]: method: got 'fastw'", "methods[1]", "methods[2]: unknown key 'image_pivot'"):
+        assert part in text
+    assert "did you mean 'image_pivots'?" in text

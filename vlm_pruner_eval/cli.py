@@ -60,8 +60,9 @@ def sweep(
 ) -> None:
     """Run a sweep, skip what is finished, write and print the report. Exit code 1 if a run failed, 2 for bad input."""
     from vlm_pruner_eval.sweep import config as sweep_config
+    from vlm_pruner_eval.sweep.grid import method_problems
 
-    loaded = sweep_config.load(config, overrides={} if limit is None else {"limit": limit})
+    loaded = sweep_config.load(config, overrides={} if limit is None else {"limit": limit}, check=method_problems)
     if dry_run:
         _print_grid(loaded)
         return

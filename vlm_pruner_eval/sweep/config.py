@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -103,7 +103,9 @@ class SweepConfig(BaseModel):
         return [str(1 - Fraction(keep, self.model.visual_tokens)) for keep in self.keep_tokens]
 
 
-def load(path: str | Path, *, overrides: dict[str, Any] | None = None) -> SweepConfig:
+def load(
+    path: str | Path, *, overrides: dict[str, Any] | None = None, check: Callable[[dict[str, Any]], list[str]] | None = None
+) -> SweepConfig:
     """Read and validate a sweep file.
 
     Parameters
@@ -112,6 +114,9 @@ def load(path: str | Path, *, overrides: dict[str, Any] | None = None) -> SweepC
         The YAML file.
     overrides
         Top-level keys that replace the file's, from the command line.
+    check
+        Looks at the raw mapping for problems that this module can't know (`grid.method_problems`: methods need torch), so that
+        they are reported with the others.
 
     Raises
     ------
@@ -133,6 +138,8 @@ def load(path: str | Path, *, overrides: dict[str, Any] | None = None) -> SweepC
     if not isinstance(raw, dict):
         got = "an empty file" if raw is None else f"{type(raw).__name__} {_SHORT.repr(raw)}"
         raise ConfigError(f"{path}: got {got}, expected a mapping with the keys name, model, tasks, pruning_rates and methods.")
+    if check is not None:
+        repeated += [f"{path}: {problem}" for problem in check(raw)]
     try:
         return validate(raw | (overrides or {}), more=repeated, where=f"{path}: ")
     except RecursionError as error:  # an anchor that contains itself

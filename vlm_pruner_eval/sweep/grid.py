@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import vlm_pruner_eval
-from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.errors import ConfigError, closest
 from vlm_pruner_eval.sweep.config import MethodEntry, SweepConfig
 
 UNPRUNED = "none"
@@ -73,6 +73,25 @@ def expand(config: SweepConfig) -> list[Run]:
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     return runs
+
+
+def method_problems(raw: dict[str, Any]) -> list[str]:
+    """Unknown methods and parameters in the raw mapping of a sweep file, which may have other problems as well."""
+    from vlm_pruner_eval.pruners import parameters, pruner_class
+
+    problems: list[str] = []
+    entries = raw.get("methods")
+    for index, entry in enumerate(entries if isinstance(entries, list) else []):
+        given = entry if isinstance(entry, dict) else {"name": entry}
+        if not isinstance(given.get("name"), str):
+            continue  # the schema says so
+        try:
+            known = {"name", "label", "seeds", *parameters(pruner_class(given["name"]))}
+        except ConfigError as error:
+            problems += [f"methods[{index}]: {problem}" for problem in error.problems]
+            continue
+        problems += [f"methods[{index}]: unknown key {key!r}; {closest(key, known)}" for key in given if key not in known]
+    return problems
 
 
 def rate_percent(rate: str | float | None) -> float | None:
