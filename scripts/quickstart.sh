@@ -4,6 +4,6 @@
 # Usage: bash scripts/quickstart.sh [OUTPUT_DIR [CONFIG]]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/_venv.sh
+source scripts/_venv.bash
 ensure_venv
 exec .venv/bin/vlm-pruner-eval sweep "${2:-configs/quickstart.yaml}" --output "${1:-output/quickstart}"

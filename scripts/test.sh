@@ -3,7 +3,7 @@
 # Usage: bash scripts/test.sh [pytest arguments]     (with arguments: pytest only)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/_venv.sh
+source scripts/_venv.bash
 ensure_venv test
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 if [ "$#" -gt 0 ]; then

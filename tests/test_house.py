@@ -20,7 +20,7 @@ ALLOWED = {
     "ledger": {"budget"},
     "timing": set(),
     "pruners": {"pruners", "budget", "errors", "types"},
-    "vlms": {"vlms", "pruners", "errors", "types"},
+    "vlms": {"vlms", "pruners", "budget", "errors", "types"},
     "probe": set(),
     "cut": {"errors"},
     "prefill": {"cut", "errors", "ledger", "probe", "pruners", "timing", "types", "vlms"},
