@@ -240,6 +240,25 @@ def test_layer_average_budget(tiny_model):
     assert abs(record.layer_averaged - 12) < 0.5
 
 
+def test_one_budget_over_all_images_of_a_prompt(tiny_model, family, see):
+    """scope=per_sample: one choice per prompt, among tokens whose frames are numbered through; the cut is as exact as ever."""
+    model, inputs, (_, seen) = tiny_model(family), prompts(family, MIXED), see
+    with prune(model, type(see[0])(pruning_rate="2/3", scope="per_sample")) as ledger:
+        out = generate(model, inputs, 3)
+    length = inputs["input_ids"].shape[1]
+    slow = masked_recompute(model, inputs, views_from(ledger.records, inputs), out.sequences[:, length:])
+    assert distance(step_logits(out), slow[:, length - 1 : length + 2]) < CLOSE
+    for record, sample in zip(ledger.records, MIXED, strict=True):
+        scopes = scopes_of(family, sample)
+        assert (record.scope, record.n_images) == ("per_sample", len(scopes))
+        assert record.n_kept == record.n_asked == Stride(pruning_rate="2/3").default_keep(sum(scopes))
+    first, second = seen
+    assert second.n_visual == sum(scopes_of(family, MIXED[1]))
+    frames = [set(tokens.coords[tokens.coords[:, 1] >= 0][:, 0].tolist()) for tokens in (first, second)]
+    assert frames[1] == set(range(len(frames[1])))
+    assert len(frames[1]) > len(frames[0]), "the second image's frames follow the first's"
+
+
 def test_a_selection_may_be_returned_whole(tiny_model):
     class Whole(StateNorm):
         def choose(self, tokens, keep):

@@ -20,7 +20,9 @@ class SampleRecord:
         Visual tokens of the prompt; the sum over scopes of what the method was asked to keep after its last stage;
         what the last layer's input really held.
     n_images
-        Budget scopes: images (a video is one).
+        Images (a video is one; of families that do not tell how tiles make up an image, a tile is one).
+    scope
+        Whether the budget is "per_image" or "per_sample" (one over all images of the prompt).
     layer
         K of the first cut; None when the method makes none.
     kept_positions
@@ -50,6 +52,7 @@ class SampleRecord:
     quirks: frozenset[str] = frozenset()
     selection_ms: float = 0.0
     sample_id: str | None = None
+    scope: str = "per_image"
 
     @property
     def layer_averaged(self) -> float:

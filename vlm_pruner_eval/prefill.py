@@ -17,7 +17,7 @@ from vlm_pruner_eval.probe import Probe
 from vlm_pruner_eval.pruners.base import Pruner, check_selection
 from vlm_pruner_eval.timing import Span
 from vlm_pruner_eval.types import Selection, Stage, TextTokens, VisualTokens
-from vlm_pruner_eval.vlms.base import Family, Scope
+from vlm_pruner_eval.vlms.base import Family, Scope, joined
 
 
 @dataclass
@@ -45,6 +45,7 @@ class Row:
     sample_id: str
     present: Tensor
     text: Tensor
+    n_images: int
     scopes: list[Alive]
     quirks: set[str] = field(default_factory=set)
     spans: list[Span] = field(default_factory=list)
@@ -93,7 +94,7 @@ class Prefill:
         self.length, self.n_layers = input_ids.shape[1], len(text.layers)
         self.cache: object | None = None
         self.seen: dict[int, int] = {}
-        self.rows = _rows(input_ids, attended, scopes, sample_ids)
+        self.rows = _rows(input_ids, attended, scopes, sample_ids, per_sample=pruner.scope == "per_sample")
 
     # ---- cutting
     def enter_layer(self, i: int, hidden: Tensor, state: CutState) -> Tensor:
@@ -208,7 +209,7 @@ class Prefill:
             n_visual=len(visual),
             n_asked=sum(alive.asked for alive in row.scopes),
             n_kept=len(held[-1]),
-            n_images=len(row.scopes),
+            n_images=row.n_images,
             layer=min(self.stages) if self.stages else None,
             kept_positions=held[-1].tolist(),
             order=[offset + i for offset, alive in zip(offsets, row.scopes, strict=False) for i in alive.order.tolist()],
@@ -217,6 +218,7 @@ class Prefill:
             quirks=frozenset(row.quirks),
             selection_ms=sum(span.ms for span in row.spans),
             sample_id=row.sample_id,
+            scope=self.pruner.scope,
         )
 
 
@@ -281,7 +283,9 @@ def _common(positions: Tensor, visual: Tensor) -> Tensor:
     return positions[torch.isin(positions, visual)]
 
 
-def _rows(input_ids: Tensor, attended: Tensor, scopes: list[list[Scope]], sample_ids: Sequence[str] | None) -> list[Row]:
+def _rows(
+    input_ids: Tensor, attended: Tensor, scopes: list[list[Scope]], sample_ids: Sequence[str] | None, *, per_sample: bool
+) -> list[Row]:
     if sample_ids is not None and (not sample_ids or len(input_ids) % len(sample_ids)):
         raise PruningError(f"prune: got {len(sample_ids)} sample_ids for a batch of {len(input_ids)} rows, expected one per prompt.")
     rows = []
@@ -294,7 +298,8 @@ def _rows(input_ids: Tensor, attended: Tensor, scopes: list[list[Scope]], sample
             sample_id = "prompt:" + hashlib.sha256(str(input_ids[b, present].tolist()).encode()).hexdigest()[:16]
         else:
             sample_id = sample_ids[b // (len(input_ids) // len(sample_ids))]
-        rows.append(Row(sample_id, present, is_text.nonzero()[:, 0], [_untouched(scope) for scope in found]))
+        budgets = [joined(found)] if per_sample and len(found) > 1 else found
+        rows.append(Row(sample_id, present, is_text.nonzero()[:, 0], len(found), [_untouched(scope) for scope in budgets]))
     return rows
 
 

@@ -40,6 +40,8 @@ class Pruner:
         "float32": selection arithmetic in float32 whatever the model's dtype; "model": in the model's dtype.
     budget
         "kept": the rate says how many tokens are kept from layer K on; "layer_average": how many on average over layers.
+    scope
+        "per_image": every image or video has a budget of its own; "per_sample": one budget over all images of a prompt.
     official_quirks
         Reproduce the misbehaviours of the authors' release that shaped printed numbers (see README, "Quirks").
 
@@ -59,6 +61,7 @@ class Pruner:
     positions: str = "original"
     selection_dtype: str = "float32"
     budget: str = "kept"
+    scope: str = "per_image"
     official_quirks: bool = False
 
     def __post_init__(self) -> None:
@@ -86,7 +89,12 @@ class Pruner:
         if self.layer == 0 and self.needs & FROM_PREVIOUS_LAYER:
             wanted = ", ".join(sorted(self.needs & FROM_PREVIOUS_LAYER))
             found.append(f"layer: got 0, but this method reads {wanted} of the layer before; use layer >= 1.")
-        choices = {"positions": self.position_choices(), "selection_dtype": ("float32", "model"), "budget": ("kept", "layer_average")}
+        choices = {
+            "positions": self.position_choices(),
+            "selection_dtype": ("float32", "model"),
+            "budget": ("kept", "layer_average"),
+            "scope": ("per_image", "per_sample"),
+        }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 found.append(f"{field}: got {getattr(self, field)!r}, expected one of {', '.join(allowed)}.")

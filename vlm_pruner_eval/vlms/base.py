@@ -49,6 +49,18 @@ class Scope:
     layout: Layout
 
 
+def joined(scopes: list[Scope]) -> Scope:
+    """All images of a row as one scope: frames are numbered through, and the diagonal is that of the largest sides."""
+    coords, first = [], 0
+    for scope in scopes:
+        own = scope.layout.coords.clone()
+        own[:, 0] = torch.where(own[:, 1] < 0, own[:, 0], own[:, 0] + first)
+        first = int(own[:, 0].max()) + 1
+        coords.append(own)
+    rows, cols = (max(sides) for sides in zip(*(scope.layout.grid for scope in scopes), strict=True))
+    return Scope(torch.cat([scope.positions for scope in scopes]), Layout(torch.cat(coords), (rows, cols)))
+
+
 class SeenTokens(Protocol):
     """The shortened sequence that a layer sees: `index` [B, L'] positions in the prompt, `valid` [B, L'] False for fillers."""
 
