@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_checkpoints import write_tiny_llama
+from tiny_checkpoints import write_tiny, write_tiny_llama
+
+from vlm_pruner_eval.lmms.plugin import MODELS
 
 pytestmark = pytest.mark.cli
 
@@ -50,9 +52,15 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def run(
-    command: list[str], environment: dict[str, str], output: Path, *, model_args: str, tasks: str = "digitscenes_read"
+    command: list[str],
+    environment: dict[str, str],
+    output: Path,
+    *,
+    model_args: str,
+    tasks: str = "digitscenes_read",
+    model: str = "vlmpruner_llava",
 ) -> subprocess.CompletedProcess:
-    arguments = ["--model", "vlmpruner_llava", "--model_args", model_args, "--tasks", tasks, "--batch_size", "3", "--limit", str(N_DOCS)]
+    arguments = ["--model", model, "--model_args", model_args, "--tasks", tasks, "--batch_size", "3", "--limit", str(N_DOCS)]
     return subprocess.run(
         [*command, *arguments, "--output_path", str(output), "--log_samples"],
         env=environment, cwd=output.parent, capture_output=True, text=True, timeout=240, check=False,
@@ -81,6 +89,17 @@ def test_a_run_prints_and_writes_what_was_kept_and_two_ranks_answer_the_same(env
     ranks = run(TORCHRUN, environment, tmp_path / "ranks", model_args=model_args)
     assert ranks.returncode == 0, ranks.stdout + ranks.stderr
     assert answers(tmp_path / "ranks") == answers(tmp_path / "single")
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen3_vl"])
+def test_another_family_runs_under_its_own_id(family: str, environment: dict[str, str], tmp_path: Path) -> None:
+    model_args = f"pretrained={write_tiny(family, tmp_path / 'tiny')},method=vlmpruner,pruning_rate=8/9"
+    done = run(LMMS_EVAL, environment, tmp_path / "out", model_args=model_args, model=f"vlmpruner_{family}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = (tmp_path / "out").rglob("*_results.json")
+    throughput = json.loads(path.read_text())["throughput"]
+    assert throughput["avg_kept_tokens"] == pytest.approx(throughput["avg_visual_tokens"] / 9, abs=0.5)
+    assert len(answers(tmp_path / "out")) == N_DOCS
 
 
 @pytest.mark.parametrize(
@@ -120,7 +139,7 @@ def test_a_method_that_answers_duplicates_leaves_no_results(
     assert not list(tmp_path.rglob("*.json*"))
 
 
-def test_lmms_eval_lists_the_model(environment: dict[str, str]) -> None:
+def test_lmms_eval_lists_the_models(environment: dict[str, str]) -> None:
     done = subprocess.run([*LMMS_EVAL, "models"], env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert "vlmpruner_llava" in done.stdout.split()
+    assert set(MODELS) <= set(done.stdout.split())

@@ -37,7 +37,7 @@ NAN = float("nan")
         ({"pretrained": "x", "dtype": "float15"}, ["dtype: got 'float15'; did you mean 'float16'?"]),
         ({"pretrained": "x", "dtype": NAN}, ["dtype: got nan (float), expected text"]),
         ({"pretrained": "x", "attn_implementation": "spda"}, ["attn_implementation: got 'spda'; did you mean 'sdpa'?"]),
-        ({"pretrained": "x", "protocol": "paper"}, ["protocol: got 'paper'"]),
+        ({"pretrained": "x", "protocol": "papr"}, ["protocol: got 'papr'; did you mean 'paper'?"]),
         ({"pretrained": "x", "batch_size": 0}, ["batch_size: got 0, expected a whole number, 1 or more"]),
         ({"pretrained": "x", "batch_size": "auto"}, ["batch_size: got 'auto'"]),
         ({"pretrained": "x", "batch_size": 2.5}, ["batch_size: got 2.5"]),

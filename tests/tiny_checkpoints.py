@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import tiny_models
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
@@ -15,6 +17,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
 )
 
 N_IMAGE_TOKENS = 16  # (56 / 14)^2
@@ -83,4 +86,117 @@ def write_tiny_llama(folder: Path) -> Path:
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+# ---- the other families: models of tiny_models.py, and a tokenizer with their token ids
+WORDS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # ids 0 to 3
+TURN, TURN_ENDS = "<|im_start|>", "<|im_end|>"
+LLAVA_MEDIA = ("<image>", "<video>", "<|vision_start|>", "<|vision_end|>")  # ids 100 to 103, as in tiny_models.py
+QWEN_MEDIA = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+INTERNVL_MEDIA = ("<IMG_CONTEXT>", "<video>", "<img>", "</img>")
+QWEN_MARKS = ("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>")
+SIDE = 56  # pixels of a tile
+ASCII = [chr(code) for code in range(33, 127)]
+
+
+def _ascii_tokenizer(media: tuple[str, ...], **named: str) -> PreTrainedTokenizerFast:
+    """One token per printable character, at the ids that tiny_models.py leaves for text; `named` become attributes."""
+    # the byte-level alphabet writes a line break and a space as these letters
+    tokens = [*WORDS.values(), "Ċ", "Ġ", *ASCII, *media, TURN, TURN_ENDS]
+    tokens += [f"<unused{i}>" for i in range(tiny_models.VOCAB - len(tokens))]
+    assert tokens[tiny_models.IMAGE] == media[0]
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([*WORDS.values(), *media, TURN, TURN_ENDS])
+    extra = {"extra_special_tokens": named} if named else {}
+    # transformers 4.x: the processors of Qwen take a tokenizer of this class only
+    strict = media == QWEN_MEDIA and transformers.__version__.startswith("4.")
+    return (transformers.Qwen2TokenizerFast if strict else PreTrainedTokenizerFast)(tokenizer_object=core, **WORDS, **extra)
+
+
+def _chatml(image: str, video: str) -> str:
+    """A chat template in the style of the families with a Qwen inside; text and media in the order of the message."""
+    parts = (
+        f"{{% if part['type'] == 'image' %}}{image}{{% elif part['type'] == 'video' %}}{video}"
+        "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    )
+    return (
+        f"{{% for message in messages %}}{TURN}{{{{ message['role'] }}}}\n"
+        f"{{% for part in message['content'] %}}{parts}{{% endfor %}}{TURN_ENDS}\n{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{TURN}assistant\n{{% endif %}}"
+    )
+
+
+def _next_processor() -> ProcessorMixin:
+    images = transformers.LlavaNextImageProcessor(
+        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=tiny_models.PINPOINTS
+    )
+    return transformers.LlavaNextProcessor(
+        image_processor=images,
+        tokenizer=_ascii_tokenizer(LLAVA_MEDIA),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
+
+
+def _onevision_processor() -> ProcessorMixin:
+    size = {"height": SIDE, "width": SIDE}
+    return transformers.LlavaOnevisionProcessor(
+        image_processor=transformers.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=tiny_models.PINPOINTS),
+        tokenizer=_ascii_tokenizer(LLAVA_MEDIA),
+        video_processor=transformers.LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=_chatml("<image>", "<video>"),
+    )
+
+
+def _qwen_processor(name: str, video_name: str, patch: int) -> ProcessorMixin:
+    """Images of 4 to 36 merged patches."""
+    patches = {"patch_size": patch, "temporal_patch_size": 2, "merge_size": 2}
+    pixels = {"shortest_edge": 4 * (2 * patch) ** 2, "longest_edge": 36 * (2 * patch) ** 2}
+    return getattr(transformers, name)(
+        image_processor=transformers.Qwen2VLImageProcessor(**patches, size=pixels),
+        tokenizer=_ascii_tokenizer(QWEN_MEDIA),
+        video_processor=getattr(transformers, video_name)(**patches, size=pixels),
+        chat_template=_chatml(*QWEN_MARKS),
+    )
+
+
+def _internvl_processor() -> ProcessorMixin:
+    context, video, start, end = INTERNVL_MEDIA
+    size = {"height": SIDE, "width": SIDE}
+    return transformers.InternVLProcessor(
+        image_processor=transformers.GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=4),
+        tokenizer=_ascii_tokenizer(
+            INTERNVL_MEDIA, context_image_token=context, video_token=video, start_image_token=start, end_image_token=end
+        ),
+        video_processor=transformers.InternVLVideoProcessor(size=size),
+        image_seq_length=4,
+        chat_template=_chatml(context + "\n", video + "\n"),
+    )
+
+
+PROCESSORS = {
+    "internvl": _internvl_processor,
+    "llava_next": _next_processor,
+    "llava_onevision": _onevision_processor,
+    "qwen2_vl": lambda: _qwen_processor("Qwen2VLProcessor", "Qwen2VLVideoProcessor", 14),
+    "qwen2_5_vl": lambda: _qwen_processor("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor", 14),
+    "qwen3_vl": lambda: _qwen_processor("Qwen3VLProcessor", "Qwen3VLVideoProcessor", 16),
+}
+
+
+def write_tiny(family: str, folder: Path) -> Path:
+    """The tiny model of a family, with the family's own processor class and a chat template in its style."""
+    model, processor = tiny_models.build(family), PROCESSORS[family]()
+    ends = "</s>" if family == "llava_next" else TURN_ENDS
+    processor.tokenizer.eos_token = ends
+    model.generation_config.update(eos_token_id=processor.tokenizer.convert_tokens_to_ids(ends))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder

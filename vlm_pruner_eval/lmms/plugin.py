@@ -21,7 +21,16 @@ if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest
 
 # The classes behind our model ids, by path: naming them imports nothing.
-MODELS = {"vlmpruner_llava": "vlm_pruner_eval.lmms.families.VlmPrunerLlava"}
+_FAMILIES = "vlm_pruner_eval.lmms.families"
+MODELS = {
+    "vlmpruner_llava": f"{_FAMILIES}.VlmPrunerLlava",
+    "vlmpruner_llava_next": f"{_FAMILIES}.VlmPrunerLlavaNext",
+    "vlmpruner_llava_onevision": f"{_FAMILIES}.VlmPrunerLlavaOnevision",
+    "vlmpruner_qwen2_vl": f"{_FAMILIES}.VlmPrunerQwen2VL",
+    "vlmpruner_qwen2_5_vl": f"{_FAMILIES}.VlmPrunerQwen25VL",
+    "vlmpruner_qwen3_vl": f"{_FAMILIES}.VlmPrunerQwen3VL",
+    "vlmpruner_internvl": f"{_FAMILIES}.VlmPrunerInternVL",
+}
 
 # Tasks choose their prompts by the name given to --model, so each of our ids asks under the name of its stock wrapper.
 STOCK_PROMPTS = {

@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from vlm_pruner_eval.lmms.protocols import render
+
 WINDOW_BATCHES = 8  # batches whose images are held in memory, so that prompts of like length meet in one batch
 DEFAULT_NEW_TOKENS = 1024
 SAMPLING = ("temperature", "top_p", "top_k")
@@ -56,13 +58,15 @@ class Prompt:
     images: list[Image.Image]
 
 
-def build(request: Request, task_dict: Mapping, processor: ProcessorMixin, kinds: Collection[str]) -> Prompt:
-    """Look the document up by the request's OWN task and split, and render it with the checkpoint's chat template.
+def build(request: Request, task_dict: Mapping, processor: ProcessorMixin, kinds: Collection[str], protocol: str) -> Prompt:
+    """Look the document up by the request's OWN task and split, and render it.
 
     Parameters
     ----------
     kinds
         Media that the model family takes, out of "image" and "video".
+    protocol
+        Whose prompt: see `protocols.render`.
 
     Raises
     ------
@@ -75,8 +79,7 @@ def build(request: Request, task_dict: Mapping, processor: ProcessorMixin, kinds
     for kind, found in (("image", images), ("video", videos), ("audio", audios)):
         if found and kind not in kinds:
             raise ValueError(f"{request.sample_id} holds {len(found)} {kind} input(s), expected {' and '.join(kinds)} only for this model.")
-    text = processor.apply_chat_template(messages.to_hf_messages(), add_generation_prompt=True, tokenize=False)
-    return Prompt(request, text, [_as_rgb(image) for image in images])
+    return Prompt(request, *render(protocol, messages.to_hf_messages(), [_as_rgb(image) for image in images], processor))
 
 
 def _as_rgb(image: Image.Image | str | Path) -> Image.Image:

@@ -12,7 +12,7 @@ from vlm_pruner_eval.pruners import Pruner, get_pruner, parameters, pruner_class
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
-PROTOCOLS = ("hf",)
+PROTOCOLS = ("hf", "paper")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Settings:
     batch_size
         Prompts per generate call.
     protocol
-        Whose prompt and image handling; "hf" is the checkpoint's own chat template and processor.
+        Whose prompt and image handling; "hf" is the checkpoint's own chat template and processor, "paper" that of the
+        VLM-Pruner paper's numbers (families that have one say so).
     """
 
     pretrained: str

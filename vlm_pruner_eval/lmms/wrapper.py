@@ -69,10 +69,14 @@ class PrunedModel(lmms):
     model_id: ClassVar[str]
     model_types: ClassVar[frozenset[str]]
     kinds: ClassVar[tuple[str, ...]] = ("image",)
+    protocols: ClassVar[tuple[str, ...]] = ("hf",)
 
     def __init__(self, **model_args: object):
         super().__init__()
         self.settings, method, pruner = settings.parse(model_args)
+        if self.settings.protocol not in self.protocols:
+            known = " or ".join(self.protocols)
+            raise ConfigError(f"protocol: got {self.settings.protocol!r}, expected {known} for {self.model_id}; leave it out for hf.")
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self._pick_device()
@@ -216,7 +220,7 @@ class PrunedModel(lmms):
             ready = []
             for request in window:
                 try:
-                    ready.append(prompts.build(request, self.task_dict, self.processor, self.kinds))
+                    ready.append(prompts.build(request, self.task_dict, self.processor, self.kinds, self.settings.protocol))
                 except Exception as error:  # a document can be broken in any way; it is recorded, and the run ends in failure
                     yield request, self._failed(request, error)
             for batch in prompts.batches(ready, self.batch_size):
@@ -266,7 +270,8 @@ class PrunedModel(lmms):
         ]
 
     def _inputs(self, batch: list[Prompt]) -> BatchFeature:
-        images = [image for prompt in batch for image in prompt.images]
+        # a list per prompt: LLaVA-OneVision cuts a prompt's only image into tiles, and leaves several images whole
+        images = [prompt.images for prompt in batch if prompt.images]
         inputs = self.processor(text=[prompt.text for prompt in batch], images=images or None, padding=True, return_tensors="pt")
         if "token_type_ids" not in inspect.signature(self.model.forward).parameters:
             inputs.pop("token_type_ids", None)  # some tokenizers add these zeros, and generate refuses what a model does not take

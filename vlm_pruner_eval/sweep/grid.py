@@ -90,7 +90,8 @@ def method_problems(raw: dict[str, Any]) -> list[str]:
         except ConfigError as error:
             problems += [f"methods[{index}]: {problem}" for problem in error.problems]
             continue
-        problems += [f"methods[{index}]: unknown key {key!r}; {closest(key, known)}" for key in given if key not in known]
+        name = given["name"]
+        problems += [f"methods[{index}]: {name}: unknown parameter {key!r}; {closest(key, known)}" for key in given if key not in known]
     return problems
 
 
