@@ -127,6 +127,12 @@ def test_problems_of_methods_are_reported_with_those_of_the_file(tmp_path: Path)
     with pytest.raises(ConfigError) as refusal:
         load(path, check=method_problems)
     text = str(refusal.value)
-    for part in ("modle", "pruning_rates[0]", "methods[0]: method: got 'fastw'", "methods[1]", "methods[2]: dart: unknown parameter 'image_pivot'"):
+    for part in (
+        "modle",
+        "pruning_rates[0]",
+        "methods[0]: method: got 'fastw'",
+        "methods[1]",
+        "methods[2]: dart: unknown parameter 'image_pivot'",
+    ):
         assert part in text
     assert "did you mean 'image_pivots'?" in text
