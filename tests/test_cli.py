@@ -216,6 +216,19 @@ def test_minivlm_from_file_to_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.cli
+def test_a_sweep_silences_the_progress_bars_of_libraries() -> None:
+    """In a fresh process, since a bar's library reads the environment once, when it is imported."""
+    code = (
+        "import io; from typer.testing import CliRunner; from vlm_pruner_eval.cli import app; "
+        f"assert CliRunner().invoke(app, ['sweep', {str(ROOT / 'configs' / 'ci.yaml')!r}, '--dry-run']).exit_code == 0; "
+        "from tqdm import tqdm; screen = io.StringIO(); list(tqdm(range(3), file=screen)); print(repr(screen.getvalue()))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "''\n"), done.stderr
+
+
+@pytest.mark.cli
 def test_the_module_answers_a_broken_file_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("name: [")
     command = [sys.executable, "-m", "vlm_pruner_eval", "sweep", str(tmp_path / "broken.yaml")]

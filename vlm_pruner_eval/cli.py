@@ -59,6 +59,7 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the grid and stop: nothing is loaded or written.")] = False,
 ) -> None:
     """Run a sweep, skip what is finished, write and print the report. Exit code 1 if a run failed, 2 for bad input."""
+    _quieten()  # first: progress bars read the environment when their library is imported, which torch does
     from vlm_pruner_eval.sweep import config as sweep_config
     from vlm_pruner_eval.sweep.grid import method_problems
 
@@ -130,7 +131,6 @@ def _print_grid(config: SweepConfig) -> None:
 
 
 def _run(config: SweepConfig, output: Path) -> None:
-    _quieten()
     from vlm_pruner_eval.sweep.runner import run_sweep
 
     outcome = run_sweep(config, output)
