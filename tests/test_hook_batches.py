@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 import transformers
@@ -111,6 +114,17 @@ def test_gradients_flow_through_the_cut(family):
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
     layers = model.model.language_model.layers
     assert all(float(layers[i].mlp.down_proj.weight.grad.abs().max()) > 0 for i in range(N_LAYERS))
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_unread_records_do_not_hold_on_to_the_cache(tiny_model, family, layer):
+    """A long loop in one context must not keep every prompt's KV cache until someone reads the ledger."""
+    model, inputs = tiny_model(family), prompts(family, ONE)
+    with prune(model, StateNorm(pruning_rate="2/3", layer=layer)) as ledger, torch.no_grad():
+        kept = weakref.ref(model(**inputs, use_cache=True).past_key_values)
+        gc.collect()
+        assert kept() is None
+    assert [record.n_kept for record in ledger.records] == [record.n_asked for record in ledger.records] != []
 
 
 def test_right_padding_keeps_the_same_tokens(tiny_model, family):

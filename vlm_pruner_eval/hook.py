@@ -297,6 +297,7 @@ class PruningHook:
         if prefill.cache is None:
             prefill.cache = getattr(output, "past_key_values", None)
         prefill.verify(self._state)
-        self.ledger.add(functools.partial(prefill.records, self._state))
         if prefill.cache is not None:  # without a cache every step is a prefill of the same images
             self._layouts.clear()
+        prefill.cache = None  # measured; records that nobody has read yet must not keep it alive
+        self.ledger.add(functools.partial(prefill.records, self._state))
