@@ -50,6 +50,28 @@ def test_a_good_file_is_read_as_written(tmp_path: Path) -> None:
     assert (config.model.batch_size, config.model.protocol, config.limit) == (1, "hf", None)
 
 
+def test_settings_of_the_model_reach_the_loader_only_where_they_are_given() -> None:
+    raw = yaml.safe_load(GOOD)
+    names = {"max_frames_num", "min_pixels", "max_pixels", "allow_bin"}
+    assert not names & set(validate(raw).model.model_dump(exclude_none=True))
+    given = {"max_frames_num": 8, "min_pixels": 784, "max_pixels": 1003520, "allow_bin": True}
+    plain = expand(validate(raw))[0]
+    raw["model"] |= given
+    assert validate(raw).model.model_dump(include=names) == given
+    assert expand(validate(raw))[0].run_id != plain.run_id
+
+
+@pytest.mark.parametrize("task", ["mmbench_en_dev", "mmbench_en_dev_lite", "mmbench_en", "mmbench"])
+def test_a_task_that_draws_letters_at_random_is_no_paper_run(task: str) -> None:
+    raw = yaml.safe_load(changed(tasks=["gqa", task]))
+    assert validate(raw).tasks == ["gqa", task]
+    raw["model"]["protocol"] = "paper"
+    with pytest.raises(ConfigError, match=rf"tasks: got '{task}' with model.protocol paper.*use mmbench_en_dev_static"):
+        validate(raw)
+    for scored in ("mmbench_en_dev_static", "mmbench_en_test"):
+        assert validate(raw | {"tasks": [scored]}).tasks == [scored]
+
+
 def test_overrides_replace_keys_and_are_checked(tmp_path: Path) -> None:
     (tmp_path / "good.yaml").write_text(GOOD)
     assert load(tmp_path / "good.yaml", overrides={"limit": 7}).limit == 7
@@ -96,6 +118,11 @@ def test_keep_tokens_become_exact_fractions() -> None:
         (changed(model={"id": "x", "pretrained": "y", "batch_size": "2"}), "model.batch_size: got '2' (str), expected a whole number"),
         (changed(model={"id": "x", "pretrained": "y", "batch_size": 0}), "model.batch_size: got 0 (int), expected a whole number, 1"),
         (changed(model={"id": "x", "pretrained": "y", "dtype": "fp16"}), "model.dtype: got 'fp16' (str), expected one of auto"),
+        (changed(model={"id": "x", "pretrained": "y", "max_frames_num": 0}), "model.max_frames_num: got 0 (int), expected a whole number"),
+        (changed(model={"id": "x", "pretrained": "y", "min_pixels": "9"}), "model.min_pixels: got '9' (str), expected a whole number of"),
+        (changed(model={"id": "x", "pretrained": "y", "max_pixels": 1.5}), "model.max_pixels: got 1.5 (float), expected a whole number of"),
+        (changed(model={"id": "x", "pretrained": "y", "min_pixels": 9, "max_pixels": 4}), "model.min_pixels: got 9, expected at most"),
+        (changed(model={"id": "x", "pretrained": "y", "allow_bin": 1}), "model.allow_bin: got 1 (int), expected true to load weights"),
         (changed(model="minivlm"), "model: got 'minivlm' (str), expected a mapping"),
         (changed(methods=[]), "methods: got [] (list), expected a list of method names"),
         (changed(methods=[3]), "methods[0]: got 3 (int), expected a list of method names, or mappings"),

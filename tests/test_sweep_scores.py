@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlm_pruner_eval.sweep.scores import MAIN_METRICS, score_task
+from vlm_pruner_eval.sweep.scores import MAIN_METRICS, NOT_SCORABLE, score_group, score_task
 
 
 class Task:
@@ -133,6 +133,38 @@ def test_submissions_and_tables_are_no_scores() -> None:
     rows = [{"doc_id": 0, "doc": {}, "acc": 1.0, "submission": {}}, {"doc_id": 1, "doc": {}, "acc": 0.0, "submission": {}}]
     scores = score_task("unknown", {"acc,none": 0.5, "submission,none": None}, rows, Task(acc=mean, submission=mean))
     assert list(scores["metrics"]) == ["acc"]
+
+
+def test_a_task_with_nothing_but_a_submission_is_marked() -> None:
+    rows = rows_of("submission", [{"answer": "a"}, {"answer": "b"}])
+    scores = score_task("mmbench_en_test", {"submission,none": None}, rows, Task(submission=mean))
+    assert scores == {"metrics": {}, "main": None, "note": NOT_SCORABLE}
+    rows = [row | {"acc": 1.0} for row in rows]
+    assert "note" not in score_task("unknown", {"acc,none": 1.0, "submission,none": None}, rows, Task(acc=mean, submission=mean))
+
+
+def test_a_group_is_the_mean_of_its_tasks_with_their_errors_in_quadrature() -> None:
+    """Half-widths 3 and 4 of two tasks: 5 of their sum, 2.5 of their mean."""
+    tasks = {
+        "a": {"metrics": {}, "main": {"metric": "acc", "value": 50.0, "low": 47.0, "high": 53.0, "n": 200}},
+        "b": {"metrics": {}, "main": {"metric": "acc", "value": 70.0, "low": 66.0, "high": 74.0, "n": 100}},
+    }
+    group = score_group(tasks)
+    assert group["main"] == {"metric": "mean of acc over 2 tasks", "value": 60.0, "low": 57.5, "high": 62.5, "n": 300}
+    assert group["metrics"]["b"]["value"] == 70.0
+    tasks["b"]["main"] |= {"low": None, "high": None}
+    assert (score_group(tasks)["main"]["value"], score_group(tasks)["main"]["low"]) == (60.0, None)
+    assert score_group(tasks | {"c": {"metrics": {}, "main": None}})["main"] is None
+
+
+def test_aggregations_that_print_are_resampled_in_silence(capsys: pytest.CaptureFixture) -> None:
+    def prints(items: list[float]) -> float:
+        print("a table")
+        return 2 * mean(items)
+
+    scores = score_task("unknown", {"acc,none": 1.0}, rows_of("acc", [1.0, 0.0] * 10), Task(acc=prints))
+    assert scores["main"]["low"] < 1.0 < scores["main"]["high"]
+    assert capsys.readouterr().out.count("a table") <= 1
 
 
 def test_the_main_metric_of_an_unknown_task_is_one_of_which_more_is_better() -> None:

@@ -1,6 +1,6 @@
 """What lmms-eval's entry-point group `lmms_eval.models` calls: models, packaged tasks, prompts, exit codes.
 
-lmms-eval 0.7.3 has an entry point for models only, so the rest is done by wrapping three of its functions. Every wrapper
+lmms-eval 0.7.3 has an entry point for models only, so the rest is done by wrapping a few of its functions. Every wrapper
 leaves runs of models that are not ours as they are, and wrapping twice is the same as wrapping once.
 """
 
@@ -26,6 +26,7 @@ MODELS = {
     "vlmpruner_llava": f"{_FAMILIES}.VlmPrunerLlava",
     "vlmpruner_llava_next": f"{_FAMILIES}.VlmPrunerLlavaNext",
     "vlmpruner_llava_onevision": f"{_FAMILIES}.VlmPrunerLlavaOnevision",
+    "vlmpruner_llava_video": f"{_FAMILIES}.VlmPrunerLlavaVideo",
     "vlmpruner_qwen2_vl": f"{_FAMILIES}.VlmPrunerQwen2VL",
     "vlmpruner_qwen2_5_vl": f"{_FAMILIES}.VlmPrunerQwen25VL",
     "vlmpruner_qwen3_vl": f"{_FAMILIES}.VlmPrunerQwen3VL",
@@ -45,6 +46,7 @@ STOCK_PROMPTS = {
 }
 
 _WRAPPED = "_vlm_pruner_eval_wrapped"
+_OURS = "_vlm_pruner_eval_asks"  # of a task index: its tasks are for one of our models
 
 
 def manifests() -> list[ModelManifest]:
@@ -52,8 +54,11 @@ def manifests() -> list[ModelManifest]:
     from lmms_eval import models
     from lmms_eval.models.registry_v2 import ModelManifest
 
+    from vlm_pruner_eval.lmms import scored_tasks
+
     models.AVAILABLE_CHAT_TEMPLATE_MODELS.update(MODELS)  # what `lmms-eval models` prints
     _wrap_task_manager()
+    scored_tasks.keep_pairs()
     _watch_command_line()
     return [ModelManifest(model_id=model_id, chat_class_path=path) for model_id, path in MODELS.items()]
 
@@ -69,7 +74,7 @@ def _wrap_task_manager() -> None:
 
     if getattr(TaskManager, _WRAPPED, False):
         return
-    init, initialize = TaskManager.__init__, TaskManager.initialize_tasks
+    init, initialize, load = TaskManager.__init__, TaskManager.initialize_tasks, TaskManager.load_task_or_group
 
     @functools.wraps(init)
     def __init__(
@@ -79,6 +84,7 @@ def _wrap_task_manager() -> None:
         include_defaults: bool = True,
         model_name: object = None,
     ) -> None:
+        setattr(self, _OURS, prompt_name(model_name) is not model_name)
         init(self, verbosity, include_path, include_defaults, prompt_name(model_name))
 
     @functools.wraps(initialize)
@@ -86,9 +92,18 @@ def _wrap_task_manager() -> None:
         from vlm_pruner_eval.bench import tasks_path
 
         paths = [] if include_path is None else [include_path] if isinstance(include_path, str) else list(include_path)
-        return initialize(self, [*paths, str(tasks_path())], include_defaults)
+        return initialize(self, [*paths, str(tasks_path()), str(Path(__file__).parent / "tasks")], include_defaults)
 
-    TaskManager.__init__, TaskManager.initialize_tasks = __init__, initialize_tasks
+    @functools.wraps(load)
+    def load_task_or_group(self: TaskManager, *args: object, **kwargs: object) -> dict:
+        from vlm_pruner_eval.lmms import scored_tasks
+
+        loaded = load(self, *args, **kwargs)
+        if getattr(self, _OURS, False):
+            scored_tasks.offer(loaded)
+        return loaded
+
+    TaskManager.__init__, TaskManager.initialize_tasks, TaskManager.load_task_or_group = __init__, initialize_tasks, load_task_or_group
     setattr(TaskManager, _WRAPPED, True)
 
 

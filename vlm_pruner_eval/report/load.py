@@ -50,7 +50,7 @@ class Results:
 
     @property
     def tasks(self) -> list[str]:
-        """Tasks in the order of the first finished run (groups are spelled out there), else as configured."""
+        """Tasks in the order of the first finished run (most groups are spelled out there), else as configured."""
         return list(self.records[0]["tasks"]) if self.records else list(self.config["tasks"])
 
 
@@ -75,6 +75,7 @@ def load_results(root: Path | str) -> Results:
     processors = sorted({run.record["provenance"]["processor"] for run in runs if run.finished})
     if len(processors) > 1:
         notes.append(f"Runs come from different processors ({'; '.join(processors)}): their times can't be compared.")
+    notes += _unscored(runs)
     return Results(store, grid["name"], grid["config"], runs, tuple(notes))
 
 
@@ -120,6 +121,13 @@ def _document_counts(runs: tuple[RunResult, ...]) -> Iterator[str]:
             first = seen.setdefault(task, (n, run.key))
             if n != first[0]:
                 yield f"{run.key}: {task} has {n} documents, but {first[1]} has {first[0]}; run one of them again, or report them apart."
+
+
+def _unscored(runs: tuple[RunResult, ...]) -> Iterator[str]:
+    """A remark for each task that can't be scored here."""
+    for task, scores in next((run.record["tasks"] for run in runs if run.finished), {}).items():
+        if "note" in scores:
+            yield f"{task} is {scores['note']}; without its score, rows have no relative average."
 
 
 def _text(value: object) -> str:

@@ -23,9 +23,9 @@ def markdown(results: Results, rows: list[Row]) -> str:
     """The whole report as Markdown."""
     tasks = results.tasks
     parts = [f"# {results.name}", *([f"**{PLUMBING}**"] if is_plumbing(tasks) else []), *_remarks(results, rows)]
-    parts += ["## Scores", _table(_scores(rows, tasks)), _LEGEND, "![Score against pruning rate](accuracy_vs_rate.png)"]
-    parts += ["## Tokens and time", _table(_efficiency(rows))]
-    parts += ["## Where these numbers come from", _table(_facts(results))]
+    parts += ["## Scores", table(_scores(rows, tasks)), _LEGEND, "![Score against pruning rate](accuracy_vs_rate.png)"]
+    parts += ["## Tokens and time", table(_efficiency(rows))]
+    parts += ["## Where these numbers come from", table(facts(results))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -65,7 +65,8 @@ def _remarks(results: Results, rows: list[Row]) -> Iterator[str]:
         yield "Failed runs (nothing of them is in an average):\n\n" + "\n".join(f"- {_one_line(problem)}" for problem in problems)
 
 
-def _facts(results: Results) -> Iterator[list[str]]:
+def facts(results: Results) -> Iterator[list[str]]:
+    """Lines of a table about where the numbers come from: model, settings, versions, device; the first is its head."""
     config, model = results.config, results.config["model"]
     yield ["what", "value"]
     yield ["model", f"{model['id']}, {model['pretrained']}" + (f" @ {model['revision']}" if model["revision"] else "")]
@@ -78,10 +79,10 @@ def _facts(results: Results) -> Iterator[list[str]]:
         return
     record = results.records[0]
     where = record["provenance"]
-    metrics = {task: scores["main"] for task, scores in record["tasks"].items()}
+    metrics = {task: (scores["main"], scores.get("note", "none")) for task, scores in record["tasks"].items()}
     yield [
         "metric (documents)",
-        ", ".join(f"{task}: {main['metric']} ({main['n']})" if main else f"{task}: none" for task, main in metrics.items()),
+        ", ".join(f"{task}: {main['metric']} ({main['n']})" if main else f"{task}: {note}" for task, (main, note) in metrics.items()),
     ]
     yield ["processor", where["processor"]]
     loaded = {name: value for name, value in where["model"].items() if name in ("device", "dtype", "commit") and value is not None}
@@ -91,7 +92,8 @@ def _facts(results: Results) -> Iterator[list[str]]:
     yield ["made", f"{where['time']}, by `{where['command']}`"]
 
 
-def _table(lines: Iterator[list[str]]) -> str:
+def table(lines: Iterator[list[str]]) -> str:
+    """A Markdown table; the first line is its head."""
     head, *body = [[_one_line(value).replace("|", "\\|") for value in line] for line in lines]
     rule = ["---"] + ["---:" if len(head) > 2 else "---"] * (len(head) - 1)
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])

@@ -16,6 +16,8 @@ from vlm_pruner_eval.budget import parse_rate
 from vlm_pruner_eval.errors import ConfigError, closest
 
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
+# lmms-eval scores these by a language model, and by a random letter where none is reachable (the groups hold mmbench_en_dev).
+_DRAWS_LETTERS = ("mmbench_en_dev", "mmbench_en_dev_lite", "mmbench_en", "mmbench")
 _SHORT = reprlib.Repr()  # a nested or huge value must not flood the message
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 80, 80
 
@@ -46,6 +48,10 @@ class ModelSection(BaseModel):
     attn_implementation: str = Field("sdpa", min_length=1, description="an attention backend such as sdpa or eager")
     device: str | None = Field(None, description="a device such as cpu or cuda:0, or null for the first GPU if there is one")
     visual_tokens: int | None = Field(None, ge=1, description="the visual tokens of one image, for example 576 for LLaVA-1.5")
+    max_frames_num: int | None = Field(None, ge=1, description="a whole number of frames a video, 1 or more, or null for the model's own")
+    min_pixels: int | None = Field(None, ge=1, description="a whole number of pixels of an image, 1 or more, or null for the model's own")
+    max_pixels: int | None = Field(None, ge=1, description="a whole number of pixels of an image, 1 or more, or null for the model's own")
+    allow_bin: bool | None = Field(None, description="true to load weights from .bin files as well, or null (no)")
 
 
 class MethodEntry(BaseModel):
@@ -188,6 +194,16 @@ def _contradictions(raw: dict[str, Any]) -> Iterator[str]:
         for keep in counts:
             if type(keep) is int and keep > total:
                 yield f"keep_tokens: got {keep}, expected at most model.visual_tokens = {total}."
+    low, high = model.get("min_pixels"), model.get("max_pixels")
+    if type(low) is int and type(high) is int and low > high:
+        yield f"model.min_pixels: got {low}, expected at most model.max_pixels = {high}."
+    tasks = raw.get("tasks") if isinstance(raw.get("tasks"), list) else []
+    for task in tasks if model.get("protocol") == "paper" else []:
+        if task in _DRAWS_LETTERS:
+            yield (
+                f"tasks: got {task!r} with model.protocol paper, but it asks a language model about answers that it can't read, and "
+                "without a key draws a letter at random; use mmbench_en_dev_static, which scores by rules alone."
+            )
     for key in ("tasks", "keep_tokens", "pruning_rates"):
         values = raw.get(key) if isinstance(raw.get(key), list) else []
         for value, times in Counter(_comparable(value) for value in values).items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -51,6 +53,17 @@ MAIN_METRICS: dict[str, Main] = {
     "mlvu_dev": Main(("mlvu_percetion_score",), scale=1.0),
     "videomme": Main(("videomme_perception_score",), scale=1.0),
     "egoschema_subset": Main(("score",)),
+    "textvqa_val_ocr": Main(("exact_match",)),
+    "ok_vqa_val2014_plain": Main(("exact_match",)),
+    "mme_total": Main(("mme_total_score",), scale=1.0),
+    "pope_splits": Main(("pope_f1_mean",)),
+    "seedbench_image": Main(("seed_image",)),
+    "chartqa": Main(("relaxed_overall",)),
+    "docvqa_val": Main(("anls",)),
+    "infovqa_val": Main(("anls",)),
+    "mmstar": Main(("average",)),
+    "ai2d": Main(("exact_match",)),
+    "refcoco_bbox_rec_testA": Main(("refcoco_ACC@0.5",)),
     "digitscenes_exist": Main(("accuracy",)),
     "digitscenes_attribute": Main(("exact_match",)),
     "digitscenes_where": Main(("exact_match",)),
@@ -58,6 +71,16 @@ MAIN_METRICS: dict[str, Main] = {
     "digitscenes_count": Main(("exact_match",)),
     "digitscenes_pairs": Main(("accuracy",)),
 }
+
+# Benchmarks that lmms-eval runs as a group of tasks of one metric, and papers print as one number: the mean over the tasks.
+BENCHMARK_GROUPS = frozenset({"mvbench"})
+
+NOT_SCORABLE = "not locally scorable: lmms-eval writes a file to submit to the benchmark's server"
+
+
+def is_submission(metrics: Sequence[str]) -> bool:
+    """Whether a task with these metrics only writes a file for someone else to score."""
+    return bool(metrics) and set(metrics) == {"submission"}
 
 
 def score_task(task: str, results: dict[str, Any], samples: Sequence[dict[str, Any]], task_object: Any) -> dict[str, Any]:
@@ -80,6 +103,7 @@ def score_task(task: str, results: dict[str, Any], samples: Sequence[dict[str, A
         `metrics`: name -> value, low, high (95 % percentile bootstrap over documents, whole pairs kept together; Wilson's
         interval where every document scored the same), n, note.
         `main`: the same for the metric that stands for the task, in the unit of papers, or None when no metric can.
+        `note`: only of a task that can't be scored here, why.
     """
     aggregations, better = task_object.aggregation(), task_object.higher_is_better()
     names = [key for key in results if "," in key and key.split(",")[0] in aggregations]
@@ -100,7 +124,35 @@ def score_task(task: str, results: dict[str, Any], samples: Sequence[dict[str, A
         scored[shown] = _summary(float(value), draws[shown], len(rows)) | ({"note": note} if note else {})
         if draws[shown] is not None and value in (0, 1) and all(np.isscalar(row[metric]) and row[metric] == value for row in rows):
             scored[shown] |= dict(zip(("low", "high"), wilson_interval(float(value), len(rows)), strict=True))
-    return {"metrics": scored, "main": _main(wanted, scored, draws, better)}
+    note = {"note": NOT_SCORABLE} if is_submission(list(aggregations)) else {}
+    return {"metrics": scored, "main": _main(wanted, scored, draws, better)} | note
+
+
+def score_group(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """One benchmark out of its tasks: the mean of their main metrics, every task with the same weight.
+
+    Parameters
+    ----------
+    tasks
+        By name, what `score_task` answered.
+
+    Returns
+    -------
+    dict
+        As of `score_task`; `metrics` holds the tasks' main metrics by task. The interval adds half-widths in quadrature: tasks
+        have documents of their own, so their errors are independent.
+    """
+    mains = {name: scores["main"] for name, scores in tasks.items()}
+    if any(main is None for main in mains.values()):
+        return {"metrics": {name: main for name, main in mains.items() if main is not None}, "main": None}
+    value = sum(main["value"] for main in mains.values()) / len(mains)
+    low = high = None
+    if all(main["low"] is not None for main in mains.values()):
+        half = math.hypot(*((main["high"] - main["low"]) / 2 for main in mains.values())) / len(mains)
+        low, high = value - half, value + half
+    metric = "mean of " + ", ".join(sorted({main["metric"] for main in mains.values()})) + f" over {len(mains)} tasks"
+    n = sum(main["n"] for main in mains.values())
+    return {"metrics": mains, "main": {"metric": metric, "value": value, "low": low, "high": high, "n": n}}
 
 
 def percentile_interval(draws: np.ndarray) -> tuple[float, float]:
@@ -213,7 +265,8 @@ def _resampled_values(aggregate: Callable, items: list[Any], clusters: list[list
     values = []
     for picks in _picks(len(clusters)):
         drawn = [_renamed(items[index], copy) for copy, pick in enumerate(picks) for index in clusters[pick]]
-        values.append(float(aggregate(drawn)))
+        with contextlib.redirect_stdout(io.StringIO()):  # some aggregations print their table every time
+            values.append(float(aggregate(drawn)))
     return np.array(values)
 
 
