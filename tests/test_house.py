@@ -29,6 +29,7 @@ ALLOWED = {
     "lmms": {"lmms", "bench", "budget", "cost", "errors", "hook", "ledger", "pruners", "timing", "types", "vlms", ""},
     "sweep": {"sweep", "lmms", "bench", "budget", "cost", "errors", "ledger", "pruners", "timing", ""},
     "report": {"report", "sweep", "budget", "cost", "errors", ""},
+    "reproduce": {"reproduce", "report", "sweep", "lmms", "pruners", "errors", ""},
 }
 FORBIDDEN = {
     "errors": {"torch", "transformers", "lmms_eval"},

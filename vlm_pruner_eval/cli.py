@@ -1,4 +1,4 @@
-"""The command line: `vlm-pruner-eval {sweep,report,list}`. Light to import; torch is loaded by commands that need it."""
+"""The command line: `vlm-pruner-eval {sweep,report,reproduce,list}`. Light to import; torch is loaded by commands that need it."""
 
 from __future__ import annotations
 
@@ -91,6 +91,51 @@ def report(
             raise typer.Exit(FAILED_RUNS)
     if check is None and write_reference is None:
         _report(directory)
+
+
+@app.command()
+@_sentences
+def reproduce(
+    model: Annotated[str | None, typer.Option(help="A model of the paper, for example llava-1.5-7b.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A sweep file (YAML) instead of a model of the paper.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Only the rows of this method; may be given several times.")] = None,
+    pretrained: Annotated[str | None, typer.Option(help="A checkpoint instead of the file's.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Only these tasks of the file: gqa,pope")] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions per task, instead of the file's.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Results directory; default: ./output/reproduce/NAME.")] = None,
+    batch_sizes: Annotated[str, typer.Option(help="Batch sizes of the noise floor; the rows use the first.")] = "1,16",
+    attention: Annotated[str, typer.Option(help="Attention kernels of the noise floor; the rows use the first.")] = "sdpa,eager",
+    anyway: Annotated[bool, typer.Option("--anyway", help="Run the pruned rows even if the unpruned row does not reproduce.")] = False,
+) -> None:
+    """Reproduce a table of the paper: the unpruned model's noise floor, a gate on its scores, then release and sane rows.
+
+    Finished runs are skipped. Exit code 1 if the unpruned row does not reproduce or a run failed, 2 for bad input.
+    """
+    _quieten()
+    from vlm_pruner_eval.reproduce.plan import make_plan
+    from vlm_pruner_eval.reproduce.report import print_summary, write
+    from vlm_pruner_eval.reproduce.run import reproduce as run_stages
+
+    plan = make_plan(
+        model=model,
+        config=config,
+        pretrained=pretrained,
+        tasks=tasks,
+        limit=limit,
+        methods=method or (),
+        batch_sizes=batch_sizes,
+        attention=attention,
+        output=output,
+    )
+    done = run_stages(plan, anyway=anyway)
+    paths = write(done)
+    print_summary(Console(width=100), done)
+    for kind, path in paths.items():
+        print(f"{kind:5s}{path}")
+    counts = {name: getattr(done.counts, name) for name in ("runs", "skipped", "failed")}
+    print(json.dumps({"gate": done.gate.status, **counts, "rows": done.rows is not None, "report": str(paths["md"])}), flush=True)
+    if done.failed:
+        raise typer.Exit(FAILED_RUNS)
 
 
 @app.command("list")

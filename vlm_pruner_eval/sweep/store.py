@@ -6,7 +6,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,9 +117,13 @@ class Store:
 
     def read_samples(self, run_id: str) -> list[dict[str, Any]]:
         """The answers of a run, one mapping each."""
+        return list(self.each_sample(run_id))
+
+    def each_sample(self, run_id: str) -> Iterator[dict[str, Any]]:
+        """The same one by one: all samples of a large run at once, with their kept positions, fill gigabytes."""
         path = self.run_dir(run_id) / "samples.jsonl"
         with path.open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+            yield from map(json.loads, file)
 
     def read_grid(self) -> dict[str, Any]:
         """The grid of the sweep as `begin` wrote it.
