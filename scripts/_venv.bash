@@ -16,3 +16,15 @@ ensure_venv() {
   echo "$spec" > ".venv/installed-$extra"
   echo "$spec" > .venv/installed-core  # an extra comes on top of everything else
 }
+
+# The oldest supported transformers, laid over .venv in a folder of its own: everything else stays the same.
+# Usage: ensure_oldest; PYTHONPATH="$OLDEST" .venv/bin/python ...
+OLDEST=.venv/transformers-4.57
+ensure_oldest() {
+  local wanted="transformers==4.57.* huggingface-hub>=0.34,<1 tokenizers>=0.22,<0.23"
+  if [ "$(cat "$OLDEST/installed" 2>/dev/null)" = "$wanted" ]; then return; fi
+  rm -rf "$OLDEST"
+  # shellcheck disable=SC2086  # three requirements
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target "$OLDEST" $wanted
+  echo "$wanted" > "$OLDEST/installed"
+}

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All tests, then the regression sweep against results/reference/ci.json: installs what it needs into .venv.
+# The linter, the regression sweep against results/reference/ci.json, all tests, and the tests of the hook once more on the
+# oldest supported transformers. Installs what it needs into .venv.
 # Usage: bash scripts/test.sh [pytest arguments]     (with arguments: pytest only)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,3 +17,6 @@ trap 'rm -rf "$output"' EXIT
 bash scripts/quickstart.sh "$output/ci" configs/ci.yaml
 .venv/bin/vlm-pruner-eval report "$output/ci" --check results/reference/ci.json
 .venv/bin/python -m pytest
+ensure_oldest
+PYTHONPATH="$OLDEST" .venv/bin/python -c 'import transformers as t; assert t.__version__.startswith("4.57."), t.__version__'
+PYTHONPATH="$OLDEST" .venv/bin/python -m pytest tests/test_hook_*.py tests/test_vlms.py
