@@ -14,7 +14,7 @@ from vlm_pruner_eval.vlms.llava_next import LlavaNext, anyres_layout
 from vlm_pruner_eval.vlms.qwen2_vl import Qwen2VL
 
 QWEN = sorted(name for name, tiny in FAMILIES.items() if tiny.mrope)
-ANYRES = ["llava_next", "llava_onevision"]
+ANYRES = ["llava_next", "llava_onevision", "llava_video"]
 
 
 class _Look(StateNorm):
@@ -81,6 +81,20 @@ def test_onevision_videos_are_pooled_frames_and_one_newline(tiny_model, look):
         tiny_model("llava_onevision")(**prompts("llava_onevision", [[4, "v0", 6]]))
     (tokens,) = look
     assert tokens.coords.tolist() == [[t, row, col] for t in range(2) for row in range(2) for col in range(2)] + [[-1, -1, -1]]
+
+
+def test_llava_video_closes_every_row_of_every_frame(tiny_model, look):
+    with prune(tiny_model("llava_video"), _Look(pruning_rate=0.5)), torch.no_grad():
+        tiny_model("llava_video")(**prompts("llava_video", [[4, "v0", 6]]))
+    (tokens,) = look
+    rows = [[[t, row, 0], [t, row, 1], [-1, -1, -1]] for t in range(2) for row in range(2)]
+    assert tokens.coords.tolist() == [cell for row in rows for cell in row]
+    assert tokens.grid == (2, 2)
+    newline = tiny_model("llava_video").model.image_newline
+    is_newline = (tokens.coords == -1).all(-1)
+    with prune(tiny_model("llava_video"), _Look(pruning_rate=0.5, layer=0)), torch.no_grad():
+        tiny_model("llava_video")(**prompts("llava_video", [[4, "v0", 6]]))
+    assert torch.equal((look[-1].hidden_states == newline).all(-1), is_newline)
 
 
 def test_internvl_tiles_are_scopes(tiny_model, look):

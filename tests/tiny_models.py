@@ -11,6 +11,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from vlm_pruner_eval.vlms import llava_video
+
 VOCAB, IMAGE, VIDEO, VISION_START, VISION_END, PAD = 120, 100, 101, 102, 103, 0
 N_LAYERS = 5
 TEXT = {
@@ -83,8 +85,8 @@ def _next_config() -> object:
     )
 
 
-def _onevision_config() -> object:
-    return transformers.LlavaOnevisionConfig(
+def _onevision_config(config_class: type = transformers.LlavaOnevisionConfig) -> object:
+    return config_class(
         vision_config=dict(SIGLIP),
         text_config=dict(TEXT, model_type="qwen2"),
         vision_feature_layer=-1,
@@ -210,6 +212,13 @@ FAMILIES = {
         _anyres_features,
         videos=True,
     ),
+    "llava_video": TinyFamily(
+        "LlavaVideoForConditionalGeneration",
+        lambda: _onevision_config(llava_video.LlavaVideoConfig),
+        lambda kind, k: [_anyres_tokens(SIZES[k]) if kind == "i" else 2 * (2 + 1) * (k + 2)],
+        _anyres_features,
+        videos=True,
+    ),
     "qwen2_vl": TinyFamily(
         "Qwen2VLForConditionalGeneration", _qwen2_config, _qwen_scopes, _qwen_features(14), _qwen_framed, videos=True, mrope=True
     ),
@@ -222,12 +231,17 @@ FAMILIES = {
 }
 
 
+def _class_named(name: str) -> type:
+    """A class of transformers, or the one of ours that it does not have."""
+    return getattr(llava_video, name) if hasattr(llava_video, name) else getattr(transformers, name)
+
+
 def build(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> nn.Module:
     """A tiny model whose random weights are large enough that a wrong mask or position shows in the logits."""
     tiny, generator = FAMILIES[family], torch.Generator().manual_seed(1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # for the parameters that are left as the model made them
-        model = getattr(transformers, tiny.model_class)._from_config(tiny.config(), attn_implementation=attention)
+        model = _class_named(tiny.model_class)._from_config(tiny.config(), attn_implementation=attention)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() >= 2:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -19,6 +20,8 @@ from transformers import (
 )
 
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.lmms.original import is_original, load_original, model_type_of
+from vlm_pruner_eval.lmms.original_weights import Source
 from vlm_pruner_eval.lmms.settings import Settings
 
 
@@ -31,7 +34,7 @@ class Checkpoint:
 
 
 def load_checkpoint(settings: Settings, device: torch.device, model_types: Collection[str], model_id: str) -> Checkpoint:
-    """Load weights and processor, after the configuration has been found to fit.
+    """Load weights and processor, after the configuration has been found to fit; Hugging Face's layout, or LLaVA's original one.
 
     Parameters
     ----------
@@ -46,31 +49,54 @@ def load_checkpoint(settings: Settings, device: torch.device, model_types: Colle
         No such checkpoint, another family's, one without chat template, or weights that do not fill the model.
     """
     source, where = locate(settings.pretrained), {"revision": settings.revision, "trust_remote_code": False}
-    config = _config(source, settings, where)
-    if config.model_type not in model_types:
-        raise ConfigError(
-            f"pretrained: {settings.pretrained} is a {config.model_type!r} checkpoint, expected {' or '.join(sorted(model_types))} "
-            f"for --model {model_id}; choose the --model of its family, or another checkpoint."
-        )
-    processor = _processor(source, settings, where)
+    raw = _read_config(PretrainedConfig.get_config_dict, source, settings, where)[0]
     # float16 and bfloat16 are slow on most CPUs, and emulated on some
     dtype = settings.dtype if settings.dtype != "auto" or device.type != "cpu" else "float32"
-    model, info = AutoModelForImageTextToText.from_pretrained(
-        source,
-        config=config,
-        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-        attn_implementation=settings.attn_implementation,
-        output_loading_info=True,
-        **where,
-    )
+    if is_original(raw):
+        _check_model_type(model_type_of(raw), settings, model_types, model_id)
+        weights = Source(source, settings.pretrained, settings.revision, settings.allow_bin)
+        model, processor = load_original(raw, weights, dtype=dtype, attention=settings.attn_implementation, device=device)
+    else:
+        config = _read_config(AutoConfig.from_pretrained, source, settings, where)
+        _check_model_type(config.model_type, settings, model_types, model_id)
+        processor = _processor(source, settings, where)
+        model = _model(source, config, settings, dtype, where)
+    _pad_left(processor)
+    _forget_sampling(model)
+    return Checkpoint(model.to(device).eval(), processor)
+
+
+def _check_model_type(found: str, settings: Settings, model_types: Collection[str], model_id: str) -> None:
+    if found not in model_types:
+        raise ConfigError(
+            f"pretrained: {settings.pretrained} is a {found!r} checkpoint, expected {' or '.join(sorted(model_types))} "
+            f"for --model {model_id}; choose the --model of its family, or another checkpoint."
+        )
+
+
+def _model(source: str, config: PretrainedConfig, settings: Settings, dtype: str, where: dict) -> PreTrainedModel:
+    """A checkpoint in Hugging Face layout, none of whose tensors may be left random."""
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            attn_implementation=settings.attn_implementation,
+            use_safetensors=None if settings.allow_bin else True,
+            weights_only=True,
+            output_loading_info=True,
+            **where,
+        )
+    except OSError as error:
+        advice = "" if settings.allow_bin else " Pickled .bin weights are read on request only: add allow_bin=True to model_args."
+        raise ConfigError(f"pretrained: the weights of {settings.pretrained} can't be read ({_first_line(error)}).{advice}") from error
     lacking = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
     if lacking:
         raise ConfigError(
             f"pretrained: {settings.pretrained} lacks {len(lacking)} of the model's tensors or has them in other shapes, so they would "
             f"be random (first: {lacking[0]}); expected a complete checkpoint in Hugging Face layout."
         )
-    _forget_sampling(model)
-    return Checkpoint(model.to(device).eval(), processor)
+    return model
 
 
 def _forget_sampling(model: PreTrainedModel) -> None:
@@ -104,9 +130,9 @@ def locate(pretrained: str) -> str:
     return pretrained
 
 
-def _config(source: str, settings: Settings, where: dict) -> PretrainedConfig:
+def _read_config(read: Callable, source: str, settings: Settings, where: dict) -> Any:
     try:
-        return AutoConfig.from_pretrained(source, **where)
+        return read(source, **where)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"pretrained: the configuration of {settings.pretrained} can't be read ({_first_line(error)}). "
@@ -127,10 +153,13 @@ def _processor(source: str, settings: Settings, where: dict) -> ProcessorMixin:
         raise ConfigError(
             f"pretrained: {settings.pretrained} has no chat template, which protocol=hf prompts with; expected a chat_template.jinja."
         )
+    return processor
+
+
+def _pad_left(processor: ProcessorMixin) -> None:
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    return processor
 
 
 def _first_line(error: Exception) -> str:

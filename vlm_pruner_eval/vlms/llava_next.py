@@ -50,7 +50,7 @@ def anyres_layout(core: nn.Module, size: Tensor, *, tiled: bool = True, **pack_a
     side = vision.image_size // vision.patch_size
     tiles = [row_major(side, side).float()]
     if tiled:
-        shape_of = sys.modules[type(core).__module__].get_anyres_image_grid_shape
+        shape_of = sys.modules[core.pack_image_features.__module__].get_anyres_image_grid_shape
         rows, cols = shape_of(size, core.config.image_grid_pinpoints, vision.image_size)
         offsets = [torch.tensor([1.0, row * side, col * side]) for row in range(rows) for col in range(cols)]
         tiles += [row_major(side, side).float() + offset for offset in offsets]

@@ -1,0 +1,135 @@
+"""LLaVA-Video (arXiv 2410.02713): LLaVA-OneVision, but a newline token closes every row of every frame of a video.
+
+Its checkpoints exist in the original format only (`vlm_pruner_eval.lmms.original` reads them), so the model is made here from
+transformers' OneVision classes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BatchFeature,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionModel,
+    LlavaOnevisionPreTrainedModel,
+    LlavaOnevisionProcessor,
+)
+from transformers.processing_utils import ProcessingKwargs
+
+from vlm_pruner_eval.types import row_major
+from vlm_pruner_eval.vlms.base import FeatureCall, Layout
+from vlm_pruner_eval.vlms.llava_onevision import LlavaOnevision
+
+
+class LlavaVideo(LlavaOnevision):
+    """`LlavaVideoForConditionalGeneration`; a video is one scope, its frames one after the other, row-major."""
+
+    model_types: ClassVar[frozenset[str]] = frozenset({"llava_video"})
+
+    def _videos(self, core: nn.Module, call: FeatureCall) -> list[Layout]:
+        side = pooled_side(core.config)
+        closed = torch.cat([row_major(side, side).view(side, side, 3), torch.full((side, 1, 3), -1)], 1)
+        pixels = call["pixel_values_videos" if "pixel_values_videos" in call else "pixel_values"]  # transformers 5.x, 4.x
+        frames = []
+        for t in range(pixels.shape[1]):
+            frame = closed.clone()
+            frame[:, :-1, 0] = t
+            frames.append(frame.view(-1, 3))
+        return [Layout(torch.cat(frames), (side, side))] * len(pixels)
+
+
+def pooled_side(config: LlavaOnevisionConfig) -> int:
+    """Tokens along one side of a video frame after pooling by 2, rounded up: 14 for 384 / 14."""
+    vision = config.vision_config
+    return math.ceil(vision.image_size // vision.patch_size / 2)
+
+
+class LlavaVideoConfig(LlavaOnevisionConfig):
+    """The configuration of LLaVA-OneVision, under a model type of its own."""
+
+    model_type = "llava_video"
+
+
+class LlavaVideoModel(LlavaOnevisionModel):
+    """LLaVA-OneVision without language-model head, whose videos have a newline token behind every row.
+
+    Paper: arXiv 2410.02713, with the release's ``mm_newline_position: grid``.
+    """
+
+    config_class = LlavaVideoConfig
+
+    def apply_pooling(self, image_features: Tensor) -> Tensor:
+        """Pool frames as OneVision does, then close every row with the newline embedding.
+
+        Parameters
+        ----------
+        image_features : Tensor [frames, side * side, D]
+
+        Returns
+        -------
+        Tensor [frames, rows * (rows + 1), D]
+            With rows = ceil(side / 2).
+        """
+        side = pooled_side(self.config)
+        rows = super().apply_pooling(image_features).unflatten(1, (side, side))
+        newline = self.image_newline.to(rows).expand(len(rows), side, 1, -1)
+        return torch.cat([rows, newline], 2).flatten(1, 2)
+
+    @functools.wraps(LlavaOnevisionModel.get_video_features)  # its parameters differ between versions of transformers
+    def get_video_features(self, *args: object, **kwargs: object) -> object:
+        """Features of all frames, less one newline: OneVision closes a video with a newline, which is here the last row's own.
+
+        It does so inside this method since transformers 5, and in its caller before: one newline too many either way.
+        """
+        output = super().get_video_features(*args, **kwargs)
+        if isinstance(output, Tensor):
+            return output[:, :-1]
+        output.pooler_output = output.pooler_output[:, :-1]
+        return output
+
+
+class LlavaVideoForConditionalGeneration(LlavaOnevisionForConditionalGeneration):
+    """LLaVA-Video with its language-model head."""
+
+    config_class = LlavaVideoConfig
+
+    def __init__(self, config: LlavaVideoConfig):
+        LlavaOnevisionPreTrainedModel.__init__(self, config)  # not the parent's, which would make OneVision's model
+        self.model = LlavaVideoModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+
+class LlavaVideoProcessor(LlavaOnevisionProcessor):
+    """The processor of LLaVA-OneVision, with as many placeholders for a video as the model makes of it."""
+
+    def _video_placeholders(self, n_frames: int) -> str:
+        side = math.ceil(math.isqrt(self.num_image_tokens) / 2)
+        return self.video_token * (n_frames * side * (side + 1))
+
+    def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs: object) -> str:
+        """Placeholders of one video; what transformers 5 calls."""
+        return self._video_placeholders(len(video_inputs["pixel_values_videos"][video_idx]))
+
+    if not hasattr(LlavaOnevisionProcessor, "replace_video_token"):  # transformers 4.x counts in the middle of its own method
+
+        def __call__(
+            self, images: object = None, text: str | list[str] | None = None, audio: None = None, videos: object = None, **kwargs: object
+        ) -> BatchFeature:
+            """Write out the placeholders of videos, and leave the rest to LLaVA-OneVision."""
+            if videos is None:
+                return super().__call__(images=images, text=text, **kwargs)
+            settings = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+            encoded = self.video_processor(videos, **settings["videos_kwargs"])
+            lengths = iter([len(video) for video in encoded["pixel_values_videos"]])
+            texts = []
+            for sample in [text] if isinstance(text, str) else text:
+                first, *rest = sample.split(self.video_token)
+                texts.append(first + "".join(self._video_placeholders(next(lengths)) + part for part in rest))
+            return BatchFeature({**super().__call__(images=images, text=texts, **kwargs), **encoded})
