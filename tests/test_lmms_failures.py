@@ -150,8 +150,6 @@ def test_keyboard_interrupt_passes(model: PrunedModel) -> None:
         model.generate_until([request("first", 0, messages=interrupted)])
 
 
-def test_loglikelihood_and_rounds_are_refused(model: PrunedModel) -> None:
-    with pytest.raises(NotImplementedError, match="generate_until"):
-        model.loglikelihood([])
+def test_rounds_are_refused(model: PrunedModel) -> None:
     with pytest.raises(NotImplementedError, match="one round"):
         model.generate_until_multi_round([])

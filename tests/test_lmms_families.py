@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import shutil
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from lmms_requests import GREEDY, request, set_batch_size, texts
 from PIL import Image
-from tiny_checkpoints import PROCESSORS, write_tiny
-from tiny_models import IMAGE
+from tiny_checkpoints import PROCESSORS, checkpoint
 
 from vlm_pruner_eval import ConfigError, keep_count
 from vlm_pruner_eval.lmms import PrunedModel, load, plugin, wrapper
+from vlm_pruner_eval.lmms.resolve import family_class
 from vlm_pruner_eval.pruners.uniform import Uniform
 
-FAMILIES = sorted(PROCESSORS)
+FAMILIES = sorted([*PROCESSORS, "llava_video"])
 PROMPTS = {
     "internvl": "internvl_hf",
     "llava_next": "llava_hf",
     "llava_onevision": "llava_hf",
+    "llava_video": "llava_vid",
     "qwen2_5_vl": "qwen2_5_vl",
     "qwen2_vl": "qwen2_vl",
     "qwen3_vl": "qwen3_vl",
@@ -31,13 +30,6 @@ PROMPTS = {
 PRUNED = [("vlmpruner", "2/3"), ("vlmpruner", "8/9"), ("fastv", "8/9"), ("dart", "8/9"), ("divprune", "8/9")]
 SIZES = [[(50, 100)], [(112, 80)], [(40, 140)], [(150, 160)], [(50, 100), (112, 80)], [], [(70, 64)]]  # of the images of each document
 TWO_IMAGES, NO_IMAGE = 4, 5
-
-
-@functools.cache
-def checkpoint(family: str) -> str:
-    folder = tempfile.mkdtemp(prefix=f"tiny_{family}_")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return str(write_tiny(family, Path(folder)))
 
 
 @functools.cache
@@ -99,9 +91,11 @@ def plain(model: PrunedModel, document: dict) -> str:
 def scopes(family: str, model: PrunedModel, document: dict) -> list[int]:
     """Tokens of each budget scope of a document."""
     n_images = len(document["images"])
-    if family == "llava_onevision" and n_images > 1:
-        return [16 + 1] * n_images  # base views, each closed by a newline token
-    alone = [int((prepared(model, document | {"images": [image]})["input_ids"] == IMAGE).sum()) for image in document["images"]]
+    if family in ("llava_onevision", "llava_video") and n_images > 1:
+        vision = model.config.vision_config
+        return [(vision.image_size // vision.patch_size) ** 2 + 1] * n_images  # base views, each closed by a newline token
+    token = model.tokenizer.convert_tokens_to_ids(model.processor.image_token)
+    alone = [int((prepared(model, document | {"images": [image]})["input_ids"] == token).sum()) for image in document["images"]]
     return [4] * (sum(alone) // 4) if family == "internvl" else alone
 
 
@@ -147,7 +141,7 @@ def test_several_images_reach_the_model_in_order(family: str, model: PrunedModel
     document = documents()[TWO_IMAGES]
     model.task_dict = {"first": {"test": [document, document | {"images": document["images"][::-1]}]}}
     try:
-        one, other = texts(model, [request("first", 0), request("first", 1)])
+        one, other = texts(model, [request("first", i, options=GREEDY | {"max_new_tokens": 20}) for i in range(2)])
     finally:
         model.task_dict = {"first": {"test": documents()}}
     assert one != other
@@ -210,7 +204,14 @@ def test_other_media_are_a_sentence(model: PrunedModel, kind: str) -> None:
         return [{"role": "user", "content": [{"type": kind, "url": "clip"}, {"type": "text", "text": "?"}]}]
 
     assert texts(model, [request("first", 0, messages=with_media)]) == [""]
-    assert f"holds 1 {kind} input(s), expected image only" in model.answers[0].error
+    if kind in model.kinds:
+        assert "video clip: there is no such file" in model.answers[0].error
+    else:
+        assert f"holds 1 {kind} input(s), expected {' and '.join(model.kinds)} only" in model.answers[0].error
+
+
+def test_all_but_the_families_of_images_take_videos(family: str) -> None:
+    assert family_class(f"vlmpruner_{family}").kinds == (("image",) if family == "llava_next" else ("image", "video"))
 
 
 def test_another_familys_checkpoint_is_refused(family: str) -> None:

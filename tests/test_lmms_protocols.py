@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from lmms_requests import GREEDY, fresh_model, request, texts, tiny_llava
 from PIL import Image
+from tiny_checkpoints import checkpoint
+from tiny_models import IMAGE
+from transformers import LlavaNextConfig, LlavaNextImageProcessor
 
-from vlm_pruner_eval import ConfigError
-from vlm_pruner_eval.lmms import load
-from vlm_pruner_eval.lmms.protocols import pad_to_square, vicuna_v1
+from vlm_pruner_eval import ConfigError, keep_count
+from vlm_pruner_eval.lmms import PrunedModel, load
+from vlm_pruner_eval.lmms.prompts import Request
+from vlm_pruner_eval.lmms.protocols import at_most_three_tiles, pad_to_square, vicuna_v1
 
 QUESTION = {"role": "user", "content": [{"type": "text", "text": "What is it?\n"}, {"type": "image"}]}
 SYSTEM = (
@@ -59,6 +65,7 @@ def test_a_run_under_the_papers_protocol_sends_that_prompt_and_that_image() -> N
         padded = Image.new("RGB", (70, 70), tuple(mean))
         padded.paste(image, (0, 5))
         inputs = model.processor(text=[prompt], images=[padded], return_tensors="pt")
+        inputs.pop("token_type_ids", None)
         with torch.no_grad():
             ids = model.model.generate(**inputs, max_new_tokens=GREEDY["max_new_tokens"], do_sample=False)
         assert answer == model.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -72,6 +79,113 @@ def fresh_model_without_pruning():
     return model
 
 
-def test_a_family_without_a_paper_protocol_says_so() -> None:
-    with pytest.raises(ConfigError, match="protocol: got 'paper', expected hf for vlmpruner_qwen2_vl"):
-        load("vlmpruner_qwen2_vl", pretrained="x", protocol="paper")
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("qwen3_vl", "the script behind the paper's numbers of this family was not released"),
+        ("llava_video", "the script behind the paper's numbers of this family was not released"),
+        ("qwen2_5_vl", "the paper has no numbers of this family"),
+        ("llava_onevision", "the paper has no numbers of this family"),
+        ("internvl", "the paper has no numbers of this family"),
+    ],
+)
+def test_a_family_without_a_paper_protocol_says_why(family: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=rf"protocol: got 'paper', expected hf for vlmpruner_{family}: {reason}.*; protocol=hf is the "):
+        load(f"vlmpruner_{family}", pretrained="x", protocol="paper")
+
+
+def paper_model(family: str, **model_args: object) -> PrunedModel:
+    """A tiny checkpoint under the paper's protocol, with images of many sizes, (height, width)."""
+    model = load(f"vlmpruner_{family}", pretrained=checkpoint(family), protocol="paper", **model_args)
+    generator = np.random.default_rng(0)
+    images = [Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in SIZES]
+    model.task_dict = {"first": {"test": [{"question": f"What is {i}?", "images": [image]} for i, image in enumerate(images)]}}
+    return model
+
+
+SIZES = [(40, 40), (100, 100), (480, 640), (60, 400), (500, 50), (112, 112), (1200, 1300)]
+
+
+def inputs_of(model: PrunedModel, i: int) -> dict[str, torch.Tensor]:
+    return model._inputs([model._prompt_of(Request.of(0, request("first", i)))])
+
+
+# ---- Qwen2-VL
+
+
+def test_qwen2_vl_makes_about_1280_tokens_of_every_image_and_keeps_its_own_template() -> None:
+    model = paper_model("qwen2_vl")
+    assert (model.processor.image_processor.patch_size, model.processor.image_processor.merge_size) == (14, 2)  # as published
+    for i, (height, width) in enumerate(SIZES):
+        inputs = inputs_of(model, i)
+        _, rows, cols = (inputs["image_grid_thw"][0] // torch.tensor([1, 2, 2])).tolist()
+        n_tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())
+        assert n_tokens == rows * cols
+        assert n_tokens == pytest.approx(1280, rel=0.08), (height, width)
+        assert rows / cols == pytest.approx(height / width, rel=0.15)
+        text = model.tokenizer.decode(inputs["input_ids"][0]).replace("<|image_pad|>" * n_tokens, "<|image_pad|>")
+        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"What is {i}?"}]}]
+        assert text == model.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    described = model.describe()
+    assert (described["protocol"], described["min_pixels"], described["max_pixels"]) == ("paper", 1003520, 1003520)
+
+
+@pytest.mark.parametrize("name", ["min_pixels", "max_pixels"])
+def test_pixels_beside_the_papers_protocol_contradict_it(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: got 784, but protocol=paper means 1003520 on vlmpruner_qwen2_vl; leave it out"):
+        load("vlmpruner_qwen2_vl", pretrained="x", protocol="paper", **{name: 784})
+
+
+# ---- LLaVA-NeXT
+
+
+def test_llava_next_shows_at_most_four_views_of_any_image() -> None:
+    model, free = paper_model("llava_next"), load("vlmpruner_llava_next", pretrained=checkpoint("llava_next"))
+    free.task_dict = model.task_dict
+    newline_rows = 12  # at most: three tiles of four rows
+    n_views = {"paper": [], "hf": []}
+    for i in range(len(SIZES)):
+        inputs = inputs_of(model, i)
+        n_views["paper"].append(inputs["pixel_values"].shape[1])
+        n_views["hf"].append(inputs_of(free, i)["pixel_values"].shape[1])
+        assert int((inputs["input_ids"] == IMAGE).sum()) <= 4 * 16 + newline_rows
+    assert max(n_views["paper"]) == 4
+    assert max(n_views["hf"]) == 5, "2 x 2 tiles and the base view, without the protocol"
+    assert model.config.image_grid_pinpoints == model.processor.image_processor.image_grid_pinpoints == [[56, 112], [112, 56], [56, 168]]
+
+
+def test_the_published_shapes_of_llava_next_but_the_square_one_are_left() -> None:
+    config, processor = LlavaNextConfig(), SimpleNamespace(image_processor=LlavaNextImageProcessor())
+    assert [672, 672] in config.image_grid_pinpoints
+    at_most_three_tiles(config, processor)
+    shapes = [[336, 672], [672, 336], [1008, 336], [336, 1008]]
+    assert config.image_grid_pinpoints == processor.image_processor.image_grid_pinpoints == shapes
+    assert max(height * width for height, width in shapes) + 336**2 == 1344 * 336
+
+
+def test_llava_next_is_asked_as_vicuna_and_pruned_as_asked() -> None:
+    """Through the wrapper, against a plain generate of the prompt written out here."""
+    model = paper_model("llava_next")
+    answers = texts(model, [request("first", i) for i in range(len(SIZES))])
+    for i, answer in enumerate(answers):
+        prompt = f"{SYSTEM} USER: <image>\nWhat is {i}? ASSISTANT:"
+        inputs = model.processor(text=[prompt], images=model.task_dict["first"]["test"][i]["images"], return_tensors="pt")
+        inputs.pop("token_type_ids", None)
+        with torch.no_grad():
+            ids = model.model.generate(**inputs, max_new_tokens=GREEDY["max_new_tokens"], do_sample=False, pad_token_id=0)
+        assert answer == model.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    model.configure("vlmpruner", "8/9")
+    model.generate_until([request("first", i) for i in range(len(SIZES))])
+    assert [a.record.n_kept for a in model.answers] == [keep_count(a.record.n_visual, "8/9") for a in model.answers]
+
+
+def test_llava_next_around_another_language_model_has_no_paper_protocol() -> None:
+    config = LlavaNextConfig(text_config={"model_type": "mistral"})
+    with pytest.raises(ConfigError, match="protocol: got 'paper' for a LLaVA-NeXT around 'mistral', expected one around Vicuna"):
+        at_most_three_tiles(config, SimpleNamespace(image_processor=LlavaNextImageProcessor()))
+
+
+def test_llava_next_without_a_shape_of_three_tiles_has_no_paper_protocol() -> None:
+    config = LlavaNextConfig(image_grid_pinpoints=[[672, 672]])
+    with pytest.raises(ConfigError, match=r"image_grid_pinpoints are \[\[672, 672\]\], expected one or more of at most 3 tiles"):
+        at_most_three_tiles(config, SimpleNamespace(image_processor=LlavaNextImageProcessor()))

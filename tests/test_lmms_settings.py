@@ -43,6 +43,15 @@ NAN = float("nan")
         ({"pretrained": "x", "batch_size": 2.5}, ["batch_size: got 2.5"]),
         ({"pretrained": "x", "batch_size": True}, ["batch_size: got True"]),
         ({"pretrained": "x", "revision": 1234567}, ["revision: got 1234567 (int), expected text"]),
+        ({"pretrained": "x", "max_frames_num": 0}, ["max_frames_num: got 0, expected a whole number, 1 or more."]),
+        ({"pretrained": "x", "max_frames_num": "all"}, ["max_frames_num: got 'all', expected a whole number, 1 or more."]),
+        ({"pretrained": "x", "min_pixels": 1.5}, ["min_pixels: got 1.5, expected a whole number, 1 or more."]),
+        ({"pretrained": "x", "max_pixels": -1}, ["max_pixels: got -1, expected a whole number, 1 or more."]),
+        ({"pretrained": "x", "max_pixels": True}, ["max_pixels: got True, expected a whole number, 1 or more."]),
+        ({"pretrained": "x", "min_pixels": 9, "max_pixels": "8"}, ["min_pixels: got 9, expected at most max_pixels, which is 8."]),
+        ({"pretrained": "x", "allow_bin": 1}, ["allow_bin: got 1, expected True or False."]),
+        ({"pretrained": "x", "allow_bin": "yes"}, ["allow_bin: got 'yes', expected True or False."]),
+        ({"pretrained": "x", "batch_size": None}, ["batch_size: got None, expected a whole number, 1 or more"]),
         # all of them at once
         (
             {"dtype": "f", "batch_size": -1, "method": "fastv", "pruning_rate": 2},
@@ -62,6 +71,11 @@ def test_good_arguments_are_parsed() -> None:
     parsed, method, pruner = settings.parse({"pretrained": "x", "method": "dart", "pruning_rate": "8/9", "layer": 3, "batch_size": "8"})
     assert (parsed.batch_size, parsed.dtype, parsed.protocol, method) == (8, "auto", "hf", "dart")
     assert (pruner.pruning_rate, pruner.layer) == ("8/9", 3)
+    sizes = {"max_frames_num": "16", "min_pixels": 784, "max_pixels": 784, "allow_bin": True}
+    parsed = settings.parse({"pretrained": "x", **sizes})[0]
+    assert (parsed.max_frames_num, parsed.min_pixels, parsed.max_pixels, parsed.allow_bin) == (16, 784, 784, True)
+    parsed = settings.parse({"pretrained": "x", "max_frames_num": None})[0]
+    assert (parsed.max_frames_num, parsed.min_pixels, parsed.max_pixels, parsed.allow_bin) == (None, None, None, False)
     assert settings.parse({"pretrained": "x"})[1] == "none"
     assert settings.parse({"pretrained": "x", "method": "blind"})[2].name == "blind"
     assert settings.parse({"pretrained": "x", "method": "none", "pruning_rate": 0})[2].name == "none"
@@ -106,6 +120,33 @@ def test_the_command_line_builds_a_model_that_exits_on_failure(tmp_path: Path) -
     )
     assert (model.exit_on_failure, model.batch_size, model.device, model.rank, model.world_size) == (True, 2, torch.device("cpu"), 0, 1)
     assert load("vlmpruner_llava", pretrained=str(folder)).exit_on_failure is False
+
+
+# ---- settings that not every family has
+VIDEO_TAKERS = ("llava_onevision", "llava_video", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")
+
+
+@pytest.mark.parametrize(
+    ("model_id", "given", "takers"),
+    [
+        ("vlmpruner_llava", {"max_frames_num": 8}, VIDEO_TAKERS),
+        ("vlmpruner_llava_next", {"max_frames_num": 8}, VIDEO_TAKERS),
+        ("vlmpruner_internvl", {"min_pixels": 8}, VIDEO_TAKERS[2:5]),
+        ("vlmpruner_llava_video", {"max_pixels": 8}, VIDEO_TAKERS[2:5]),
+    ],
+)
+def test_a_setting_of_other_families_is_refused_with_their_names(model_id: str, given: dict, takers: tuple[str, ...]) -> None:
+    ((name, value),) = given.items()
+    with pytest.raises(ConfigError) as error:
+        load(model_id, pretrained="x", **given)
+    names = ", ".join(f"vlmpruner_{taker}" for taker in takers)
+    assert str(error.value) == f"{name}: got {value}, expected none for {model_id}, which has no such setting; {names} have it."
+
+
+def test_all_settings_that_a_family_lacks_are_reported_together() -> None:
+    with pytest.raises(ConfigError) as error:
+        load("vlmpruner_llava", pretrained="x", max_frames_num=8, min_pixels=8, max_pixels=9)
+    assert [problem.split(":")[0] for problem in error.value.problems] == ["max_frames_num", "max_pixels", "min_pixels"]
 
 
 # ---- checkpoints

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,13 @@ from rich.console import Console
 from sweep_standin import N_VISUAL, Behaviour, StandIn, make_config, task_manager, write_tasks
 
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.report.build import build
 from vlm_pruner_eval.sweep import records
 from vlm_pruner_eval.sweep.config import SweepConfig
-from vlm_pruner_eval.sweep.config import load as load_config
 from vlm_pruner_eval.sweep.grid import expand
-from vlm_pruner_eval.sweep.runner import Outcome, check_tasks, run_sweep
-from vlm_pruner_eval.sweep.scores import MAIN_METRICS
+from vlm_pruner_eval.sweep.runner import Outcome, run_sweep, unscorable
+from vlm_pruner_eval.sweep.scores import NOT_SCORABLE
 from vlm_pruner_eval.sweep.store import Store
-
-CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 @pytest.fixture(scope="module")
@@ -224,11 +223,62 @@ def test_digests_are_of_kept_sets_whatever_the_padding_and_the_order(sweep: Swee
     assert records.kept_digest(None) is None
 
 
-def test_the_tasks_of_every_shipped_file_exist_with_their_main_metric() -> None:
-    configs = [load_config(path) for path in sorted(CONFIGS.rglob("*.yaml"))]
-    names = sorted({task for config in configs for task in config.tasks})
-    index = check_tasks(make_config(tasks=names))
-    for name in names:
-        listed = {entry["metric"] for entry in index._get_config(name).get("metric_list", [])}
-        wanted = set(MAIN_METRICS[name].metrics)
-        assert wanted <= listed, name
+SUBMISSION = """
+include: tiny_mean.yaml
+task: tiny_submission
+process_results: !function submit.collect
+metric_list:
+  - {metric: submission, aggregation: !function submit.write, higher_is_better: true}
+"""
+SUBMIT = """
+from pathlib import Path
+
+
+def collect(doc, results):
+    return {"submission": results[0]}
+
+
+def write(items, args):
+    Path(args.output_path).mkdir(parents=True, exist_ok=True)
+    (Path(args.output_path) / "submission.txt").write_text("\\n".join(items))
+"""
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A task that only writes a file to submit, and a group that papers print as one number."""
+    folder = write_tasks(tmp_path_factory.mktemp("benchmark"))
+    (folder / "submit.py").write_text(SUBMIT)
+    (folder / "tiny_submission.yaml").write_text(SUBMISSION)
+    (folder / "group.yaml").write_text("group: mvbench\ntask: [tiny_mean, tiny_pairs]\n")
+    (folder / "plain.yaml").write_text("group: plain\ntask: [tiny_mean, tiny_submission]\n")
+    return task_manager(folder)
+
+
+def test_a_task_that_is_scored_elsewhere_says_so_before_during_and_after(tmp_path: Path, benchmark: Any) -> None:
+    sweep, config = Sweep(tmp_path / "out", benchmark), make_config(tasks=["plain"], methods=["blind"])
+    assert unscorable(config, benchmark) == ["tiny_submission"]
+    assert sweep(config) == Outcome(runs=2, skipped=0, failed=0)
+    assert "tiny_submission is not locally scorable" in sweep.log
+    record = sweep.record(config, "unpruned")
+    assert list(record["tasks"]) == ["tiny_mean", "tiny_submission"]
+    assert record["tasks"]["tiny_submission"] == {"metrics": {}, "main": None, "note": NOT_SCORABLE}
+    assert (sweep.store.run_dir(record["run_id"]) / "submission.txt").read_text().splitlines() == ["no", "yes"] * 6
+    text = build(sweep.output)["md"].read_text()
+    assert f"Note: tiny_submission is {NOT_SCORABLE}; without its score, rows have no relative average." in text
+    assert f"tiny_submission: {NOT_SCORABLE}" in text
+    assert re.search(r"\| unpruned \| 1\.0 \[[^|]+\] \| n/a \| n/a \|", text)
+
+
+def test_a_benchmark_that_is_a_group_is_one_score(tmp_path: Path, benchmark: Any) -> None:
+    sweep, config = Sweep(tmp_path / "out", benchmark), make_config(tasks=["mvbench", "tiny_state"], methods=["fastv"])
+    assert sweep(config) == Outcome(runs=2, skipped=0, failed=0)
+    assert "not locally scorable" not in sweep.log
+    tasks = sweep.record(config, "fastv-2of3")["tasks"]
+    assert list(tasks) == ["mvbench", "tiny_state"]
+    members = tasks["mvbench"]["metrics"]
+    assert list(members) == ["tiny_mean", "tiny_pairs"]
+    assert tasks["mvbench"]["main"]["value"] == pytest.approx(sum(member["value"] for member in members.values()) / 2)
+    assert tasks["mvbench"]["main"]["n"] == 24
+    samples = sweep.store.read_samples(sweep.record(config, "fastv-2of3")["run_id"])
+    assert {sample["task"] for sample in samples} == {"tiny_mean", "tiny_pairs", "tiny_state"}

@@ -77,6 +77,7 @@ class PruningHook:
         self._handles: list = []
         self._replaced: list[tuple[object, str, object, Callable]] = []
         self._layouts: dict[str, list] = {}
+        self._is_encoding = False
         self._prefill: Prefill | None = None
         self._forget_forward()
 
@@ -166,9 +167,15 @@ class PruningHook:
 
     # ---- hooks, in the order in which a forward meets them
     def _see_features(self, kind: str, original: Callable, *args: object, **kwargs: object) -> object:
+        if self._is_encoding:  # Qwen3-VL's get_video_features calls get_image_features, which has seen the images already
+            return original(*args, **kwargs)
         bound = inspect.signature(original).bind(*args, **kwargs).arguments
         self._layouts[kind] = self.family.layouts(self.core, kind, bound | bound.get("kwargs", {}))
-        return original(*args, **kwargs)
+        self._is_encoding = True
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._is_encoding = False
 
     def _forget_forward(self) -> None:
         self._input_ids = self._mask = self._state = self._patch = None

@@ -34,7 +34,7 @@ def check_prompt_lengths(n_prompt: Sequence[int], sample_ids: Sequence[str], con
         if limit is not None and n_tokens > limit:
             raise ValueError(
                 f"{sample_id}: got a prompt of {n_tokens} tokens (image tokens included), but the model has {limit} positions; "
-                "use a task with fewer images or shorter questions, or a checkpoint with a longer context."
+                "use a task with fewer images or shorter questions, a smaller max_frames_num, or a checkpoint with a longer context."
             )
 
 

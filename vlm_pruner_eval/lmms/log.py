@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from vlm_pruner_eval.ledger import SampleRecord
 
@@ -29,8 +30,12 @@ class Answer:
         Median of that batch's decoding steps; None when the answer took no step.
     n_prompt_tokens, n_new_tokens
         Of this sample alone, without padding; image tokens are counted in the prompt.
+        Of a scored continuation: its tokens, though none was generated.
     batch_size
         Rows of the batch; a sample that was tried again alone has 1.
+    choice, loglikelihood, is_greedy
+        Of a continuation that was scored (`answer` holds it), else None: which of its document's, from 0; the sum of its
+        tokens' log-probabilities; whether greedy decoding would have written it.
     """
 
     task: str
@@ -44,6 +49,9 @@ class Answer:
     n_prompt_tokens: int | None = None
     n_new_tokens: int | None = None
     batch_size: int | None = None
+    choice: int | None = None
+    loglikelihood: float | None = None
+    is_greedy: bool | None = None
 
     @property
     def sample_id(self) -> str:
@@ -53,6 +61,32 @@ class Answer:
     def as_json(self) -> dict:
         """Plain types only."""
         return asdict(self) | {"record": self.record and self.record.as_json()}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one call of generate under pruning gave, its records checked.
+
+    Attributes
+    ----------
+    output
+        What ``model.generate`` returned.
+    width
+        Columns of the padded prompts.
+    n_prompt
+        Tokens of each prompt, without padding.
+    records
+        One per row.
+    prefill_ms, decode_ms
+        One per forward of the language model.
+    """
+
+    output: Any
+    width: int
+    n_prompt: list[int]
+    records: list[SampleRecord]
+    prefill_ms: list[float]
+    decode_ms: list[float]
 
 
 def pruning_metrics(answers: Sequence[Answer]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,11 +15,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from vlm_pruner_eval.lmms.protocols import render
+from vlm_pruner_eval.lmms.protocols import Protocol
+from vlm_pruner_eval.lmms.videos import Video, open_video
 
 WINDOW_BATCHES = 8  # batches whose images are held in memory, so that prompts of like length meet in one batch
 DEFAULT_NEW_TOKENS = 1024
 SAMPLING = ("temperature", "top_p", "top_k")
+MEDIA = ("image", "video", "audio")
 PASSED_ON = ("max_new_tokens", "num_beams", "repetition_penalty", "length_penalty")
 
 
@@ -51,35 +54,51 @@ class Request:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A request made ready: the rendered chat and its images, in order."""
+    """A request made ready: the rendered chat, and its images and videos, each in order."""
 
     request: Request
     text: str
     images: list[Image.Image]
+    videos: list[Video] = field(default_factory=list)
+
+    @property
+    def n_frames(self) -> tuple[int, ...]:
+        """Frames of each video."""
+        return tuple(video.n_frames for video in self.videos)
 
 
-def build(request: Request, task_dict: Mapping, processor: ProcessorMixin, kinds: Collection[str], protocol: str) -> Prompt:
+def build(
+    request: Request, task_dict: Mapping, processor: ProcessorMixin, kinds: Collection[str], protocol: Protocol, max_frames: int | None
+) -> Prompt:
     """Look the document up by the request's OWN task and split, and render it.
 
     Parameters
     ----------
     kinds
         Media that the model family takes, out of "image" and "video".
-    protocol
-        Whose prompt: see `protocols.render`.
+    max_frames
+        Frames picked of a video, at most.
 
     Raises
     ------
     ValueError
-        A document with media that the family does not take.
+        A document with media that the family does not take, or that can't be opened.
     """
     document = task_dict[request.task][request.split][request.doc_id]
-    messages = ChatMessages(messages=request.to_messages(document))
-    images, videos, audios = messages.extract_media()
-    for kind, found in (("image", images), ("video", videos), ("audio", audios)):
+    try:
+        messages = ChatMessages(messages=request.to_messages(document))
+    except SystemExit as error:  # how some tasks say that a video was not downloaded
+        raise ValueError(f"{request.sample_id}: the task gave up on this document ({error}).") from error
+    media = {kind: [part for message in messages.messages for part in message.content if part.type == kind] for kind in MEDIA}
+    for kind, found in media.items():
         if found and kind not in kinds:
             raise ValueError(f"{request.sample_id} holds {len(found)} {kind} input(s), expected {' and '.join(kinds)} only for this model.")
-    return Prompt(request, *render(protocol, messages.to_hf_messages(), [_as_rgb(image) for image in images], processor))
+    return Prompt(
+        request,
+        protocol.render(messages.to_hf_messages(), processor),
+        [protocol.view(_as_rgb(part.url), processor) for part in media["image"]],
+        [open_video(part.url, max_frames, part.start_time, part.end_time) for part in media["video"]],
+    )
 
 
 def _as_rgb(image: Image.Image | str | Path) -> Image.Image:
@@ -135,10 +154,15 @@ def windows(asked: Sequence[Request], batch_size: int) -> Iterator[tuple[Generat
 
 
 def batches(prompts: list[Prompt], batch_size: int) -> Iterator[list[Prompt]]:
-    """Batches of prompts of like length: more images first, then longer text."""
-    prompts = sorted(prompts, key=lambda prompt: (-len(prompt.images), -len(prompt.text)))
-    for start in range(0, len(prompts), batch_size):
-        yield prompts[start : start + batch_size]
+    """Batches of prompts of like length: more frames and images first, then longer text.
+
+    Videos of one batch have equally many frames, which the families that stack them need.
+    """
+    prompts = sorted(prompts, key=lambda prompt: (prompt.n_frames, len(prompt.images), len(prompt.text)), reverse=True)
+    for _, group in itertools.groupby(prompts, key=lambda prompt: prompt.n_frames):
+        alike = list(group)
+        for start in range(0, len(alike), batch_size):
+            yield alike[start : start + batch_size]
 
 
 def count_new(new_ids: Tensor, eos_ids: Collection[int]) -> int:

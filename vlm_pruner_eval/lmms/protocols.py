@@ -5,10 +5,13 @@ A protocol changes scores by points, so it is part of every run's identity, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from PIL import Image
-from transformers import ProcessorMixin
+from transformers import PretrainedConfig, ProcessorMixin
+
+from vlm_pruner_eval.errors import ConfigError
 
 # The conversation template "vicuna_v1" that LLaVA-1.5 was trained and evaluated with (arXiv 2310.03744). With it, 35 tokens
 # stand before the image, begin token included.
@@ -16,8 +19,46 @@ VICUNA_SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
+QWEN2_VL_PIXELS = 1003520  # 1280 merged tokens of 28 x 28 pixels
+NEXT_TILES = 3  # with the base view 4 x 576 = 2304 tokens
 
 
+def chat_template(messages: Sequence[dict], processor: ProcessorMixin) -> str:
+    """Render a chat with the checkpoint's own template."""
+    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+def _as_it_is(image: Image.Image, processor: ProcessorMixin) -> Image.Image:
+    return image
+
+
+def _leave(config: PretrainedConfig, processor: ProcessorMixin) -> None:
+    """Change nothing."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The prompt and the image handling of a run; the default is the checkpoint's own.
+
+    Attributes
+    ----------
+    render : (messages, processor) -> text
+        Prompt of one chat in Hugging Face form.
+    view : (image, processor) -> image
+        What is done to an RGB image before the checkpoint's processor has it.
+    prepare : (config, processor) -> None
+        What is changed, once, on a loaded checkpoint.
+    fixes
+        Settings that belong to the protocol, so that they can't be given beside it.
+    """
+
+    render: Callable[[Sequence[dict], ProcessorMixin], str] = chat_template
+    view: Callable[[Image.Image, ProcessorMixin], Image.Image] = _as_it_is
+    prepare: Callable[[PretrainedConfig, ProcessorMixin], None] = _leave
+    fixes: Mapping[str, object] = field(default_factory=dict)
+
+
+# ---- prompts
 def vicuna_v1(messages: Sequence[dict], image_token: str) -> str:
     """Render a chat in the template "vicuna_v1": the system sentence, "USER: ", images and question, "ASSISTANT:".
 
@@ -53,6 +94,11 @@ def _text_of(parts: Sequence[dict], image_token: str) -> str:
     return f"{image_token}\n" * n_images + "\n".join(texts).strip()
 
 
+def _vicuna(messages: Sequence[dict], processor: ProcessorMixin) -> str:
+    return vicuna_v1(messages, processor.image_token)
+
+
+# ---- images
 def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
     """Pad an RGB image to a square with the processor's mean colour, the image in the middle (LLaVA's ``image_aspect_ratio: pad``).
 
@@ -70,17 +116,47 @@ def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
     return canvas
 
 
-def render(
-    protocol: str, messages: Sequence[dict], images: Sequence[Image.Image], processor: ProcessorMixin
-) -> tuple[str, list[Image.Image]]:
-    """Prompt text and images of one request under a protocol.
+def _padded(image: Image.Image, processor: ProcessorMixin) -> Image.Image:
+    return pad_to_square(image, processor.image_processor.image_mean)
 
-    Parameters
-    ----------
-    protocol
-        "hf": the checkpoint's chat template, images as they are; "paper": vicuna_v1 and square padding (LLaVA-1.5).
+
+def at_most_three_tiles(config: PretrainedConfig, processor: ProcessorMixin) -> None:
+    """Leave LLaVA-NeXT the shapes of at most three tiles: with the base view at most 4 x 576 patch tokens an image.
+
+    This is how we read "max pixels 1344 x 336, at most 2304 tokens"; newline tokens come on top. Model and processor each hold
+    the list of shapes, and must agree on it.
+
+    Paper: arXiv 2512.02700, experimental settings of LLaVA-NeXT.
+
+    Raises
+    ------
+    ConfigError
+        A language model other than Vicuna's, or a checkpoint that has no such shape.
     """
-    if protocol == "hf":
-        return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), list(images)
-    mean = processor.image_processor.image_mean
-    return vicuna_v1(messages, processor.image_token), [pad_to_square(image, mean) for image in images]
+    language_model = config.get_text_config().model_type
+    if language_model != "llama":
+        raise ConfigError(
+            f"protocol: got 'paper' for a LLaVA-NeXT around {language_model!r}, expected one around Vicuna ('llama'), whose conversation "
+            "template the protocol has; use protocol=hf, or llava-v1.6-vicuna."
+        )
+    side = config.vision_config.image_size
+    shapes = [list(shape) for shape in config.image_grid_pinpoints if (shape[0] // side) * (shape[1] // side) <= NEXT_TILES]
+    if not shapes:
+        raise ConfigError(
+            f"protocol: got 'paper' for a checkpoint whose image_grid_pinpoints are {config.image_grid_pinpoints}, expected one or more of "
+            f"at most {NEXT_TILES} tiles of {side} x {side} pixels; use protocol=hf."
+        )
+    config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints = shapes
+
+
+HF = Protocol()
+# image_aspect_ratio: pad; arXiv 2310.03744
+LLAVA_PAPER = Protocol(render=_vicuna, view=_padded)
+LLAVA_NEXT_PAPER = Protocol(render=_vicuna, prepare=at_most_three_tiles)
+# every image about 1280 tokens, whatever its size; the checkpoint's own template
+QWEN2_VL_PAPER = Protocol(fixes={"min_pixels": QWEN2_VL_PIXELS, "max_pixels": QWEN2_VL_PIXELS})
+
+
+def with_paper(paper: Protocol) -> dict[str, Protocol]:
+    """The protocols of a family whose numbers in the paper can be made again."""
+    return {"hf": HF, "paper": paper}

@@ -13,6 +13,7 @@ from vlm_pruner_eval.pruners import Pruner, get_pruner, parameters, pruner_class
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 PROTOCOLS = ("hf", "paper")
+COUNTS = ("batch_size", "max_frames_num", "min_pixels", "max_pixels")  # whole numbers
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,12 @@ class Settings:
     protocol
         Whose prompt and image handling; "hf" is the checkpoint's own chat template and processor, "paper" that of the
         VLM-Pruner paper's numbers (families that have one say so).
+    max_frames_num
+        Frames picked of each video, at most; None: what is usual for the family.
+    min_pixels, max_pixels
+        Qwen's bounds on the size of an image, and of each frame of a video; None: the checkpoint's.
+    allow_bin
+        Whether weights may be read from pickled .bin files, where there are no safetensors.
     """
 
     pretrained: str
@@ -43,6 +50,10 @@ class Settings:
     device: str | None = None
     batch_size: int = 1
     protocol: str = "hf"
+    max_frames_num: int | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    allow_bin: bool = False
 
 
 def parse(model_args: Mapping[str, object]) -> tuple[Settings, str, Pruner]:
@@ -70,7 +81,7 @@ def parse(model_args: Mapping[str, object]) -> tuple[Settings, str, Pruner]:
     problems += _setting_problems(given)
     if problems:
         raise ConfigError(problems)
-    return Settings(**given | {"batch_size": int(given.get("batch_size", 1))}), method, pruner
+    return Settings(**given | {name: int(given[name]) for name in COUNTS if given.get(name) is not None}), method, pruner
 
 
 def build_pruner(method: str, pruning_rate: Rate | None, params: Mapping[str, object]) -> Pruner:
@@ -109,10 +120,23 @@ def _setting_problems(given: Mapping[str, object]) -> list[str]:
         value = given.get(name, choices[0])
         if isinstance(value, str) and value not in choices:
             problems.append(f"{name}: got {value!r}; {closest(value, choices)}")
-    size = given.get("batch_size", 1)
-    if isinstance(size, bool) or not (isinstance(size, int) or (isinstance(size, str) and size.isdecimal())) or int(size) < 1:
-        problems.append(f"batch_size: got {size!r}, expected a whole number, 1 or more; automatic sizes are not offered.")
+    for name in COUNTS:
+        value = given.get(name, 1)
+        if not (_is_count(value) or (value is None and name != "batch_size")):
+            hint = "; automatic sizes are not offered." if name == "batch_size" else "."
+            problems.append(f"{name}: got {value!r}, expected a whole number, 1 or more{hint}")
+    if not isinstance(given.get("allow_bin", False), bool):
+        problems.append(f"allow_bin: got {given['allow_bin']!r}, expected True or False.")
+    least, most = given.get("min_pixels"), given.get("max_pixels")
+    if _is_count(least) and _is_count(most) and int(least) > int(most):
+        problems.append(f"min_pixels: got {least}, expected at most max_pixels, which is {most}.")
     return problems
+
+
+def _is_count(value: object) -> bool:
+    if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, str) and value.isdecimal())):
+        return False
+    return int(value) >= 1
 
 
 def from_command_line(arg_string: str | Mapping[str, object], additional: Mapping[str, object] | None) -> dict[str, object]:

@@ -7,13 +7,12 @@ the first one's task.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import json
 import statistics
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, NoReturn
 
 import torch
@@ -26,14 +25,19 @@ from tqdm import tqdm
 from transformers import BatchFeature
 
 from vlm_pruner_eval.budget import Rate
-from vlm_pruner_eval.errors import ConfigError, PruningError, closest
+from vlm_pruner_eval.errors import ConfigError, PruningError
 from vlm_pruner_eval.hook import prune
 from vlm_pruner_eval.lmms import prompts, settings
 from vlm_pruner_eval.lmms.checkpoint import load_checkpoint
 from vlm_pruner_eval.lmms.checks import Tally, check_prompt_lengths, check_records, no_op_sentence
-from vlm_pruner_eval.lmms.log import Answer, pruning_metrics
-from vlm_pruner_eval.lmms.plugin import MODELS, exit_with
+from vlm_pruner_eval.lmms.device import pick_device
+from vlm_pruner_eval.lmms.inputs import bound_pixels, build_inputs
+from vlm_pruner_eval.lmms.log import Answer, Reading, pruning_metrics
+from vlm_pruner_eval.lmms.loglikelihood import PREFILL, Target, by_prompt, continuation_ids, score
+from vlm_pruner_eval.lmms.plugin import exit_with
 from vlm_pruner_eval.lmms.prompts import Generation, Prompt, Request
+from vlm_pruner_eval.lmms.protocols import HF, Protocol
+from vlm_pruner_eval.lmms.resolve import family_class, resolve
 from vlm_pruner_eval.pruners import Pruner
 from vlm_pruner_eval.timing import time_forwards
 from vlm_pruner_eval.vlms import family_of
@@ -68,20 +72,24 @@ class PrunedModel(lmms):
     is_simple = False
     model_id: ClassVar[str]
     model_types: ClassVar[frozenset[str]]
-    kinds: ClassVar[tuple[str, ...]] = ("image",)
-    protocols: ClassVar[tuple[str, ...]] = ("hf",)
+    kinds: ClassVar[tuple[str, ...]] = ("image",)  # of media
+    takes: ClassVar[frozenset[str]] = frozenset()  # settings that not every family has
+    default_frames: ClassVar[int] = 32  # of a video
+    protocols: ClassVar[Mapping[str, Protocol]] = {"hf": HF}
+    why_no_paper: ClassVar[str] = "the paper has no numbers of this family"  # where `protocols` lacks "paper"
 
     def __init__(self, **model_args: object):
         super().__init__()
-        self.settings, method, pruner = settings.parse(model_args)
-        if self.settings.protocol not in self.protocols:
-            known = " or ".join(self.protocols)
-            raise ConfigError(f"protocol: got {self.settings.protocol!r}, expected {known} for {self.model_id}; leave it out for hf.")
+        parsed, method, pruner = settings.parse(model_args)
+        self.settings = resolve(parsed, type(self))
+        self.protocol = self.protocols[self.settings.protocol]
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.device = self._pick_device()
+        self.device = pick_device(self.settings.device, self.accelerator)
         checkpoint = load_checkpoint(self.settings, self.device, self.model_types, self.model_id)
         self._model, self.processor, self.config = checkpoint.model, checkpoint.processor, checkpoint.model.config
+        self.protocol.prepare(self.config, self.processor)
+        bound_pixels(self.processor, self.settings)
         self.dtype, self._family, self._n_layers = self._model.dtype, family_of(self._model), len(self._model.model.language_model.layers)
         self.answers: list[Answer] = []
         self.keep_loaded = self.exit_on_failure = self.show_progress = False
@@ -112,22 +120,6 @@ class PrunedModel(lmms):
         prune(self.model, pruner)  # not entered: refuses layers and positions that this model does not have
         self.method, self.pruner = method, pruner
         self.answers = []  # not cleared: the former list may be in use
-
-    def _pick_device(self) -> torch.device:
-        own = self.accelerator.device if self.accelerator.device.type == "cuda" else torch.device("cpu")
-        if self.settings.device is None:
-            return own
-        try:
-            wanted = torch.device(self.settings.device)
-        except RuntimeError as error:
-            raise ConfigError(f"device: got {self.settings.device!r}, expected cpu, cuda or cuda:0 and so on ({error}).") from None
-        if wanted.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"device: got {self.settings.device!r}, but torch sees no GPU here; leave it out, or use cpu.")
-        if self._world_size > 1 and wanted.type != own.type:
-            raise ConfigError(
-                f"device: got {self.settings.device!r}, but the {self._world_size} processes of this run talk on {own.type}; leave it out."
-            )
-        return own if wanted == torch.device(own.type) else wanted
 
     def describe(self) -> dict[str, object]:
         """The resolved configuration, in plain types: everything that an answer depends on, and where it ran."""
@@ -173,15 +165,23 @@ class PrunedModel(lmms):
         if not self.keep_loaded:
             super().clean()
 
-    def loglikelihood(self, requests: list[Instance]) -> NoReturn:
-        """Not offered: pruned models are compared by what they generate."""
-        raise NotImplementedError(f"{self.model_id} has no loglikelihood; choose tasks with output_type generate_until.")
-
     def generate_until_multi_round(self, requests: list[Instance]) -> NoReturn:
         """Not offered: an image of a later round would meet a pruned cache."""
         raise NotImplementedError(f"{self.model_id} answers in one round; choose tasks with output_type generate_until.")
 
     # ---- answering
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        """Score the continuation of every request behind its pruned prompt, in order; failures are as in `generate_until`.
+
+        Returns
+        -------
+        list of (value, is_greedy)
+            What the metrics of the request's task want, see `Target.result`; and whether greedy decoding would have written it.
+        """
+        targets = [Target.of(index, instance) for index, instance in enumerate(requests)]
+        answers = self._collect([target.request for target in targets], self._answers_of_targets(targets))
+        return [target.result(answer) for target, answer in zip(targets, answers, strict=True)]
+
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Answer every request, in order.
 
@@ -195,11 +195,16 @@ class PrunedModel(lmms):
             With `exit_on_failure`: in those cases, and at the end of a run in which any sample failed.
         """
         asked = [Request.of(index, instance) for index, instance in enumerate(requests)]
+        answers = self._collect(asked, self._answers_of(asked))
+        return [GenerationResult(answer.answer, TokenCounts(answer.n_prompt_tokens, answer.n_new_tokens)) for answer in answers]
+
+    def _collect(self, asked: Sequence[Request], found: Iterable[tuple[Request, Answer]]) -> list[Answer]:
+        """The answers in the order of the requests, after recording them, counting failures, and refusing a run that did not prune."""
         answers: list[Answer | None] = [None] * len(asked)
         tally, started = Tally(len(asked)), time.perf_counter()
         try:
             with tqdm(total=len(asked), disable=not self.show_progress or self.rank != 0, desc=f"{self.model_id} {self.method}") as bar:
-                for request, answer in self._answers_of(asked):
+                for request, answer in found:
                     answers[request.index] = answer
                     tally.add(answer)
                     bar.update()
@@ -213,18 +218,36 @@ class PrunedModel(lmms):
             self._fail(tally.sentence())
         if sentence := no_op_sentence(done, self.pruner, self._n_layers):
             self._fail(sentence)
-        return [GenerationResult(answer.answer, TokenCounts(answer.n_prompt_tokens, answer.n_new_tokens)) for answer in answers]
+        return answers
 
     def _answers_of(self, asked: list[Request]) -> Iterator[tuple[Request, Answer]]:
         for options, window in prompts.windows(asked, self.batch_size):
             ready = []
             for request in window:
                 try:
-                    ready.append(prompts.build(request, self.task_dict, self.processor, self.kinds, self.settings.protocol))
+                    ready.append(self._prompt_of(request))
                 except Exception as error:  # a document can be broken in any way; it is recorded, and the run ends in failure
                     yield request, self._failed(request, error)
             for batch in prompts.batches(ready, self.batch_size):
                 yield from self._answers_of_batch(batch, options)
+
+    def _answers_of_targets(self, targets: Sequence[Target]) -> Iterator[tuple[Request, Answer]]:
+        for same_prompt in by_prompt(targets):
+            try:
+                answers = self._score(self._prompt_of(same_prompt[0].request), same_prompt)
+            except Exception as error:  # as for generated answers: it is recorded, and the run ends in failure
+                answers = [target.failed(self._failed(target.request, error)) for target in same_prompt]
+            yield from zip((target.request for target in same_prompt), answers, strict=True)
+
+    def _score(self, prompt: Prompt, targets: Sequence[Target]) -> list[Answer]:
+        texts = [target.text(self.task_dict) for target in targets]
+        tokens = [continuation_ids(self.tokenizer, prompt.text, text) for text in texts]
+        reading = self._read([prompt], PREFILL, n_more=max(map(len, tokens)))
+        scores = score(self.model, self.pruner, reading, tokens)
+        return [target.answer(*found, reading) for target, *found in zip(targets, texts, scores, strict=True)]
+
+    def _prompt_of(self, request: Request) -> Prompt:
+        return prompts.build(request, self.task_dict, self.processor, self.kinds, self.protocol, self.settings.max_frames_num)
 
     def _answers_of_batch(self, batch: list[Prompt], options: Generation) -> Iterator[tuple[Request, Answer]]:
         try:
@@ -241,28 +264,33 @@ class PrunedModel(lmms):
         else:
             yield from zip((prompt.request for prompt in batch), answers, strict=True)
 
-    def _generate(self, batch: list[Prompt], options: Generation) -> list[Answer]:
+    def _read(self, batch: list[Prompt], options: Generation, *, n_more: int = 0) -> Reading:
+        """Generate under pruning, and hold what was measured against the prompts; `n_more` tokens must fit behind each."""
         sample_ids = [prompt.request.sample_id for prompt in batch]
         inputs = self._inputs(batch)
         n_prompt = inputs["attention_mask"].sum(1).tolist()
-        check_prompt_lengths(n_prompt, sample_ids, self.config)
+        check_prompt_lengths([n + n_more for n in n_prompt], sample_ids, self.config)
         n_visual = self._family.is_visual(self.config, inputs["input_ids"]).sum(1).tolist()
         with time_forwards(self.model.model) as times, prune(self.model, self.pruner, sample_ids=sample_ids) as ledger:
             output = self.model.generate(**inputs, **options.kwargs, pad_token_id=self.tokenizer.pad_token_id)
         records = ledger.records
         check_records(records, sample_ids, n_visual, n_prompt, n_beams=options.n_beams, pruner=self.pruner, n_layers=self._n_layers)
-        new_ids = output[:, inputs["input_ids"].shape[1] :]
+        return Reading(output, inputs["input_ids"].shape[1], n_prompt, records, times.prefill_ms, times.decode_ms)
+
+    def _generate(self, batch: list[Prompt], options: Generation) -> list[Answer]:
+        reading = self._read(batch, options)
+        new_ids = reading.output[:, reading.width :]
         texts = self.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
         shared = {
-            "prefill_ms": sum(times.prefill_ms),
-            "decode_ms": statistics.median(times.decode_ms) if times.decode else None,
+            "prefill_ms": sum(reading.prefill_ms),
+            "decode_ms": statistics.median(reading.decode_ms) if reading.decode_ms else None,
             "batch_size": len(batch),
         }
         return [
             Answer(
                 *(prompt.request.task, prompt.request.split, prompt.request.doc_id, options.cut(texts[i])),
-                record=records[i * options.n_beams],
-                n_prompt_tokens=n_prompt[i],
+                record=reading.records[i * options.n_beams],
+                n_prompt_tokens=reading.n_prompt[i],
                 n_new_tokens=prompts.count_new(new_ids[i], self._eos_ids),
                 **shared,
             )
@@ -270,12 +298,10 @@ class PrunedModel(lmms):
         ]
 
     def _inputs(self, batch: list[Prompt]) -> BatchFeature:
-        # a list per prompt: LLaVA-OneVision cuts a prompt's only image into tiles, and leaves several images whole
-        images = [prompt.images for prompt in batch if prompt.images]
-        inputs = self.processor(text=[prompt.text for prompt in batch], images=images or None, padding=True, return_tensors="pt")
+        inputs = build_inputs(self.processor, batch, self.settings, device=self.device, dtype=self.dtype)
         if "token_type_ids" not in inspect.signature(self.model.forward).parameters:
             inputs.pop("token_type_ids", None)  # some tokenizers add these zeros, and generate refuses what a model does not take
-        return inputs.to(self.device, self.dtype)
+        return inputs
 
     def _failed(self, request: Request, error: Exception) -> Answer:
         logger.error("Sample {} failed:\n{}", request.sample_id, "".join(traceback.format_exception(error)))
@@ -307,7 +333,4 @@ def load(model_id: str, **model_args: object) -> PrunedModel:
     ConfigError
         An unknown id, or arguments that can't be run.
     """
-    if model_id not in MODELS:
-        raise ConfigError(f"model: got {model_id!r}, which is unknown; {closest(model_id, MODELS)}")
-    module, _, name = MODELS[model_id].rpartition(".")
-    return getattr(importlib.import_module(module), name)(**model_args)
+    return family_class(model_id)(**model_args)

@@ -35,7 +35,7 @@ def run_digest(samples: Iterable[dict[str, Any]]) -> str:
 
 def summarise_tokens(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Visual tokens over the samples that had images: there, asked for, kept, and averaged over layers."""
-    records = [sample["record"] for sample in samples if sample["record"] is not None and sample["record"]["n_visual"] > 0]
+    records = [sample["record"] for sample in _prefills(samples) if sample["record"]["n_visual"] > 0]
     quirks = Counter(quirk for record in records for quirk in record["quirks"])
     return {
         "samples_with_images": len(records),
@@ -50,13 +50,19 @@ def summarise_tokens(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def summarise_times(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Median and interquartile range in milliseconds; prefill is a whole batch's, decode a token's, selection a sample's."""
-    with_record = [sample["record"] for sample in samples if sample["record"] is not None]
+    prefills = _prefills(samples)
     return {
-        "prefill_ms": _median([sample["prefill_ms"] for sample in samples]),
+        "prefill_ms": _median([sample["prefill_ms"] for sample in prefills]),
         "decode_ms": _median([sample["decode_ms"] for sample in samples]),
-        "selection_ms": _median([record["selection_ms"] for record in with_record]),
+        "selection_ms": _median([sample["record"]["selection_ms"] for sample in prefills]),
         "batch_sizes": sorted({sample["batch_size"] for sample in samples if sample["batch_size"]}),
     }
+
+
+def _prefills(samples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One sample per prompt that was read: all choices of a document carry the record of the one prefill that they share."""
+    known = (sample for sample in samples if sample["record"] is not None)
+    return list({(sample["task"], sample["doc_id"], sample["prefill_ms"]): sample for sample in known}.values())
 
 
 def failures(samples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -65,12 +71,14 @@ def failures(samples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def missing_answers(samples: Iterable[dict[str, Any]], logged: dict[str, Sequence[dict[str, Any]]]) -> list[str]:
-    """Documents that were scored but never answered, or answered twice: a sentence each task."""
-    answered = Counter((sample["task"], sample["doc_id"]) for sample in samples)
+    """Documents that were scored but of which an answer (or a choice) is missing or there twice: a sentence each task."""
+    answered: dict[tuple[str, Any], Counter] = {}
+    for sample in samples:
+        answered.setdefault((sample["task"], sample["doc_id"]), Counter())[sample.get("choice")] += 1
     problems = []
     for task, rows in logged.items():
-        documents = {row["doc_id"] for row in rows}
-        wrong = sorted(doc for doc in documents if answered[task, doc] != 1)
+        documents = {row["doc_id"]: len(row["resps"]) for row in rows}  # one response per request of the document
+        wrong = sorted(doc for doc, n in documents.items() if list(answered.get((task, doc), {}).values()) != [1] * n)
         if wrong:
             problems.append(f"{task}: {len(wrong)} of {len(documents)} documents have no answer of their own (first: document {wrong[0]}).")
     return problems

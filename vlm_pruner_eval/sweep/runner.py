@@ -67,8 +67,10 @@ def run_sweep(
         console.print(f"All {len(runs)} runs are finished already.", highlight=False)
         return Outcome(len(runs), skipped=len(runs), failed=0)
     task_manager = check_tasks(config, task_manager)
+    for task in unscorable(config, task_manager):
+        console.print(f"{task} is {scores.NOT_SCORABLE}; without its score, rows have no relative average.", highlight=False)
     model = _load_model(config.model, load)
-    _check_methods(model, todo)
+    check_methods(model, todo)
     store.begin(config.name, config.model_dump(), map(_grid_line, runs))
     sweep = _Sweep(config, store, model, task_manager, provenance.checkpoint_files(config.model.pretrained, config.model.revision))
     failed = _run_all(sweep, runs, {run.run_id for run in todo}, console)
@@ -99,6 +101,23 @@ def check_tasks(config: SweepConfig, task_manager: Any = None) -> Any:
     return task_manager
 
 
+def unscorable(config: SweepConfig, task_manager: Any) -> list[str]:
+    """Tasks of the sweep, members of groups included, that only write a file for someone else to score."""
+    from lmms_eval.utils import load_yaml_config
+
+    found, names = [], list(config.tasks)
+    while names:
+        name = names.pop(0)
+        entry = task_manager.task_index.get(name, {}) if isinstance(name, str) else {}
+        path = entry.get("yaml_path", -1)
+        raw = load_yaml_config(path, mode="simple") if path != -1 else entry
+        if isinstance(raw.get("task"), list):
+            names += raw["task"]
+        elif scores.is_submission([line["metric"] for line in raw.get("metric_list", [])]):
+            found.append(name)
+    return found
+
+
 @dataclass(frozen=True)
 class _Sweep:
     config: SweepConfig
@@ -123,8 +142,14 @@ def _load_model(section: ModelSection, load: Loader | None) -> Any:
     return model
 
 
-def _check_methods(model: Any, runs: Iterable[Run]) -> None:
-    """Let the loaded model refuse what it can't do (a layer it does not have) before anything is written."""
+def check_methods(model: Any, runs: Iterable[Run]) -> None:
+    """Let the loaded model refuse what it can't do (a layer it does not have) before anything is written.
+
+    Raises
+    ------
+    ConfigError
+        With the problems of all runs.
+    """
     problems: list[str] = []
     for run in runs:
         try:
@@ -192,8 +217,11 @@ def _evaluate(sweep: _Sweep, run: Run) -> dict[str, Any]:
     from lmms_eval.evaluator import simple_evaluate
 
     tasks: dict[str, Any] = {}
+    groups: dict[str, list[str]] = {}
     for name in sweep.config.tasks:  # one by one: lmms-eval reverses the order of a list
-        tasks |= _leaves(sweep.task_manager.load_task_or_group([name], "chat"))
+        leaves = _leaves(sweep.task_manager.load_task_or_group([name], "chat"))
+        tasks |= leaves
+        groups[name] = list(leaves)
     seed = sweep.config.seed
     # Aggregations that write submission files read output_path from here; without it they write into the current folder.
     cli_args = argparse.Namespace(output_path=str(sweep.store.run_dir(run.run_id)), process_with_media=False, reasoning_tags=None)
@@ -215,7 +243,16 @@ def _evaluate(sweep: _Sweep, run: Run) -> dict[str, Any]:
         )
     logged = {name: results["samples"][name] for name in tasks}
     scored = {name: scores.score_task(name, results["results"][name], logged[name], task) for name, task in tasks.items()}
-    return {"scores": scored, "logged": logged}
+    return {"scores": _by_benchmark(scored, groups), "logged": logged}
+
+
+def _by_benchmark(scored: dict[str, Any], groups: dict[str, list[str]]) -> dict[str, Any]:
+    """Groups that are one benchmark become one score, so that their many tasks don't outweigh the others; other groups are spelled out."""
+    folded: dict[str, Any] = {}
+    for name, members in groups.items():
+        of_members = {member: scored[member] for member in members}
+        folded |= {name: scores.score_group(of_members)} if name in scores.BENCHMARK_GROUPS else of_members
+    return folded
 
 
 @contextmanager
@@ -243,7 +280,7 @@ def _leaves(loaded: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _samples(answers: Iterable[Any], logged: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One mapping per answer, with the document's target and metric items where the run got that far."""
+    """One mapping per answer (or choice that was scored), with the document's target and metric items where the run got that far."""
     rows = {(task, row["doc_id"]): row for task, listed in logged.items() for row in listed}
     samples = []
     for answer in answers:
@@ -252,7 +289,7 @@ def _samples(answers: Iterable[Any], logged: dict[str, list[dict[str, Any]]]) ->
         if row is not None:
             sample |= {"target": row["target"], "metrics": _items(row)}
         samples.append(sample)
-    return sorted(samples, key=lambda sample: (sample["task"], sample["doc_id"]))
+    return sorted(samples, key=lambda sample: (sample["task"], sample["doc_id"], sample.get("choice") or 0))
 
 
 def _items(row: dict[str, Any]) -> dict[str, Any]:
