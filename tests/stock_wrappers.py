@@ -119,7 +119,8 @@ def stock_model(family: str) -> object:
 def our_model(family: str) -> PrunedModel:
     """In the number type of the stock wrapper, which is written into it for half of the families."""
     dtype = str(stock_model(family).model.dtype).removeprefix("torch.")
-    return load(f"vlmpruner_{family}", pretrained=checkpoint(family), dtype=dtype, protocol="hf", method="none")
+    system = QWEN_SYSTEM if STOCK[family].system else None
+    return load(f"vlmpruner_{family}", pretrained=checkpoint(family), dtype=dtype, protocol="hf", method="none", system_prompt=system)
 
 
 @dataclass

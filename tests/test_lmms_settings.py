@@ -10,7 +10,7 @@ import torch
 from tiny_checkpoints import write_tiny_llama, write_tiny_llava
 
 from vlm_pruner_eval import ConfigError
-from vlm_pruner_eval.lmms import load, settings
+from vlm_pruner_eval.lmms import load, prompts, settings
 from vlm_pruner_eval.lmms.checkpoint import load_checkpoint, locate
 from vlm_pruner_eval.lmms.families import VlmPrunerLlava
 
@@ -209,3 +209,18 @@ def test_a_device_that_is_not_there_is_a_sentence(device: str, sentence: str, tm
         pytest.skip("there is a GPU")
     with pytest.raises(ConfigError, match=sentence):
         load("vlmpruner_llava", pretrained=str(tmp_path), device=device)
+
+
+def test_a_system_turn_is_put_before_chats_that_have_none() -> None:
+    asked = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    told = [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, *asked]
+    assert prompts._with_system(asked, "Be brief.") == told
+    assert prompts._with_system(told, "Be kind.") == told
+    assert prompts._with_system(asked, None) == asked
+
+
+def test_a_protocol_with_its_own_system_sentence_takes_no_other() -> None:
+    with pytest.raises(
+        ConfigError, match=r"system_prompt: got 'Be brief.', but protocol=paper has its own; leave it out, or use protocol=hf"
+    ):
+        load("vlmpruner_llava", pretrained="minivlm", protocol="paper", system_prompt="Be brief.")

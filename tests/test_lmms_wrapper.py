@@ -215,3 +215,10 @@ def test_weights_that_do_not_fill_the_model_are_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="lacks 9 of the model's tensors"):
         load("vlmpruner_llava", pretrained=str(folder))
+
+
+def test_the_stop_string_that_lmms_eval_fills_in_is_one_for_families_whose_stock_wrapper_heeds_it() -> None:
+    for until, stops in ((["\n\n"], ()), (["\n"], ("\n",)), (["\n\n", "."], ("\n\n", "."))):
+        assert prompts.generation({"until": until}).stops == stops
+    assert prompts.generation({"until": ["\n\n"]}, prompts.Defaults(stops_at_blank_line=True)).stops == ("\n\n",)
+    assert prompts.generation({}, prompts.Defaults(new_tokens=128)).kwargs["max_new_tokens"] == 128

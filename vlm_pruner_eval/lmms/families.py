@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vlm_pruner_eval.lmms.prompts import Defaults
 from vlm_pruner_eval.lmms.protocols import LLAVA_NEXT_PAPER, LLAVA_PAPER, QWEN2_VL_PAPER, with_paper
 from vlm_pruner_eval.lmms.resolve import PIXEL_SETTINGS, VIDEO_SETTINGS
 from vlm_pruner_eval.lmms.wrapper import PrunedModel
@@ -55,6 +56,7 @@ class VlmPrunerQwen2VL(PrunedModel):
 
     model_id = "vlmpruner_qwen2_vl"
     model_types = frozenset({"qwen2_vl"})
+    defaults = Defaults(new_tokens=128, stops_at_blank_line=True)
     kinds = ("image", "video")
     takes = VIDEO_SETTINGS | PIXEL_SETTINGS
     protocols = with_paper(QWEN2_VL_PAPER)
@@ -65,6 +67,7 @@ class VlmPrunerQwen25VL(PrunedModel):
 
     model_id = "vlmpruner_qwen2_5_vl"
     model_types = frozenset({"qwen2_5_vl"})
+    defaults = Defaults(new_tokens=128)
     kinds = ("image", "video")
     takes = VIDEO_SETTINGS | PIXEL_SETTINGS
 
@@ -74,6 +77,7 @@ class VlmPrunerQwen3VL(PrunedModel):
 
     model_id = "vlmpruner_qwen3_vl"
     model_types = frozenset({"qwen3_vl"})
+    defaults = Defaults(new_tokens=128)
     kinds = ("image", "video")
     takes = VIDEO_SETTINGS | PIXEL_SETTINGS
     why_no_paper = NO_SCRIPT

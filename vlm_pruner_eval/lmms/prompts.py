@@ -16,12 +16,13 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from vlm_pruner_eval.lmms.protocols import Protocol
+from vlm_pruner_eval.lmms.settings import Settings
 from vlm_pruner_eval.lmms.videos import Video, open_video
 
 WINDOW_BATCHES = 8  # batches whose images are held in memory, so that prompts of like length meet in one batch
-DEFAULT_NEW_TOKENS = 1024
 SAMPLING = ("temperature", "top_p", "top_k")
 MEDIA = ("image", "video", "audio")
+FILLED_IN = ["\n\n"]  # what lmms-eval puts into `until` of every task that names no stop string
 PASSED_ON = ("max_new_tokens", "num_beams", "repetition_penalty", "length_penalty")
 
 
@@ -68,7 +69,7 @@ class Prompt:
 
 
 def build(
-    request: Request, task_dict: Mapping, processor: ProcessorMixin, kinds: Collection[str], protocol: Protocol, max_frames: int | None
+    request: Request, task_dict: Mapping, processor: ProcessorMixin, kinds: Collection[str], protocol: Protocol, settings: Settings
 ) -> Prompt:
     """Look the document up by the request's OWN task and split, and render it.
 
@@ -76,8 +77,8 @@ def build(
     ----------
     kinds
         Media that the model family takes, out of "image" and "video".
-    max_frames
-        Frames picked of a video, at most.
+    settings
+        `max_frames_num` and `system_prompt` are read.
 
     Raises
     ------
@@ -95,10 +96,17 @@ def build(
             raise ValueError(f"{request.sample_id} holds {len(found)} {kind} input(s), expected {' and '.join(kinds)} only for this model.")
     return Prompt(
         request,
-        protocol.render(messages.to_hf_messages(), processor),
+        protocol.render(_with_system(messages.to_hf_messages(), settings.system_prompt), processor),
         [protocol.view(_as_rgb(part.url), processor) for part in media["image"]],
-        [open_video(part.url, max_frames, part.start_time, part.end_time) for part in media["video"]],
+        [open_video(part.url, settings.max_frames_num, part.start_time, part.end_time) for part in media["video"]],
     )
+
+
+def _with_system(messages: list[dict], sentence: str | None) -> list[dict]:
+    """The chat with a system turn before it, unless it has one or none is asked for."""
+    if sentence is None or (messages and messages[0]["role"] == "system"):
+        return messages
+    return [{"role": "system", "content": [{"type": "text", "text": sentence}]}, *messages]
 
 
 def _as_rgb(image: Image.Image | str | Path) -> Image.Image:
@@ -124,21 +132,39 @@ class Generation:
         return text[: min((at for stop in self.stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
-def generation(options: Mapping[str, object]) -> Generation:
+@dataclass(frozen=True)
+class Defaults:
+    """What a family does where a task says nothing, so that its answers are those of lmms-eval's own wrapper.
+
+    Attributes
+    ----------
+    new_tokens
+        The longest answer, in tokens.
+    stops_at_blank_line
+        Whether an answer ends at the stop string that lmms-eval fills in; of its own wrappers only Qwen2-VL's does.
+    """
+
+    new_tokens: int = 1024
+    stops_at_blank_line: bool = False
+
+
+def generation(options: Mapping[str, object], defaults: Defaults = Defaults()) -> Generation:  # frozen
     """Map a task's generation_kwargs to `generate`'s; greedy unless a temperature above 0 or do_sample asks for sampling."""
     temperature = options.get("temperature")
     samples = bool(options.get("do_sample", temperature is not None)) and temperature != 0
-    kwargs = {"max_new_tokens": DEFAULT_NEW_TOKENS, "num_beams": 1, "do_sample": samples}
+    kwargs = {"max_new_tokens": defaults.new_tokens, "num_beams": 1, "do_sample": samples}
     kwargs |= {name: options[name] for name in PASSED_ON if options.get(name) is not None}
     kwargs |= {name: options[name] for name in SAMPLING if samples and options.get(name) is not None}
     stops = options.get("until") or ()
+    if stops == FILLED_IN and not defaults.stops_at_blank_line:
+        stops = ()
     unread = sorted(set(options) - {*PASSED_ON, *SAMPLING, "do_sample", "until"})
     if unread:
         logger.warning(f"vlm_pruner_eval: generation_kwargs {', '.join(unread)} have no meaning for this model and are not used.")
     return Generation(kwargs, (stops,) if isinstance(stops, str) else tuple(stop for stop in stops if stop))
 
 
-def windows(asked: Sequence[Request], batch_size: int) -> Iterator[tuple[Generation, list[Request]]]:
+def windows(asked: Sequence[Request], batch_size: int, defaults: Defaults) -> Iterator[tuple[Generation, list[Request]]]:
     """Requests with equal generation options, longest question first, in windows of a few batches.
 
     Long prompts come first so that a batch that does not fit into memory fails at once, not after hours.
@@ -147,7 +173,7 @@ def windows(asked: Sequence[Request], batch_size: int) -> Iterator[tuple[Generat
     for request in asked:
         groups.setdefault(json.dumps(request.options, sort_keys=True, default=str), []).append(request)
     for requests in groups.values():
-        options = generation(requests[0].options)
+        options = generation(requests[0].options, defaults)
         requests.sort(key=lambda request: -request.length)
         for start in range(0, len(requests), batch_size * WINDOW_BATCHES):
             yield options, requests[start : start + batch_size * WINDOW_BATCHES]

@@ -55,6 +55,10 @@ def resolve(parsed: Settings, family: type[PrunedModel]) -> Settings:
                 f"{name}: got {value}, but protocol={parsed.protocol} means {fixed[name]} on {family.model_id}; "
                 "leave it out, or use protocol=hf."
             )
+    if parsed.system_prompt is not None and parsed.protocol != "hf":
+        problems.append(
+            f"system_prompt: got {parsed.system_prompt!r}, but protocol={parsed.protocol} has its own; leave it out, or use protocol=hf."
+        )
     if problems:
         raise ConfigError(problems)
     defaults = {"max_frames_num": family.default_frames} if "max_frames_num" in family.takes and parsed.max_frames_num is None else {}

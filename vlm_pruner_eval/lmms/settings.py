@@ -39,6 +39,8 @@ class Settings:
         Frames picked of each video, at most; None: what is usual for the family.
     min_pixels, max_pixels
         Qwen's bounds on the size of an image, and of each frame of a video; None: the checkpoint's.
+    system_prompt
+        A system turn put before every chat that has none; None: what the checkpoint's template does by itself.
     allow_bin
         Whether weights may be read from pickled .bin files, where there are no safetensors.
     """
@@ -53,6 +55,7 @@ class Settings:
     max_frames_num: int | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
+    system_prompt: str | None = None
     allow_bin: bool = False
 
 
@@ -110,9 +113,9 @@ def _setting_problems(given: Mapping[str, object]) -> list[str]:
     problems = []
     if "pretrained" not in given:
         problems.append("pretrained: missing, expected a folder with a checkpoint, a hub id, or minivlm (the embedded one).")
-    for name in ("pretrained", "revision", "device", "dtype", "attn_implementation", "protocol"):
+    for name in ("pretrained", "revision", "device", "dtype", "attn_implementation", "protocol", "system_prompt"):
         value = given.get(name, "")
-        if not (isinstance(value, str) or (value is None and name in ("revision", "device"))):
+        if not (isinstance(value, str) or (value is None and name in ("revision", "device", "system_prompt"))):
             problems.append(
                 f"{name}: got {value!r} ({type(value).__name__}), expected text; lmms-eval turns text that reads as a number into one."
             )

@@ -35,7 +35,7 @@ from vlm_pruner_eval.lmms.inputs import bound_pixels, build_inputs
 from vlm_pruner_eval.lmms.log import Answer, Reading, pruning_metrics
 from vlm_pruner_eval.lmms.loglikelihood import PREFILL, Target, by_prompt, continuation_ids, score
 from vlm_pruner_eval.lmms.plugin import exit_with
-from vlm_pruner_eval.lmms.prompts import Generation, Prompt, Request
+from vlm_pruner_eval.lmms.prompts import Defaults, Generation, Prompt, Request
 from vlm_pruner_eval.lmms.protocols import HF, Protocol
 from vlm_pruner_eval.lmms.resolve import family_class, resolve
 from vlm_pruner_eval.pruners import Pruner
@@ -75,6 +75,7 @@ class PrunedModel(lmms):
     kinds: ClassVar[tuple[str, ...]] = ("image",)  # of media
     takes: ClassVar[frozenset[str]] = frozenset()  # settings that not every family has
     default_frames: ClassVar[int] = 32  # of a video
+    defaults: ClassVar[Defaults] = Defaults()
     protocols: ClassVar[Mapping[str, Protocol]] = {"hf": HF}
     why_no_paper: ClassVar[str] = "the paper has no numbers of this family"  # where `protocols` lacks "paper"
 
@@ -221,7 +222,7 @@ class PrunedModel(lmms):
         return answers
 
     def _answers_of(self, asked: list[Request]) -> Iterator[tuple[Request, Answer]]:
-        for options, window in prompts.windows(asked, self.batch_size):
+        for options, window in prompts.windows(asked, self.batch_size, self.defaults):
             ready = []
             for request in window:
                 try:
@@ -247,7 +248,7 @@ class PrunedModel(lmms):
         return [target.answer(*found, reading) for target, *found in zip(targets, texts, scores, strict=True)]
 
     def _prompt_of(self, request: Request) -> Prompt:
-        return prompts.build(request, self.task_dict, self.processor, self.kinds, self.protocol, self.settings.max_frames_num)
+        return prompts.build(request, self.task_dict, self.processor, self.kinds, self.protocol, self.settings)
 
     def _answers_of_batch(self, batch: list[Prompt], options: Generation) -> Iterator[tuple[Request, Answer]]:
         try:

@@ -51,6 +51,7 @@ class ModelSection(BaseModel):
     max_frames_num: int | None = Field(None, ge=1, description="a whole number of frames a video, 1 or more, or null for the model's own")
     min_pixels: int | None = Field(None, ge=1, description="a whole number of pixels of an image, 1 or more, or null for the model's own")
     max_pixels: int | None = Field(None, ge=1, description="a whole number of pixels of an image, 1 or more, or null for the model's own")
+    system_prompt: str | None = Field(None, min_length=1, description="a system turn put before every chat, or null")
     allow_bin: bool | None = Field(None, description="true to load weights from .bin files as well, or null (no)")
 
 
