@@ -1,11 +1,20 @@
-"""The controls (random, uniform, blind, none), and the corners of VLM-Pruner's own parameters."""
+"""The controls (random, uniform, pool, downsample, blind, none), and the corners of VLM-Pruner's own parameters."""
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import prompts
 
-from vlm_pruner_eval import PruningError, Stage, VisualTokens, get_pruner
+from vlm_pruner_eval import ConfigError, PruningError, Stage, VisualTokens, get_pruner, prune
+from vlm_pruner_eval.pruners.downsample import smaller_grid
+from vlm_pruner_eval.pruners.pool import cell_of
 from vlm_pruner_eval.pruners.random import stable_seed
 
 
@@ -65,6 +74,197 @@ def test_uniform_spreads_over_frames_and_newlines():
     newlines = kept[kept % 25 == 24] // 25
     assert 7 <= len(newlines) <= 9, "a third of the 24 newline tokens"
     assert newlines.diff().max() <= 5, "spread along the image"
+
+
+# ---- pool
+@dataclass(frozen=True)
+class Grids:
+    """Frames of one size, newline tokens behind them, and how many cells are wanted."""
+
+    frames: int
+    rows: int
+    cols: int
+    newlines: int
+    keep_of_1000: int
+
+    @property
+    def places(self) -> int:
+        return self.frames * self.rows * self.cols
+
+    @property
+    def keep(self) -> int:
+        return round((self.places + self.newlines) * self.keep_of_1000 / 1000)
+
+    @property
+    def coords(self) -> torch.Tensor:
+        cells = [(f, r, c) for f in range(self.frames) for r in range(self.rows) for c in range(self.cols)]
+        return torch.tensor(cells + [(0, -1, -1)] * self.newlines)
+
+
+GRIDS = st.builds(
+    Grids,
+    frames=st.integers(1, 4),
+    rows=st.integers(1, 12),
+    cols=st.integers(1, 12),
+    newlines=st.integers(0, 3),
+    keep_of_1000=st.integers(0, 1000),
+)
+MANY = settings(max_examples=150, deadline=None, derandomize=True)
+
+
+def members(coords: torch.Tensor, keep: int) -> dict[int, list[tuple[int, int, int]]]:
+    """Coordinates of the tokens of every cell; -1 holds those that are in none."""
+    found = defaultdict(list)
+    for cell, where in zip(cell_of(coords, keep).tolist(), coords.tolist(), strict=True):
+        found[cell].append(tuple(where))
+    return found
+
+
+@MANY
+@given(grids=GRIDS)
+def test_pool_has_exactly_r_cells_that_are_rectangles_and_cover_the_grid(grids: Grids):
+    cells = members(grids.coords, grids.keep)
+    left_out = cells.pop(-1, [])
+    assert sorted(cells) == [*range(grids.keep)]
+    covered = set()
+    for tokens in cells.values():
+        frames, rows, cols = (sorted(set(values)) for values in zip(*tokens, strict=True))
+        assert len(tokens) == len(frames) * len(rows) * len(cols) and len(frames) == 1
+        assert (rows[-1] - rows[0], cols[-1] - cols[0]) == (len(rows) - 1, len(cols) - 1)
+        covered.add(frames[0])
+    assert {frame for frame, row, _ in left_out if row >= 0}.isdisjoint(covered), "a frame that has cells is covered by them"
+    assert len(covered) == min(grids.frames, grids.keep)
+
+
+@MANY
+@given(grids=GRIDS)
+def test_pool_shares_cells_over_frames_and_keeps_them_of_like_size(grids: Grids):
+    keep = min(grids.keep, grids.places)
+    cells = members(grids.coords, keep)
+    cells.pop(-1, None)
+    counts = [sum(tokens[0][0] == frame for tokens in cells.values()) for frame in range(grids.frames)]
+    assert sum(counts) == keep and max(counts) - min(counts) <= 1
+    for frame in range(grids.frames):
+        heights = [len({row for _, row, _ in tokens}) for tokens in cells.values() if tokens[0][0] == frame]
+        assert not heights or max(heights) - min(heights) <= 1
+
+
+@MANY
+@given(grids=GRIDS)
+def test_pool_means_are_those_of_a_slow_loop_and_stand_nearest_to_the_centre(grids: Grids):
+    generator = torch.Generator().manual_seed(grids.places)
+    coords, keep = grids.coords, grids.keep
+    states = torch.randn(len(coords), 5, generator=generator)
+    got = get_pruner("pool", pruning_rate=0.5).select(VisualTokens(states, grid=(grids.rows, grids.cols), coords=coords), keep)
+    cell = cell_of(coords, keep).tolist()
+    assert sorted(cell[token] for token in got.keep.tolist()) == [*range(keep)], "one token of every cell"
+    for token, mean in zip(got.keep.tolist(), got.hidden_states, strict=True):
+        own = [other for other in range(len(cell)) if cell[other] == cell[token]]
+        assert torch.allclose(mean, sum(states[other] for other in own) / len(own), atol=1e-5)
+        centre = [sum(coords[other][axis].item() for other in own) / len(own) for axis in (1, 2)]
+        away = {other: math.dist(centre, coords[other][1:].tolist()) for other in own}
+        assert away[token] <= min(away.values()) + 1e-9
+
+
+def test_pool_of_64_in_576_is_average_pooling_by_three():
+    states = torch.randn(576, 7, generator=torch.Generator().manual_seed(0))
+    got = get_pruner("pool", pruning_rate="8/9").select(VisualTokens(states, grid=(24, 24)))
+    expected = torch.nn.functional.avg_pool2d(states.T.reshape(7, 24, 24), 3).flatten(1).T
+    assert torch.allclose(got.hidden_states, expected, atol=1e-6)
+    assert got.keep.tolist() == [24 * row + col for row in range(1, 24, 3) for col in range(1, 24, 3)]
+
+
+@pytest.mark.parametrize("keep", [192, 128])
+def test_pool_cells_are_near_square(keep: int):
+    sizes = [len(tokens) for tokens in members(image().coords, keep).values()]
+    assert min(sizes) >= 576 / keep / 3 and max(sizes) <= 2 * 576 / keep
+
+
+def test_pool_keeps_newline_tokens_only_where_every_other_token_has_a_cell():
+    coords = torch.tensor([(0, row, col) for row in range(3) for col in range(4)] + [(0, -1, -1)] * 3)
+    assert [cell_of(coords, keep)[12:].ge(0).sum().item() for keep in (6, 12, 13, 15)] == [0, 0, 1, 3]
+    tokens = VisualTokens(torch.arange(15.0)[:, None], grid=(3, 4), coords=coords)
+    got = get_pruner("pool", pruning_rate=0.5).select(tokens, 14)
+    assert torch.equal(got.hidden_states, tokens.hidden_states[got.keep]), "cells of one token are left as they are"
+
+
+def test_pool_takes_rows_of_different_lengths():
+    """A strip whose last row is not full, as the release lays LLaVA-NeXT's tokens out."""
+    cell = torch.arange(31)
+    coords = torch.stack([torch.zeros_like(cell), cell // 6, cell % 6], -1)
+    for keep in range(1, 32):
+        assert sorted(set(cell_of(coords, keep).tolist())) == [*range(keep)]
+
+
+def test_pool_refuses_two_tokens_at_one_place():
+    tokens = VisualTokens(torch.zeros(4, 2), grid=(2, 2), coords=torch.tensor([(0, 0, 0)] * 2 + [(0, 1, 1), (1, 0, 0)]), sample_id="doc 3")
+    with pytest.raises(PruningError, match=r"pool: sample 'doc 3' has two tokens at one place of its grid"):
+        get_pruner("pool", pruning_rate=0.5).select(tokens, 2)
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_pool_puts_the_means_where_its_layer_begins(tiny_model, layer: int):
+    model, inputs, seen = tiny_model("llava"), prompts("llava", [[4, "i0", 7]]), {}
+    hook = model.model.language_model.layers[layer].register_forward_pre_hook(lambda _, args: seen.setdefault("states", args[0].clone()))
+    try:
+        with torch.no_grad():
+            model(**inputs)
+            full = seen.pop("states")[0, 4:20]
+        with prune(model, get_pruner("pool", pruning_rate="3/4", layer=layer)) as ledger, torch.no_grad():
+            late = model.model.language_model.layers[layer].register_forward_pre_hook(lambda _, args: seen.update(late=args[0].clone()))
+            model(**inputs)
+            late.remove()
+    finally:
+        hook.remove()
+    record = ledger.records[0]
+    assert record.kv_lengths == [27] * layer + [15] * (5 - layer)
+    expected = torch.nn.functional.avg_pool2d(full.T.reshape(-1, 4, 4), 2).flatten(1).T
+    assert torch.allclose(seen["late"][0, 4:8], expected, atol=1e-5)
+
+
+# ---- downsample
+def test_prune_refuses_downsample_on_every_family(tiny_model, family: str):
+    with pytest.raises(ConfigError, match=r"prune: got method downsample, which makes the images smaller before the model sees them"):
+        prune(tiny_model(family), get_pruner("downsample", pruning_rate="8/9"))
+
+
+def test_downsample_does_not_choose_among_tokens():
+    pruner = get_pruner("downsample", pruning_rate="8/9")
+    assert pruner.default_keep(576) == 64 and pruner.stages(32) == ()
+    with pytest.raises(PruningError, match="makes images smaller before the model; use it through lmms-eval or a sweep"):
+        pruner.select(image())
+
+
+@pytest.mark.parametrize(
+    ("params", "sentence"),
+    [
+        ({"scope": "per_sample"}, "scope: got per_sample, expected per_image"),
+        ({"layer": 2}, "layer: got 2, but this method acts at layer 0 only"),
+        ({"positions": "contiguous"}, "positions: got 'contiguous', expected one of original"),
+    ],
+)
+def test_downsample_refuses_what_has_no_meaning(params: dict, sentence: str):
+    with pytest.raises(ConfigError, match=sentence):
+        get_pruner("downsample", pruning_rate=0.5, **params)
+
+
+@MANY
+@given(height=st.integers(1, 3000), width=st.integers(1, 3000), n_tokens=st.integers(1, 3000))
+def test_a_smaller_grid_fits_and_keeps_the_proportions(height: int, width: int, n_tokens: int):
+    rows, cols = smaller_grid(height, width, n_tokens)
+    assert rows >= 1 and cols >= 1 and rows * cols <= n_tokens
+    exact = min(max(1.0, math.sqrt(n_tokens * height / width)), n_tokens)
+    assert abs(rows - exact) < 1 and abs(cols - n_tokens / exact) < 1
+    taller, wider = (rows + 1, cols), (rows, cols + 1)
+    for r, c in (taller, wider):  # one row or column more is too many, or away from the proportions
+        assert r * c > n_tokens or r >= exact + 1 or c >= n_tokens / exact + 1
+
+
+def test_smaller_grids_by_hand():
+    assert smaller_grid(480, 640, 142) == (10, 14)
+    assert smaller_grid(400, 400, 142) == (11, 12)
+    assert smaller_grid(10, 2000, 64) == (1, 64)
+    assert smaller_grid(300, 300, 1) == (1, 1)
 
 
 # ---- blind and none

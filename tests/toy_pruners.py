@@ -9,7 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlm_pruner_eval import Pruner, Selection, Stage, VisualTokens
+from vlm_pruner_eval import Pruner, Selection, Stage, VisualTokens, list_pruners
+from vlm_pruner_eval.pruners import pruner_class
+
+IN_MODEL = [name for name in list_pruners() if not pruner_class(name).before_model]  # what `prune` takes
 
 
 @dataclass(frozen=True, kw_only=True)

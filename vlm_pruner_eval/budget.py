@@ -96,6 +96,23 @@ def share_for_layer_average(share: Fraction | float, layer: int, n_layers: int) 
     return solved
 
 
+def rate_at_layer_average(pruning_rate: Rate, layer: int, n_layers: int) -> Fraction | float:
+    """The rate at which a method that prunes before the first layer does what `pruning_rate` at `layer` does on average over layers.
+
+    ``1 - (layer + (n_layers - layer) * (1 - rate)) / n_layers``: 64 of 576 tokens from K = 2 of 32 layers on are 96 on average, so
+    8/9 becomes 5/6. The inverse of `share_for_layer_average`.
+
+    Raises
+    ------
+    ConfigError
+        The rate is not in [0, 1), or `layer` is not a layer of the model.
+    """
+    if not 0 <= layer < n_layers:
+        raise ConfigError(f"iso_layer: got {layer}, expected 0 to {n_layers - 1} for a model of {n_layers} layers.")
+    share = 1 - parse_rate(pruning_rate)
+    return 1 - (layer + (n_layers - layer) * share) / n_layers
+
+
 def layer_average(lengths: Sequence[int]) -> float:
     """Mean number of visual tokens over the decoder layers, from the per-layer counts."""
     return math.fsum(lengths) / len(lengths)

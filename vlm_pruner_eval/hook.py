@@ -65,6 +65,11 @@ class PruningHook:
             raise ConfigError(
                 f"prune: got {pruner!r} ({type(pruner).__name__}), expected a Pruner; build one with get_pruner(name, pruning_rate=...)."
             )
+        if pruner.before_model:
+            raise ConfigError(
+                f"prune: got method {pruner.name}, which makes the images smaller before the model sees them, so there is nothing to prune "
+                f"inside it; use it through lmms-eval or a sweep (method={pruner.name}), or take another method."
+            )
         self.family, self.pruner, self.sample_ids = family_of(model), pruner, sample_ids
         self.core = getattr(model, "model", model)
         self.text = self.core.language_model

@@ -37,6 +37,13 @@ class SampleRecord:
         Release misbehaviours that fired or would have fired, over all scopes.
     selection_ms
         Time in the method's `select`, all scopes and stages of this row.
+    layouts
+        Of each image (one to `n_images`), in prompt order: tokens with newlines, rows and columns of the finest view, views or frames.
+    kv_bytes
+        This row's share of the keys and values that the cache held after prefill, measured from its tensors, so with the padding of
+        the batch; None without a cache.
+    n_full
+        Visual tokens that the images would have made at full size; None where they were not made smaller before the model.
     """
 
     row: int
@@ -53,6 +60,9 @@ class SampleRecord:
     selection_ms: float = 0.0
     sample_id: str | None = None
     scope: str = "per_image"
+    layouts: list[list[int]] = field(default_factory=list)
+    kv_bytes: int | None = None
+    n_full: int | None = None
 
     @property
     def layer_averaged(self) -> float:

@@ -40,12 +40,12 @@ class Alive:
 
 @dataclass
 class Row:
-    """One row of the batch. `present` [n]: attended positions; `text`: those that are not visual."""
+    """One row of the batch. `present` [n]: attended positions; `text`: those that are not visual; `layouts`: one per image."""
 
     sample_id: str
     present: Tensor
     text: Tensor
-    n_images: int
+    layouts: list[list[int]]
     scopes: list[Alive]
     quirks: set[str] = field(default_factory=set)
     spans: list[Span] = field(default_factory=list)
@@ -171,6 +171,12 @@ class Prefill:
             return [layer.get_seq_length() for layer in layers]
         return [self.seen.get(i, self.length) for i in range(self.n_layers)]
 
+    def cache_bytes(self) -> int | None:
+        """Bytes of the keys and values that the cache holds, all rows and layers; None without a cache."""
+        layers = getattr(self.cache, "layers", None)
+        held = [getattr(layer, name, None) for layer in layers or () for name in ("keys", "values")]
+        return sum(tensor.nbytes for tensor in held if tensor is not None) if held else None
+
     def verify(self, state: CutState) -> None:
         """Compare what the tensors hold with what was asked.
 
@@ -180,6 +186,7 @@ class Prefill:
             A layer holds another number of tokens than it should, or a row kept another number than was asked.
         """
         self.measured = self.lengths(state)
+        self.measured_bytes = self.cache_bytes()
         for i, length in enumerate(self.measured):
             cut = state.at(i)
             expected = cut.width if cut else self.length
@@ -209,7 +216,7 @@ class Prefill:
             n_visual=len(visual),
             n_asked=sum(alive.asked for alive in row.scopes),
             n_kept=len(held[-1]),
-            n_images=row.n_images,
+            n_images=len(row.layouts),
             layer=min(self.stages) if self.stages else None,
             kept_positions=held[-1].tolist(),
             order=[offset + i for offset, alive in zip(offsets, row.scopes, strict=False) for i in alive.order.tolist()],
@@ -219,6 +226,8 @@ class Prefill:
             selection_ms=sum(span.ms for span in row.spans),
             sample_id=row.sample_id,
             scope=self.pruner.scope,
+            layouts=row.layouts,
+            kv_bytes=None if self.measured_bytes is None else self.measured_bytes // len(self.rows),
         )
 
 
@@ -299,7 +308,8 @@ def _rows(
         else:
             sample_id = sample_ids[b // (len(input_ids) // len(sample_ids))]
         budgets = [joined(found)] if per_sample and len(found) > 1 else found
-        rows.append(Row(sample_id, present, is_text.nonzero()[:, 0], len(found), [_untouched(scope) for scope in budgets]))
+        layouts = [list(scope.layout.shape) for scope in found]
+        rows.append(Row(sample_id, present, is_text.nonzero()[:, 0], layouts, [_untouched(scope) for scope in budgets]))
     return rows
 
 

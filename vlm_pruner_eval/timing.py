@@ -1,4 +1,4 @@
-"""Timers that are right on both kinds of device: the host clock on CPU, device events on a GPU."""
+"""Timers that are right on both kinds of device: the host clock on CPU, device events on a GPU; and a GPU's peak memory."""
 
 from __future__ import annotations
 
@@ -43,10 +43,15 @@ class Span:
 
 @dataclass
 class ForwardTimes:
-    """Times of a model's forward passes; prefill = more than one token per row."""
+    """Times of a model's forward passes; prefill = more than one token per row.
+
+    `peak_bytes`: the most that tensors took on the GPU at a time, weights included. None on a CPU, where only the peak of the
+    process's whole life is known, which says nothing of one batch.
+    """
 
     prefill: list[Span] = field(default_factory=list)
     decode: list[Span] = field(default_factory=list)
+    peak_bytes: int | None = None
 
     @property
     def prefill_ms(self) -> list[float]:
@@ -61,7 +66,7 @@ class ForwardTimes:
 
 @contextmanager
 def time_forwards(core: nn.Module) -> Iterator[ForwardTimes]:
-    """Time every forward of the language model of a VLM (``core = model.model``) while the context is open.
+    """Time every forward of the language model of a VLM (``core = model.model``) while the context is open; measure a GPU's memory.
 
     generate() encodes images before this forward in some transformers versions and inside it in others, so the language
     model is what is timed in all of them.
@@ -76,13 +81,17 @@ def time_forwards(core: nn.Module) -> Iterator[ForwardTimes]:
         span, is_prefill = running.pop()
         (times.prefill if is_prefill else times.decode).append(span.stop())
 
-    text = core.language_model
+    text, device = core.language_model, next(core.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     handles = [text.register_forward_pre_hook(start, with_kwargs=True), text.register_forward_hook(stop)]
     try:
         yield times
     finally:
         for handle in handles:
             handle.remove()
+        if device.type == "cuda":
+            times.peak_bytes = torch.cuda.max_memory_allocated(device)
 
 
 def median_iqr(values: Sequence[float]) -> tuple[float, float]:

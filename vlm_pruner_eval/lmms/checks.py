@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vlm_pruner_eval.budget import parse_rate
 from vlm_pruner_eval.errors import PruningError
 from vlm_pruner_eval.ledger import SampleRecord
 from vlm_pruner_eval.lmms.log import Answer
@@ -98,7 +99,8 @@ def _slack(record: SampleRecord, pruner: Pruner) -> float:
 def no_op_sentence(answers: Sequence[Answer], pruner: Pruner, n_layers: int) -> str | None:
     """A sentence when a method that should remove tokens removed none in a whole run, else None."""
     seen = [answer.record for answer in answers if answer.record is not None and answer.record.n_visual]
-    if not seen or all(stage.share == 1 for stage in pruner.stages(n_layers)) or any(record.n_kept < record.n_visual for record in seen):
+    should = parse_rate(pruner.pruning_rate) != 0 if pruner.before_model else any(stage.share != 1 for stage in pruner.stages(n_layers))
+    if not seen or not should or any(record.n_kept < (record.n_full or record.n_visual) for record in seen):
         return None
     return (
         f"none of the {len(seen)} samples with images lost a visual token at pruning rate {pruner.pruning_rate} ({pruner.name}), "

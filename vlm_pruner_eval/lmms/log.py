@@ -36,6 +36,13 @@ class Answer:
     choice, loglikelihood, is_greedy
         Of a continuation that was scored (`answer` holds it), else None: which of its document's, from 0; the sum of its
         tokens' log-probabilities; whether greedy decoding would have written it.
+    peak_bytes
+        The most that the GPU held while the sample's batch was answered, weights included; None on a CPU.
+    images
+        Content hashes of the document's images and videos, see `prompts.image_digest`; documents that share one are not
+        independent.
+    question
+        The text of the prompt, at most 2000 characters of it.
     """
 
     task: str
@@ -52,6 +59,9 @@ class Answer:
     choice: int | None = None
     loglikelihood: float | None = None
     is_greedy: bool | None = None
+    peak_bytes: int | None = None
+    images: tuple[str, ...] = ()
+    question: str = ""
 
     @property
     def sample_id(self) -> str:
@@ -79,6 +89,8 @@ class Reading:
         One per row.
     prefill_ms, decode_ms
         One per forward of the language model.
+    peak_bytes
+        See `Answer`.
     """
 
     output: Any
@@ -87,6 +99,16 @@ class Reading:
     records: list[SampleRecord]
     prefill_ms: list[float]
     decode_ms: list[float]
+    peak_bytes: int | None = None
+
+    def of_batch(self) -> dict[str, Any]:
+        """What all answers of the batch share, by field of `Answer`."""
+        return {
+            "prefill_ms": sum(self.prefill_ms),
+            "decode_ms": statistics.median(self.decode_ms) if self.decode_ms else None,
+            "batch_size": len(self.n_prompt),
+            "peak_bytes": self.peak_bytes,
+        }
 
 
 def pruning_metrics(answers: Sequence[Answer]) -> dict[str, float]:

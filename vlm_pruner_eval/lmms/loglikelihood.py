@@ -71,7 +71,7 @@ class Target:
             return self.continuation
         return self.continuation(task_dict[self.request.task][self.request.split][self.request.doc_id])
 
-    def answer(self, text: str, score: Score, reading: Reading) -> Answer:
+    def answer(self, text: str, score: Score, reading: Reading, images: tuple[str, ...] = (), question: str = "") -> Answer:
         """The record of a continuation that was scored; `reading` is the prefill that it shares with the other choices."""
         return Answer(
             *(self.request.task, self.request.split, self.request.doc_id, text),
@@ -83,6 +83,9 @@ class Target:
             choice=self.choice,
             loglikelihood=score.loglikelihood,
             is_greedy=score.is_greedy,
+            peak_bytes=reading.peak_bytes,
+            images=images,
+            question=question,
         )
 
     def failed(self, answer: Answer) -> Answer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from vlm_pruner_eval.lmms.videos import Video, open_video
 WINDOW_BATCHES = 8  # batches whose images are held in memory, so that prompts of like length meet in one batch
 SAMPLING = ("temperature", "top_p", "top_k")
 MEDIA = ("image", "video", "audio")
+QUESTION_CHARACTERS = 2000  # of a record: prompts with whole documents in them would fill a disk
 FILLED_IN = ["\n\n"]  # what lmms-eval puts into `until` of every task that names no stop string
 PASSED_ON = ("max_new_tokens", "num_beams", "repetition_penalty", "length_penalty")
 
@@ -61,6 +63,14 @@ class Prompt:
     text: str
     images: list[Image.Image]
     videos: list[Video] = field(default_factory=list)
+    image_digests: list[str] = field(default_factory=list)
+    originals: list[Image.Image] = field(default_factory=list)  # before the protocol; the same objects where it changes nothing
+    question: str = ""
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Content hashes of the images and videos; a video that has not been read yet is read for it."""
+        return (*self.image_digests, *(video.digest for video in self.videos))
 
     @property
     def n_frames(self) -> tuple[int, ...]:
@@ -94,12 +104,21 @@ def build(
     for kind, found in media.items():
         if found and kind not in kinds:
             raise ValueError(f"{request.sample_id} holds {len(found)} {kind} input(s), expected {' and '.join(kinds)} only for this model.")
+    images = [_as_rgb(part.url) for part in media["image"]]
     return Prompt(
         request,
         protocol.render(_with_system(messages.to_hf_messages(), settings.system_prompt), processor),
-        [protocol.view(_as_rgb(part.url), processor) for part in media["image"]],
+        [protocol.view(image, processor) for image in images],
         [open_video(part.url, settings.max_frames_num, part.start_time, part.end_time) for part in media["video"]],
+        [image_digest(image) for image in images],
+        images,
+        _text_of(messages)[:QUESTION_CHARACTERS],
     )
+
+
+def _text_of(messages: ChatMessages) -> str:
+    """What a person reads of a chat: its text, without media and the marks of a template."""
+    return "\n".join(part.text for message in messages.messages for part in message.content if part.type == "text")
 
 
 def _with_system(messages: list[dict], sentence: str | None) -> list[dict]:
@@ -107,6 +126,13 @@ def _with_system(messages: list[dict], sentence: str | None) -> list[dict]:
     if sentence is None or (messages and messages[0]["role"] == "system"):
         return messages
     return [{"role": "system", "content": [{"type": "text", "text": sentence}]}, *messages]
+
+
+def image_digest(image: Image.Image) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of an image's size and RGB pixels, before any protocol crops or pads it."""
+    digest = hashlib.sha256(f"{image.width}x{image.height} ".encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _as_rgb(image: Image.Image | str | Path) -> Image.Image:

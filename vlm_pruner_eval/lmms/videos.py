@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import bisect
 import functools
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import av
@@ -45,6 +46,7 @@ class Video:
     fps: float
     indices: tuple[int, ...]
     _read: Callable[[Sequence[int]], Sequence[np.ndarray]]
+    _seen: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # shared by copies: decoding is dear
 
     @property
     def n_frames(self) -> int:
@@ -72,7 +74,18 @@ class Video:
         sizes = sorted({frame.shape for frame in frames})
         if len(sizes) > 1:
             raise ValueError(f"{self.name}: got frames of different shapes ({sizes[0]} and {sizes[-1]}), expected one size for all.")
-        return np.stack(frames)
+        stacked = np.stack(frames)
+        digest = hashlib.sha256(f"{stacked.shape} ".encode())
+        digest.update(stacked)
+        self._seen["digest"] = digest.hexdigest()[:16]
+        return stacked
+
+    @property
+    def digest(self) -> str:
+        """First 16 hexadecimal digits of the SHA-256 of the picked frames, as they were read last."""
+        if not self._seen:
+            self.frames()
+        return self._seen["digest"]
 
     def metadata(self) -> dict[str, object]:
         """What transformers' processors want to know of a video whose frames are already picked."""

@@ -9,10 +9,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import statistics
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, NoReturn
 
 import torch
@@ -25,12 +24,15 @@ from tqdm import tqdm
 from transformers import BatchFeature
 
 from vlm_pruner_eval.budget import Rate
+from vlm_pruner_eval.cost import DecoderShape
 from vlm_pruner_eval.errors import ConfigError, PruningError
 from vlm_pruner_eval.hook import prune
 from vlm_pruner_eval.lmms import prompts, settings
 from vlm_pruner_eval.lmms.checkpoint import load_checkpoint
 from vlm_pruner_eval.lmms.checks import Tally, check_prompt_lengths, check_records, no_op_sentence
 from vlm_pruner_eval.lmms.device import pick_device
+from vlm_pruner_eval.lmms.downsampling import as_planned, hooked, sized
+from vlm_pruner_eval.lmms.geometry import describe_geometry
 from vlm_pruner_eval.lmms.inputs import bound_pixels, build_inputs
 from vlm_pruner_eval.lmms.log import Answer, Reading, pruning_metrics
 from vlm_pruner_eval.lmms.loglikelihood import PREFILL, Target, by_prompt, continuation_ids, score
@@ -62,6 +64,8 @@ class PrunedModel(lmms):
         Whether failed samples end the process; True when lmms-eval's command line built the model.
     show_progress
         Whether a progress bar is drawn.
+    on_prompt
+        Called with every prompt on its way to the model; a sweep keeps pictures with it.
 
     Raises
     ------
@@ -94,6 +98,7 @@ class PrunedModel(lmms):
         self.dtype, self._family, self._n_layers = self._model.dtype, family_of(self._model), len(self._model.model.language_model.layers)
         self.answers: list[Answer] = []
         self.keep_loaded = self.exit_on_failure = self.show_progress = False
+        self.on_prompt: Callable[[Prompt], None] | None = None
         self._use(method, pruner)
 
     @classmethod
@@ -118,8 +123,9 @@ class PrunedModel(lmms):
         self._use(method, settings.build_pruner(method, pruning_rate, params))
 
     def _use(self, method: str, pruner: Pruner) -> None:
-        prune(self.model, pruner)  # not entered: refuses layers and positions that this model does not have
-        self.method, self.pruner = method, pruner
+        inside = hooked(pruner, self.processor, self.model_id)
+        prune(self.model, inside)  # not entered: refuses layers and positions that this model does not have
+        self.method, self.pruner, self._hooked = method, pruner, inside
         self.answers = []  # not cleared: the former list may be in use
 
     def describe(self) -> dict[str, object]:
@@ -131,10 +137,13 @@ class PrunedModel(lmms):
             "commit": getattr(self.config, "_commit_hash", None),
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
+            "layers": self._n_layers,
             "method": self.method,
             "params": {
                 name: value if isinstance(value, (bool, int, float, str, type(None))) else str(value) for name, value in params.items()
             },
+            "shape": dataclasses.asdict(DecoderShape.of(self.config.get_text_config())),
+            "geometry": describe_geometry(self.config, self.processor, self.protocol),
         }
 
     def __repr__(self) -> str:
@@ -244,11 +253,15 @@ class PrunedModel(lmms):
         texts = [target.text(self.task_dict) for target in targets]
         tokens = [continuation_ids(self.tokenizer, prompt.text, text) for text in texts]
         reading = self._read([prompt], PREFILL, n_more=max(map(len, tokens)))
-        scores = score(self.model, self.pruner, reading, tokens)
-        return [target.answer(*found, reading) for target, *found in zip(targets, texts, scores, strict=True)]
+        scores = score(self.model, self._hooked, reading, tokens)
+        about = prompt.digests, prompt.question
+        return [target.answer(*found, reading, *about) for target, *found in zip(targets, texts, scores, strict=True)]
 
     def _prompt_of(self, request: Request) -> Prompt:
-        return prompts.build(request, self.task_dict, self.processor, self.kinds, self.protocol, self.settings)
+        prompt = prompts.build(request, self.task_dict, self.processor, self.kinds, self.protocol, self.settings)
+        if self.on_prompt is not None and not request.is_padding:
+            self.on_prompt(prompt)
+        return prompt
 
     def _answers_of_batch(self, batch: list[Prompt], options: Generation) -> Iterator[tuple[Request, Answer]]:
         try:
@@ -268,32 +281,31 @@ class PrunedModel(lmms):
     def _read(self, batch: list[Prompt], options: Generation, *, n_more: int = 0) -> Reading:
         """Generate under pruning, and hold what was measured against the prompts; `n_more` tokens must fit behind each."""
         sample_ids = [prompt.request.sample_id for prompt in batch]
-        inputs = self._inputs(batch)
+        with sized(batch, self.processor, self.pruner) as (resized, plans):
+            inputs = self._inputs(resized)
         n_prompt = inputs["attention_mask"].sum(1).tolist()
         check_prompt_lengths([n + n_more for n in n_prompt], sample_ids, self.config)
         n_visual = self._family.is_visual(self.config, inputs["input_ids"]).sum(1).tolist()
-        with time_forwards(self.model.model) as times, prune(self.model, self.pruner, sample_ids=sample_ids) as ledger:
+        with time_forwards(self.model.model) as times, prune(self.model, self._hooked, sample_ids=sample_ids) as ledger:
             output = self.model.generate(**inputs, **options.kwargs, pad_token_id=self.tokenizer.pad_token_id)
         records = ledger.records
-        check_records(records, sample_ids, n_visual, n_prompt, n_beams=options.n_beams, pruner=self.pruner, n_layers=self._n_layers)
-        return Reading(output, inputs["input_ids"].shape[1], n_prompt, records, times.prefill_ms, times.decode_ms)
+        check_records(records, sample_ids, n_visual, n_prompt, n_beams=options.n_beams, pruner=self._hooked, n_layers=self._n_layers)
+        records = as_planned(records, plans, sample_ids)
+        return Reading(output, inputs["input_ids"].shape[1], n_prompt, records, times.prefill_ms, times.decode_ms, times.peak_bytes)
 
     def _generate(self, batch: list[Prompt], options: Generation) -> list[Answer]:
         reading = self._read(batch, options)
         new_ids = reading.output[:, reading.width :]
         texts = self.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
-        shared = {
-            "prefill_ms": sum(reading.prefill_ms),
-            "decode_ms": statistics.median(reading.decode_ms) if reading.decode_ms else None,
-            "batch_size": len(batch),
-        }
         return [
             Answer(
                 *(prompt.request.task, prompt.request.split, prompt.request.doc_id, options.cut(texts[i])),
                 record=reading.records[i * options.n_beams],
                 n_prompt_tokens=reading.n_prompt[i],
                 n_new_tokens=prompts.count_new(new_ids[i], self._eos_ids),
-                **shared,
+                images=prompt.digests,
+                question=prompt.question,
+                **reading.of_batch(),
             )
             for i, prompt in enumerate(batch)
         ]

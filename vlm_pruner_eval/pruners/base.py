@@ -55,6 +55,7 @@ class Pruner:
     needs: ClassVar[frozenset[str]] = frozenset()
     quirks_change_count: ClassVar[bool] = False
     fixed_layer: ClassVar[int | None] = None
+    before_model: ClassVar[bool] = False  # acts on the images, so there is nothing for the hook to cut
 
     pruning_rate: Rate
     layer: int = 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -33,6 +34,13 @@ class Layout:
     def n_tokens(self) -> int:
         """Tokens that the image takes up in the prompt."""
         return self.coords.shape[0]
+
+    @functools.cached_property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(n_tokens, rows, cols, frames): rows and columns of tokens in the last frame (tiles are finer than the base view)."""
+        cells = self.coords[self.coords[:, 1] >= 0].float().round(decimals=2)  # packing may interpolate, and so round, coordinates
+        last = cells[cells[:, 0] == cells[:, 0].max()]
+        return self.n_tokens, len(last[:, 1].unique()), len(last[:, 2].unique()), len(cells[:, 0].unique())
 
 
 @dataclass(frozen=True)
