@@ -105,6 +105,7 @@ class Answer:
     n_prompt_tokens: int = 50
     n_new_tokens: int = 1
     batch_size: int = 1
+    images: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"record": self.record and self.record.as_json()}
@@ -112,7 +113,10 @@ class Answer:
 
 @dataclass
 class Behaviour:
-    """How the stand-in misbehaves: samples that fail, methods that raise or forget to answer, methods that it can't run."""
+    """How the stand-in misbehaves: samples that fail, methods that raise or forget to answer, methods that it can't run.
+
+    `questions_an_image`: so many documents in a row show the same image.
+    """
 
     fail: set[tuple[str, int]] = field(default_factory=set)
     explode: set[str] = field(default_factory=set)
@@ -121,6 +125,7 @@ class Behaviour:
     shift_padding: int = 0
     flip: int = 0
     other_kept: int = 0
+    questions_an_image: int = 1
 
 
 class StandIn(lmms):
@@ -173,7 +178,8 @@ class StandIn(lmms):
         failed = (self.method, doc_id) in self.behaviour.fail
         text = "" if failed else (gold if right else "perhaps")
         error = "PruningError: kept 3 tokens, expected 12." if failed else None
-        self.answers.append(Answer(task, split, doc_id, text, error, None if failed else self._record(doc_id, draw)))
+        images = (f"{doc_id // self.behaviour.questions_an_image:016x}",)
+        self.answers.append(Answer(task, split, doc_id, text, error, None if failed else self._record(doc_id, draw), images=images))
         return GenerationResult(text, TokenCounts(output_tokens=1))
 
     def _record(self, doc_id: int, draw: random.Random) -> SampleRecord:

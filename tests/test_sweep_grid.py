@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import copy
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sweep_standin import make_config
 
+from vlm_pruner_eval.budget import keep_count
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.sweep.config import load, validate
 from vlm_pruner_eval.sweep.grid import code_version, expand, method_problems, rate_percent
@@ -136,3 +138,69 @@ def test_problems_of_methods_are_reported_with_those_of_the_file(tmp_path: Path)
     ):
         assert part in text
     assert "did you mean 'image_pivots'?" in text
+
+
+# ---- iso-compute rows, and budgets that must not be mixed
+ISO = {"name": "divprune", "iso_layer": 2}
+LAYERS = {"id": "vlmpruner_llava", "pretrained": "somewhere/tiny", "layers": 32}
+
+
+def test_an_iso_compute_row_keeps_in_every_layer_what_the_others_keep_on_average() -> None:
+    """64 of 576 from layer 2 of 32 on: (2 x 576 + 30 x 64) / 32 = 96, a rate of 5/6; listed under the rate that was asked."""
+    config = validate(BASE | {"model": LAYERS, "methods": ["vlmpruner", ISO, "divprune"], "pruning_rates": ["8/9", 0.5]})
+    runs = {run.key: run for run in expand(config)}
+    iso = runs["divprune-iso-compute-8of9"]
+    assert (iso.pruning_rate, iso.asked_rate, iso.iso_layer, iso.params) == ("5/6", "8/9", 2, {})
+    assert keep_count(576, iso.pruning_rate) == (2 * 576 + 30 * 64) / 32 == 96
+    assert runs["divprune-iso-compute-0.5"].pruning_rate == pytest.approx(1 - (2 + 30 * 0.5) / 32)
+    plain = runs["divprune-8of9"]
+    assert (plain.pruning_rate, plain.asked_rate, plain.iso_layer) == ("8/9", "8/9", None)
+    fewer = expand(validate(BASE | {"model": LAYERS | {"layers": 16}, "methods": [ISO]}))[1]
+    assert fewer.pruning_rate == str(1 - (2 + 14 * Fraction(1, 9)) / 16)
+
+
+def test_the_layers_only_say_what_an_iso_compute_row_is() -> None:
+    ids = [[run.run_id for run in expand(validate(BASE | {"model": LAYERS | {"layers": layers}}))] for layers in (32, 16)]
+    assert ids[0] == ids[1]
+
+
+@pytest.mark.parametrize(
+    ("model", "entry", "sentence"),
+    [
+        (LAYERS, {"name": "fastv", "iso_layer": 2}, "methods[0]: iso_layer: got method fastv, but it prunes at layer 2; expected a method"),
+        (LAYERS, {"name": "blind", "iso_layer": 2}, "methods[0]: iso_layer: got method blind, but it has no rate"),
+        (LAYERS, ISO | {"iso_layer": 32}, "methods[0].iso_layer: got 32, expected 1 to 31 for a model of 32 layers."),
+        (LAYERS, ISO | {"iso_layer": 0}, "methods[0].iso_layer: got 0 (int), expected the layer, 1 or more"),
+        (BASE["model"], ISO, "methods[0].iso_layer: needs model.layers, the decoder layers of the model (32 for LLaVA-1.5-7B); add it."),
+    ],
+)
+def test_an_iso_compute_row_that_means_nothing_is_refused(model: dict[str, Any], entry: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        expand(validate(BASE | {"model": model, "methods": [entry]}))
+    assert any(problem.startswith(sentence) for problem in caught.value.problems), caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"budget": "layer_average"}, "fastv-0.1: has budget layer_average, but vlmpruner-0.1 has kept;"),
+        ({"scope": "per_sample"}, "fastv-0.1: has scope per_sample, but vlmpruner-0.1 has per_image;"),
+    ],
+)
+def test_two_meanings_of_a_budget_are_refused_before_anything_runs(changes: dict[str, str], sentence: str) -> None:
+    raw = BASE | {"pruning_rates": [0.1], "methods": ["vlmpruner", {"name": "fastv"} | changes]}
+    with pytest.raises(ConfigError) as caught:
+        expand(validate(raw))
+    assert sentence in str(caught.value)
+    assert len(expand(validate(raw | {"methods": [{"name": name} | changes for name in ("vlmpruner", "fastv")]}))) == 3
+
+
+def test_where_nothing_precedes_the_cut_kept_and_layer_average_are_the_same_count() -> None:
+    """DivPrune prunes before the first layer, and blind has no budget: neither mixes anything."""
+    raw = BASE | {"pruning_rates": [0.1], "methods": [{"name": "fastv", "budget": "layer_average"}, "divprune", "blind"]}
+    assert [run.method for run in expand(validate(raw))] == ["none", "fastv", "divprune", "blind"]
+
+
+def test_a_run_says_in_what_it_differs_from_its_methods_defaults() -> None:
+    methods = ["vlmpruner", {"name": "vlmpruner", "official_quirks": True, "pivots": 4, "label": "release"}]
+    assert [run.changed for run in expand(validate(BASE | {"methods": methods}))] == [{}, {}, {"official_quirks": True}]

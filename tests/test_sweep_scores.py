@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlm_pruner_eval.sweep.scores import MAIN_METRICS, NOT_SCORABLE, score_group, score_task
+from vlm_pruner_eval.sweep.scores import MAIN_METRICS, NOT_SCORABLE, Scored, score_group, score_task
 
 
 class Task:
@@ -41,7 +41,7 @@ def rows_of(metric: str, items: list[Any], **docs: list[Any]) -> list[dict[str, 
 
 def test_the_interval_of_a_mean_is_the_one_of_the_normal_law() -> None:
     items = [1.0] * 240 + [0.0] * 60
-    scores = score_task("unknown", {"acc,none": 0.8, "alias": "x"}, rows_of("acc", items), Task(acc=mean))
+    scores = score_task("unknown", {"acc,none": 0.8, "alias": "x"}, rows_of("acc", items), Task(acc=mean)).record
     got = scores["metrics"]["acc"]
     half = 1.96 * math.sqrt(0.8 * 0.2 / 300)
     assert (got["value"], got["n"]) == (0.8, 300)
@@ -54,7 +54,7 @@ def test_any_aggregation_is_resampled_the_way_it_is_computed() -> None:
     items = [float(i % 10) for i in range(100)]
     results = {"mean,none": mean(items), "mean_twice,none": 2 * mean(items)}
     rows = [row | {"mean_twice": row["mean"]} for row in rows_of("mean", items)]
-    scores = score_task("unknown", results, rows, Task(mean=mean, mean_twice=lambda items: 2 * mean(items)))["metrics"]
+    scores = score_task("unknown", results, rows, Task(mean=mean, mean_twice=lambda items: 2 * mean(items))).record["metrics"]
     assert scores["mean_twice"]["low"] == pytest.approx(2 * scores["mean"]["low"])
     assert scores["mean_twice"]["high"] == pytest.approx(2 * scores["mean"]["high"])
 
@@ -62,7 +62,7 @@ def test_any_aggregation_is_resampled_the_way_it_is_computed() -> None:
 def test_pairs_stay_together_and_a_pair_drawn_twice_counts_twice() -> None:
     items = [{"question_id": i // 2, "score": float(i % 4 != 1), "category": "colour"} for i in range(80)]
     rows = rows_of("mme_perception_score", items)
-    scores = score_task("mme_half", {"mme_perception_score,none": pairs_right(items)}, rows, Task(mme_perception_score=pairs_right))
+    scores = score_task("mme_half", {"mme_perception_score,none": pairs_right(items)}, rows, Task(mme_perception_score=pairs_right)).record
     got = scores["metrics"]["mme_perception_score"]
     assert got["low"] < got["value"] < got["high"]
 
@@ -70,8 +70,10 @@ def test_pairs_stay_together_and_a_pair_drawn_twice_counts_twice() -> None:
 def test_numbers_of_a_pair_are_drawn_together_too() -> None:
     paired = [1.0, 1.0, 0.0, 0.0] * 50
     rows = rows_of("accuracy", paired, pair_id=[i // 2 for i in range(200)])
-    alone = score_task("unknown", {"accuracy,none": 0.5}, rows_of("accuracy", paired, pair_id=[""] * 200), Task(accuracy=mean))["main"]
-    together = score_task("unknown", {"accuracy,none": 0.5}, rows, Task(accuracy=mean))["main"]
+    alone = score_task("unknown", {"accuracy,none": 0.5}, rows_of("accuracy", paired, pair_id=[""] * 200), Task(accuracy=mean)).record[
+        "main"
+    ]
+    together = score_task("unknown", {"accuracy,none": 0.5}, rows, Task(accuracy=mean)).record["main"]
     widths = [score["high"] - score["low"] for score in (together, alone)]
     assert widths[0] / widths[1] == pytest.approx(math.sqrt(2), abs=0.15)  # half as many independent draws
 
@@ -82,7 +84,7 @@ def test_mme_is_the_sum_of_its_two_parts() -> None:
     rows = rows_of("mme_perception_score", perception) + rows_of("mme_cognition_score", cognition)
     values = pairs_right(perception), pairs_right(cognition)
     results = {"mme_perception_score,none": values[0], "mme_cognition_score,none": values[1]}
-    main = score_task("mme", results, rows, Task(mme_perception_score=pairs_right, mme_cognition_score=pairs_right))["main"]
+    main = score_task("mme", results, rows, Task(mme_perception_score=pairs_right, mme_cognition_score=pairs_right)).record["main"]
     assert main["metric"] == "mme_perception_score + mme_cognition_score"
     assert main["value"] == pytest.approx(sum(values))
     assert main["n"] == 60
@@ -92,7 +94,7 @@ def test_mme_is_the_sum_of_its_two_parts() -> None:
 def test_a_part_that_is_missing_leaves_no_main_metric() -> None:
     items = [{"question_id": i // 2, "score": 1.0, "category": "a"} for i in range(4)]
     rows = rows_of("mme_perception_score", items)
-    assert score_task("mme", {"mme_perception_score,none": 200.0}, rows, Task(mme_perception_score=pairs_right))["main"] is None
+    assert score_task("mme", {"mme_perception_score,none": 200.0}, rows, Task(mme_perception_score=pairs_right)).record["main"] is None
 
 
 def test_an_aggregation_that_remembers_is_not_resampled() -> None:
@@ -103,7 +105,9 @@ def test_an_aggregation_that_remembers_is_not_resampled() -> None:
         return sum(seen)
 
     items = [1.0, 0.0, 1.0]
-    got = score_task("unknown", {"points,none": remembers(items)}, rows_of("points", items), Task(points=remembers))["metrics"]["points"]
+    got = score_task("unknown", {"points,none": remembers(items)}, rows_of("points", items), Task(points=remembers)).record["metrics"][
+        "points"
+    ]
     assert (got["value"], got["low"], got["high"]) == (2.0, None, None)
     assert "answers 4 when asked again" in got["note"]
 
@@ -112,7 +116,9 @@ def test_an_aggregation_that_writes_files_is_never_called_again() -> None:
     def writes(items: list[float], args: object) -> float:
         raise AssertionError("called")
 
-    got = score_task("unknown", {"submitted,none": 0.5}, rows_of("submitted", [1.0, 0.0]), Task(submitted=writes))["metrics"]["submitted"]
+    got = score_task("unknown", {"submitted,none": 0.5}, rows_of("submitted", [1.0, 0.0]), Task(submitted=writes)).record["metrics"][
+        "submitted"
+    ]
     assert got["low"] is None
     assert "writes files" in got["note"]
 
@@ -123,7 +129,7 @@ def test_ocrbench_points_get_an_interval_without_calling_its_aggregation() -> No
 
     items = [{"question_type": "x", "score": int(i % 2)} for i in range(1000)]
     rows = rows_of("ocrbench_accuracy", items)
-    main = score_task("ocrbench", {"ocrbench_accuracy,none": 0.5}, rows, Task(ocrbench_accuracy=writes))["main"]
+    main = score_task("ocrbench", {"ocrbench_accuracy,none": 0.5}, rows, Task(ocrbench_accuracy=writes)).record["main"]
     assert main["value"] == 500.0
     assert main["low"] == pytest.approx(500 - 31, abs=5)
     assert main["high"] == pytest.approx(500 + 31, abs=5)
@@ -131,30 +137,36 @@ def test_ocrbench_points_get_an_interval_without_calling_its_aggregation() -> No
 
 def test_submissions_and_tables_are_no_scores() -> None:
     rows = [{"doc_id": 0, "doc": {}, "acc": 1.0, "submission": {}}, {"doc_id": 1, "doc": {}, "acc": 0.0, "submission": {}}]
-    scores = score_task("unknown", {"acc,none": 0.5, "submission,none": None}, rows, Task(acc=mean, submission=mean))
+    scores = score_task("unknown", {"acc,none": 0.5, "submission,none": None}, rows, Task(acc=mean, submission=mean)).record
     assert list(scores["metrics"]) == ["acc"]
 
 
 def test_a_task_with_nothing_but_a_submission_is_marked() -> None:
     rows = rows_of("submission", [{"answer": "a"}, {"answer": "b"}])
-    scores = score_task("mmbench_en_test", {"submission,none": None}, rows, Task(submission=mean))
-    assert scores == {"metrics": {}, "main": None, "note": NOT_SCORABLE}
+    scores = score_task("mmbench_en_test", {"submission,none": None}, rows, Task(submission=mean)).record
+    clusters = scores.pop("clusters")
+    assert (scores, clusters["n"]) == ({"metrics": {}, "main": None, "note": NOT_SCORABLE}, 2)
     rows = [row | {"acc": 1.0} for row in rows]
-    assert "note" not in score_task("unknown", {"acc,none": 1.0, "submission,none": None}, rows, Task(acc=mean, submission=mean))
+    assert "note" not in score_task("unknown", {"acc,none": 1.0, "submission,none": None}, rows, Task(acc=mean, submission=mean)).record
+
+
+def scored(value: float, half: float, n: int, draws: np.ndarray | None = None, **changes: Any) -> Scored:
+    main = {"metric": "acc", "value": value, "low": value - half, "high": value + half, "n": n} | changes
+    return Scored({"metrics": {}, "main": main, "clusters": {"n": n // 2, "digest": f"{n:x}"}}, draws, {})
 
 
 def test_a_group_is_the_mean_of_its_tasks_with_their_errors_in_quadrature() -> None:
     """Half-widths 3 and 4 of two tasks: 5 of their sum, 2.5 of their mean."""
-    tasks = {
-        "a": {"metrics": {}, "main": {"metric": "acc", "value": 50.0, "low": 47.0, "high": 53.0, "n": 200}},
-        "b": {"metrics": {}, "main": {"metric": "acc", "value": 70.0, "low": 66.0, "high": 74.0, "n": 100}},
-    }
+    tasks = {"a": scored(50.0, 3.0, 200, np.array([48.0, 52.0])), "b": scored(70.0, 4.0, 100, np.array([72.0, 70.0]))}
     group = score_group(tasks)
-    assert group["main"] == {"metric": "mean of acc over 2 tasks", "value": 60.0, "low": 57.5, "high": 62.5, "n": 300}
-    assert group["metrics"]["b"]["value"] == 70.0
-    tasks["b"]["main"] |= {"low": None, "high": None}
-    assert (score_group(tasks)["main"]["value"], score_group(tasks)["main"]["low"]) == (60.0, None)
-    assert score_group(tasks | {"c": {"metrics": {}, "main": None}})["main"] is None
+    assert group.record["main"] == {"metric": "mean of acc over 2 tasks", "value": 60.0, "low": 57.5, "high": 62.5, "n": 300}
+    assert group.record["metrics"]["b"]["value"] == 70.0
+    assert group.record["clusters"]["n"] == 150
+    assert group.draws.tolist() == [60.0, 61.0]
+    half_known = score_group(tasks | {"b": scored(70.0, 4.0, 100, low=None, high=None)})
+    assert (half_known.record["main"]["value"], half_known.record["main"]["low"], half_known.draws) == (60.0, None, None)
+    no_score = Scored({"metrics": {}, "main": None, "clusters": {"n": 0, "digest": ""}}, None, {})
+    assert score_group(tasks | {"c": no_score}).record["main"] is None
 
 
 def test_aggregations_that_print_are_resampled_in_silence(capsys: pytest.CaptureFixture) -> None:
@@ -162,7 +174,7 @@ def test_aggregations_that_print_are_resampled_in_silence(capsys: pytest.Capture
         print("a table")
         return 2 * mean(items)
 
-    scores = score_task("unknown", {"acc,none": 1.0}, rows_of("acc", [1.0, 0.0] * 10), Task(acc=prints))
+    scores = score_task("unknown", {"acc,none": 1.0}, rows_of("acc", [1.0, 0.0] * 10), Task(acc=prints)).record
     assert scores["main"]["low"] < 1.0 < scores["main"]["high"]
     assert capsys.readouterr().out.count("a table") <= 1
 
@@ -170,13 +182,13 @@ def test_aggregations_that_print_are_resampled_in_silence(capsys: pytest.Capture
 def test_the_main_metric_of_an_unknown_task_is_one_of_which_more_is_better() -> None:
     rows = [{"doc_id": i, "doc": {}, "error_rate": 0.2, "score": 0.8} for i in range(3)]
     results = {"error_rate,none": 0.2, "score,none": 0.8}
-    assert score_task("unknown", results, rows, Task(error_rate=mean, score=mean))["main"]["metric"] == "score"
-    assert score_task("unknown", {"error_rate,none": 0.2}, rows, Task(error_rate=mean))["main"] is None
+    assert score_task("unknown", results, rows, Task(error_rate=mean, score=mean)).record["main"]["metric"] == "score"
+    assert score_task("unknown", {"error_rate,none": 0.2}, rows, Task(error_rate=mean)).record["main"] is None
 
 
 def test_filters_do_not_mix() -> None:
     rows = rows_of("acc", [1.0, 1.0]) + rows_of("acc", [0.0, 1.0])
-    scores = score_task("unknown", {"acc,strict": 1.0, "acc,loose": 0.5}, rows, Task(acc=mean))["metrics"]
+    scores = score_task("unknown", {"acc,strict": 1.0, "acc,loose": 0.5}, rows, Task(acc=mean)).record["metrics"]
     assert (scores["acc,strict"]["value"], scores["acc,strict"]["n"]) == (1.0, 2)
     assert scores["acc,loose"]["low"] == 0.0
 
@@ -184,13 +196,15 @@ def test_filters_do_not_mix() -> None:
 def test_the_same_score_everywhere_is_no_certainty() -> None:
     """20 of 20: 20 / (20 + 1.96^2) to 1, and the mirror image for 0 of 20; also in the unit of papers."""
     for value in (0.0, 1.0):
-        scores = score_task("digitscenes_read", {"exact_match,none": value}, rows_of("exact_match", [value] * 20), Task(exact_match=mean))
+        scores = score_task(
+            "digitscenes_read", {"exact_match,none": value}, rows_of("exact_match", [value] * 20), Task(exact_match=mean)
+        ).record
         assert scores["main"]["low"] == pytest.approx(100 * (0.8389 if value else 0.0), abs=0.01)
         assert scores["main"]["high"] == pytest.approx(100 * (1.0 if value else 0.1611), abs=0.01)
 
 
 def test_one_document_has_no_interval() -> None:
-    got = score_task("unknown", {"acc,none": 1.0}, rows_of("acc", [1.0]), Task(acc=mean))["metrics"]["acc"]
+    got = score_task("unknown", {"acc,none": 1.0}, rows_of("acc", [1.0]), Task(acc=mean)).record["metrics"]["acc"]
     assert (got["low"], got["high"]) == (None, None)
 
 
@@ -198,7 +212,7 @@ def test_intervals_of_a_mean_cover_it_as_often_as_they_say() -> None:
     rng, covered = np.random.default_rng(0), 0
     for _ in range(200):
         items = (rng.random(100) < 0.7).astype(float).tolist()
-        got = score_task("unknown", {"acc,none": mean(items)}, rows_of("acc", items), Task(acc=mean))["main"]
+        got = score_task("unknown", {"acc,none": mean(items)}, rows_of("acc", items), Task(acc=mean)).record["main"]
         covered += got["low"] <= 0.7 <= got["high"]
     assert 0.90 <= covered / 200 <= 0.99
 

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vlm_pruner_eval.errors import ConfigError
@@ -58,9 +59,33 @@ def test_a_run_without_samples_or_of_another_checkpoint_is_not_finished(tmp_path
     assert not store.is_finished("r-1")
 
 
-def test_json_is_plain_and_strict() -> None:
-    import numpy as np
+def test_draws_come_back_with_nine_digits_and_are_written_before_the_record(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    draws = {"gqa": np.array([1 / 3, 66.666666666666]), "mme": np.array([1500.0])}
+    store.write_run(RECORD, [], draws)
+    found = store.read_draws("r-1")
+    assert list(found) == ["gqa", "mme"]
+    assert found["gqa"].tolist() == [0.333333333, 66.6666667]
+    (store.run_dir("r-1") / "draws.json").unlink()
+    assert store.read_draws("r-1") == {}  # a run of an older version
+    for broken in ("{", "[1]", '{"gqa": [[1], 2]}'):
+        (store.run_dir("r-1") / "draws.json").write_text(broken)
+        with pytest.raises(ConfigError, match="delete the run's folder"):
+            store.read_draws("r-1")
 
+
+def test_samples_can_be_read_without_their_positions(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    text = 'he said "order": [1, 2] and \\"kept_positions\\": [3]'
+    record = {"kept_positions": [1, 2, 30], "order": [2, 0, 1], "kv_lengths": [3, 4]}
+    store.write_run(RECORD, [{"answer": text, "record": record}, {"answer": "", "record": None}])
+    full, light = list(store.each_sample("r-1")), list(store.each_sample("r-1", positions=False))
+    assert full[0]["record"] == record
+    assert light[0] == {"answer": text, "record": record | {"kept_positions": [], "order": []}}
+    assert light[1] == full[1]
+
+
+def test_json_is_plain_and_strict() -> None:
     text = to_json({"nan": float("nan"), "np": np.float32(0.5), "n": np.int64(3), "set": {"b", "a"}, 1: (True, None), "p": Path("x")})
     assert json.loads(text) == {"nan": None, "np": 0.5, "n": 3, "set": ["a", "b"], "1": [True, None], "p": "x"}
 

@@ -48,6 +48,7 @@ class ModelSection(BaseModel):
     attn_implementation: str = Field("sdpa", min_length=1, description="an attention backend such as sdpa or eager")
     device: str | None = Field(None, description="a device such as cpu or cuda:0, or null for the first GPU if there is one")
     visual_tokens: int | None = Field(None, ge=1, description="the visual tokens of one image, for example 576 for LLaVA-1.5")
+    layers: int | None = Field(None, ge=1, description="the decoder layers of the language model, for example 32 for LLaVA-1.5-7B")
     max_frames_num: int | None = Field(None, ge=1, description="a whole number of frames a video, 1 or more, or null for the model's own")
     min_pixels: int | None = Field(None, ge=1, description="a whole number of pixels of an image, 1 or more, or null for the model's own")
     max_pixels: int | None = Field(None, ge=1, description="a whole number of pixels of an image, 1 or more, or null for the model's own")
@@ -55,14 +56,22 @@ class ModelSection(BaseModel):
     allow_bin: bool | None = Field(None, description="true to load weights from .bin files as well, or null (no)")
 
 
+ENTRY_KEYS = ("name", "label", "seeds", "iso_layer")  # all other keys of a method's mapping are parameters of the method
+
+
 class MethodEntry(BaseModel):
-    """One line of `methods`: a name, or a mapping with name, label, seeds and any parameter of the method."""
+    """One line of `methods`: a name, or a mapping with name, label, seeds, iso_layer and any parameter of the method.
+
+    `iso_layer: 2` makes the iso-compute row of a method that prunes before the first layer: at every rate it keeps, in all layers,
+    as many tokens as a method that prunes at layer 2 keeps on average over the layers.
+    """
 
     model_config = _STRICT
 
     name: str = Field(min_length=1, description="a method name, or package.module:Class")
     label: str | None = Field(None, min_length=1, max_length=60, description="text for the tables, at most 60 characters")
     seeds: tuple[int, ...] | None = Field(None, min_length=1, description="a list of whole numbers such as [0, 1, 2]")
+    iso_layer: int | None = Field(None, ge=1, description="the layer, 1 or more, of the methods to match in compute, or null")
     parameters: dict[str, Any] = Field(default_factory=dict, description="parameters of the method, by name")
 
     @model_validator(mode="before")
@@ -72,7 +81,7 @@ class MethodEntry(BaseModel):
             return {"name": data, "parameters": {}}
         if not isinstance(data, dict):
             return data
-        own = {key: value for key, value in data.items() if key in ("name", "label", "seeds")}
+        own = {key: value for key, value in data.items() if key in ENTRY_KEYS}
         if isinstance(own.get("seeds"), list):
             own["seeds"] = tuple(own["seeds"])
         return own | {"parameters": {key: value for key, value in data.items() if key not in own}}
@@ -80,7 +89,7 @@ class MethodEntry(BaseModel):
     @property
     def shown(self) -> str:
         """The label, or the name where there is none."""
-        return self.label or self.name
+        return self.label or (self.name if self.iso_layer is None else f"{self.name} (iso-compute)")
 
 
 class SweepConfig(BaseModel):
@@ -100,6 +109,7 @@ class SweepConfig(BaseModel):
     methods: list[MethodEntry] = Field(min_length=1, description="a list of method names, or mappings with a name and parameters")
     limit: int | None = Field(None, ge=1, description="a whole number of questions per task, 1 or more, or null for all")
     seed: int = Field(0, ge=0, description="a whole number, 0 or more")
+    gallery: int = Field(24, ge=0, description="a whole number of documents per task whose pictures are kept, 0 for none")
     output: str | None = Field(None, min_length=1, description="a folder for the results, or null")
 
     @property
@@ -195,6 +205,7 @@ def _contradictions(raw: dict[str, Any]) -> Iterator[str]:
         for keep in counts:
             if type(keep) is int and keep > total:
                 yield f"keep_tokens: got {keep}, expected at most model.visual_tokens = {total}."
+    yield from _iso_problems(raw.get("methods"), model.get("layers"))
     low, high = model.get("min_pixels"), model.get("max_pixels")
     if type(low) is int and type(high) is int and low > high:
         yield f"model.min_pixels: got {low}, expected at most model.max_pixels = {high}."
@@ -210,6 +221,18 @@ def _contradictions(raw: dict[str, Any]) -> Iterator[str]:
         for value, times in Counter(_comparable(value) for value in values).items():
             if times > 1:
                 yield f"{key}: got {value} {times} times, expected each value once; remove the repeats."
+
+
+def _iso_problems(methods: object, layers: object) -> Iterator[str]:
+    """`iso_layer` needs the number of layers to average over."""
+    for index, entry in enumerate(methods if isinstance(methods, list) else []):
+        layer = entry.get("iso_layer") if isinstance(entry, dict) else None
+        if layer is None:
+            continue
+        if layers is None:
+            yield f"methods[{index}].iso_layer: needs model.layers, the decoder layers of the model (32 for LLaVA-1.5-7B); add it."
+        elif type(layers) is int and type(layer) is int and layer >= layers:
+            yield f"methods[{index}].iso_layer: got {layer}, expected 1 to {layers - 1} for a model of {layers} layers."
 
 
 def _comparable(value: object) -> str:

@@ -7,21 +7,22 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import vlm_pruner_eval
+from vlm_pruner_eval.budget import rate_at_layer_average
 from vlm_pruner_eval.errors import ConfigError, closest
-from vlm_pruner_eval.sweep.config import MethodEntry, SweepConfig
+from vlm_pruner_eval.sweep.config import ENTRY_KEYS, MethodEntry, SweepConfig, canonical_rate
 
 UNPRUNED = "none"
 RATELESS = frozenset({"blind"})  # keeps no visual token, so a rate means nothing to it
 
 # Sources that can't change a record: editing the report must not make old runs unusable.
 _NOT_IN_RECORDS = ("report", "reproduce", "sweep", "cli.py", "__main__.py")
-_IN_RECORDS = ("sweep/scores.py", "sweep/records.py")
+_IN_RECORDS = ("sweep/scores.py", "sweep/records.py", "sweep/clusters.py", "sweep/counts.py", "sweep/documents.py")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,12 @@ class Run:
         Seed of a method that draws random numbers, else None.
     config
         The resolved configuration, with every parameter of the method, defaults included.
+    changed
+        The parameters that differ from the method's defaults.
+    asked_rate
+        The sweep file's rate under which tables list the run; `pruning_rate` but for iso-compute rows.
+    iso_layer
+        Of an iso-compute row: the layer of the methods that it matches in compute.
     """
 
     key: str
@@ -52,6 +59,9 @@ class Run:
     params: dict[str, Any]
     seed: int | None
     config: dict[str, Any]
+    changed: dict[str, Any]
+    asked_rate: str | float | None
+    iso_layer: int | None = None
 
 
 def expand(config: SweepConfig) -> list[Run]:
@@ -69,7 +79,7 @@ def expand(config: SweepConfig) -> list[Run]:
             runs += _runs_of(config, entry)
         except ConfigError as error:
             problems += [f"methods[{index}]: {problem}" for problem in error.problems]
-    problems += _duplicates(runs)
+    problems += [*_duplicates(runs), *budget_mixtures((run.key, run.method, run.config["parameters"]) for run in runs)]
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     return runs
@@ -86,13 +96,33 @@ def method_problems(raw: dict[str, Any]) -> list[str]:
         if not isinstance(given.get("name"), str):
             continue  # the schema says so
         try:
-            known = {"name", "label", "seeds", *parameters(pruner_class(given["name"]))}
+            known = {*ENTRY_KEYS, *parameters(pruner_class(given["name"]))}
         except ConfigError as error:
             problems += [f"methods[{index}]: {problem}" for problem in error.problems]
             continue
         name = given["name"]
         problems += [f"methods[{index}]: {name}: unknown parameter {key!r}; {closest(key, known)}" for key in given if key not in known]
     return problems
+
+
+def budget_mixtures(runs: Iterable[tuple[str, str, dict[str, Any]]]) -> Iterator[str]:
+    """A sentence for each budget rule in which runs (key, method, parameters) of one table differ from its first pruned run.
+
+    One table has one scope of the budget, and either kept or layer-averaged counts. Where nothing precedes the cut (layer 0), both
+    counts are the same; rows without a budget don't count.
+    """
+    first: dict[str, tuple[str, str]] = {}
+    for key, method, parameters in runs:
+        if method == UNPRUNED or method in RATELESS:
+            continue
+        for name in ("scope", "budget") if parameters.get("layer") != 0 else ("scope",):
+            value = parameters.get(name)
+            other, expected = first.setdefault(name, (key, value))
+            if value != expected:
+                yield (
+                    f"{key}: has {name} {value}, but {other} has {expected}; a table does not mix the two meanings of a budget: "
+                    "put them into separate sweep files and folders."
+                )
 
 
 def rate_percent(rate: str | float | None) -> float | None:
@@ -131,11 +161,16 @@ def _runs_of(config: SweepConfig, entry: MethodEntry) -> Iterator[Run]:
     seeds = entry.seeds or ((entry.parameters.get("seed", config.seed),) if "seed" in known else (None,))
     rates = [None] if entry.name in RATELESS else config.rates
     problems: list[str] = []
+    if entry.iso_layer is not None and (entry.name in RATELESS or (layer := entry.parameters.get("layer", known.get("layer"))) != 0):
+        got = "it has no rate" if entry.name in RATELESS else f"it prunes at layer {layer}"
+        raise ConfigError(
+            f"iso_layer: got method {entry.name}, but {got}; expected a method that prunes at layer 0 (others take budget: layer_average)."
+        )
     for rate in rates:
         for seed in seeds:
             params = dict(entry.parameters) if seed is None else entry.parameters | {"seed": seed}
             try:
-                yield _make_run(config, label=entry.shown, method=entry.name, rate=rate, params=params, seed=seed, many=bool(entry.seeds))
+                yield _make_run(config, label=entry.shown, method=entry.name, asked_rate=rate, params=params, seed=seed, entry=entry)
             except ConfigError as error:
                 problems += error.problems
     if problems:
@@ -147,16 +182,19 @@ def _make_run(
     *,
     label: str,
     method: str,
-    rate: str | float | None = None,
+    asked_rate: str | float | None = None,
     params: dict[str, Any] | None = None,
     seed: int | None = None,
-    many: bool = False,
+    entry: MethodEntry | None = None,
 ) -> Run:
-    """`many`: the seed tells runs apart, so it is part of the key."""
-    params = params or {}
-    key = "-".join(part for part in (_slug(label), _slug(str(rate)) if rate is not None else "", f"seed{seed}" if many else "") if part)
+    params, rate, iso_layer = params or {}, asked_rate, entry.iso_layer if entry else None
+    many = entry is not None and bool(entry.seeds)  # the seed tells runs apart, so it is part of the key
+    parts = (_slug(label), _slug(str(asked_rate)) if asked_rate is not None else "", f"seed{seed}" if many else "")
+    key = "-".join(part for part in parts if part)
+    if iso_layer is not None:
+        rate = canonical_rate(rate_at_layer_average(asked_rate, iso_layer, config.model.layers))
     resolved = {
-        "model": config.model.model_dump(exclude={"visual_tokens"}),
+        "model": config.model.model_dump(exclude={"visual_tokens", "layers"}),
         "method": method,
         "pruning_rate": rate,
         "parameters": _every_parameter(method, rate, params),
@@ -165,8 +203,19 @@ def _make_run(
         "seed": config.seed,
         "code": code_version(),
     }
-    run_id = f"{key}-{run_hash(resolved)[:10]}"
-    return Run(key=key, run_id=run_id, label=label, method=method, pruning_rate=rate, params=params, seed=seed, config=resolved)
+    return Run(
+        key=key,
+        run_id=f"{key}-{run_hash(resolved)[:10]}",
+        label=label,
+        method=method,
+        pruning_rate=rate,
+        params=params,
+        seed=seed,
+        config=resolved,
+        changed=_changed(method, resolved["parameters"]),
+        asked_rate=asked_rate,
+        iso_layer=iso_layer,
+    )
 
 
 def _every_parameter(method: str, rate: str | float | None, params: dict[str, Any]) -> dict[str, Any]:
@@ -176,6 +225,14 @@ def _every_parameter(method: str, rate: str | float | None, params: dict[str, An
     values = dataclasses.asdict(pruner)
     values.pop("pruning_rate")
     return {name: str(value) if isinstance(value, Fraction) else value for name, value in values.items()}
+
+
+def _changed(method: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Parameters that differ from the method's defaults."""
+    from vlm_pruner_eval.pruners import parameters, pruner_class
+
+    defaults = parameters(pruner_class(method))
+    return {name: value for name, value in values.items() if name in defaults and value != defaults[name]}
 
 
 def _slug(text: str) -> str:

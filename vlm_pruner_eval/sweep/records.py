@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from vlm_pruner_eval.cost import DecoderShape, kv_bytes, literature_flops, prefill_flops
+
 
 def kept_digest(record: dict[str, Any] | None) -> str | None:
     """SHA-256 of WHICH visual tokens a sample kept; None without a record.
@@ -49,14 +51,51 @@ def summarise_tokens(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summarise_times(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Median and interquartile range in milliseconds; prefill is a whole batch's, decode a token's, selection a sample's."""
+    """Median and interquartile range in milliseconds; prefill is a whole batch's, decode a step's, selection a sample's.
+
+    `decoded_tokens_per_s`: rows of the batch over the time of a decoding step.
+    """
     prefills = _prefills(samples)
+    rates = [1000.0 * sample["batch_size"] / sample["decode_ms"] for sample in samples if sample["batch_size"] and sample["decode_ms"]]
     return {
         "prefill_ms": _median([sample["prefill_ms"] for sample in prefills]),
         "decode_ms": _median([sample["decode_ms"] for sample in samples]),
         "selection_ms": _median([sample["record"]["selection_ms"] for sample in prefills]),
+        "decoded_tokens_per_s": _median(rates),
         "batch_sizes": sorted({sample["batch_size"] for sample in samples if sample["batch_size"]}),
     }
+
+
+def summarise_memory(samples: Sequence[dict[str, Any]], model: dict[str, Any]) -> dict[str, Any]:
+    """What the prompts with images cost the language model, from the real length of every layer; mean, min and max over prompts.
+
+    Parameters
+    ----------
+    samples
+        Of one run.
+    model
+        ``PrunedModel.describe()``: `shape` (a `DecoderShape` by field) and `dtype` are read.
+
+    Returns
+    -------
+    dict
+        `flops` and `literature_flops` of the prefill with one position of logits, and `kv_bytes_counted`: None where `model` has
+        no shape. `kv_bytes_measured`: a prompt's share of its batch's cache, so padding counts. `peak_bytes`: the most that the
+        device held while a batch was answered, weights included; None where it was not measured (CPU).
+    """
+    records = [sample["record"] for sample in _prefills(samples) if sample["record"]["n_visual"] > 0]
+    peaks = [sample["peak_bytes"] for sample in samples if sample.get("peak_bytes") is not None]
+    measured = [record["kv_bytes"] for record in records if record.get("kv_bytes") is not None]
+    found = {"kv_bytes_measured": _spread(measured), "peak_bytes": max(peaks, default=None)}
+    if model.get("shape") is None:
+        return dict.fromkeys(("flops", "literature_flops", "kv_bytes_counted")) | found
+    shape, bytes_per_value = DecoderShape(**model["shape"]), 4 if model["dtype"] == "float32" else 2
+    lengths = [record["kv_lengths"] for record in records]
+    return {
+        "flops": _spread(prefill_flops(shape, of_layers, logits=1) for of_layers in lengths),
+        "literature_flops": _spread(literature_flops(shape, of_layers) for of_layers in lengths),
+        "kv_bytes_counted": _spread(kv_bytes(shape, of_layers, bytes_per_value) for of_layers in lengths),
+    } | found
 
 
 def _prefills(samples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

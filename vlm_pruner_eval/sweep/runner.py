@@ -7,7 +7,7 @@ import difflib
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,10 @@ from typing import Any
 from rich.console import Console
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.sweep import provenance, records, scores
+from vlm_pruner_eval.sweep import documents, provenance, records, scores
 from vlm_pruner_eval.sweep.config import ModelSection, SweepConfig
 from vlm_pruner_eval.sweep.grid import Run, expand
+from vlm_pruner_eval.sweep.images import ImageStore, Keeper
 from vlm_pruner_eval.sweep.progress import SweepProgress
 from vlm_pruner_eval.sweep.store import FAILED, FINISHED, Store
 
@@ -70,7 +71,9 @@ def run_sweep(
     for task in unscorable(config, task_manager):
         console.print(f"{task} is {scores.NOT_SCORABLE}; without its score, rows have no relative average.", highlight=False)
     model = _load_model(config.model, load)
+    _check_layers(config.model, model)
     check_methods(model, todo)
+    model.on_prompt = Keeper(ImageStore(output), config.gallery) if config.gallery else None
     store.begin(config.name, config.model_dump(), map(_grid_line, runs))
     sweep = _Sweep(config, store, model, task_manager, provenance.checkpoint_files(config.model.pretrained, config.model.revision))
     failed = _run_all(sweep, runs, {run.run_id for run in todo}, console)
@@ -129,17 +132,23 @@ class _Sweep:
 
 def _grid_line(run: Run) -> dict[str, Any]:
     """What the report needs to know of a run that may not have happened."""
-    fields = ("key", "run_id", "label", "method", "pruning_rate", "seed")
-    return {name: getattr(run, name) for name in fields}
+    fields = ("key", "run_id", "label", "method", "pruning_rate", "seed", "changed", "asked_rate", "iso_layer")
+    return {name: getattr(run, name) for name in fields} | {"parameters": run.config["parameters"]}
 
 
 def _load_model(section: ModelSection, load: Loader | None) -> Any:
     if load is None:
         from vlm_pruner_eval.lmms.wrapper import load
-    args = section.model_dump(exclude={"id", "visual_tokens"}, exclude_none=True)
+    args = section.model_dump(exclude={"id", "visual_tokens", "layers"}, exclude_none=True)
     model = load(section.id, **args)
     model.keep_loaded, model.exit_on_failure = True, False
     return model
+
+
+def _check_layers(section: ModelSection, model: Any) -> None:
+    """A wrong number of layers in the file would give iso-compute rows another budget than they claim."""
+    if section.layers is not None and (actual := model.describe()["layers"]) != section.layers:
+        raise ConfigError(f"model.layers: got {section.layers}, but {section.pretrained} has {actual} decoder layers; write {actual}.")
 
 
 def check_methods(model: Any, runs: Iterable[Run]) -> None:
@@ -182,13 +191,15 @@ def _run_one(sweep: _Sweep, run: Run) -> str | None:
         evaluated = _evaluate(sweep, run)
     except (Exception, SystemExit) as error:  # whatever a task or a model raises costs one run, not the sweep: it is recorded below
         problem, trace = f"{type(error).__name__}: {error}".strip(), traceback.format_exc()
-    samples = _samples(sweep.model.answers, evaluated.get("logged", {}))
+    scored = evaluated.get("scored", {})
+    samples = _samples(sweep.model.answers, evaluated.get("logged", {}), scored)
     failed = records.failures(samples)
     if failed:
         first = failed[0]
         problem = f"{len(failed)} of {len(samples)} samples failed (first: {first['task']}, document {first['doc_id']}: {first['error']})"
     elif problem is None:
         problem = " ".join(records.missing_answers(samples, evaluated["logged"])) or None
+    benchmarks = evaluated.get("benchmarks", {})
     record = {
         "run_id": run.run_id,
         "status": FINISHED if problem is None else FAILED,
@@ -196,20 +207,22 @@ def _run_one(sweep: _Sweep, run: Run) -> str | None:
         "traceback": trace,
         **_grid_line(run),
         "config": run.config,
-        "tasks": evaluated.get("scores", {}),
+        "tasks": {task: result.record for task, result in benchmarks.items()},
+        "documents": documents.fingerprints(evaluated.get("logged", {})),
         "tokens": records.summarise_tokens(samples),
         "times": records.summarise_times(samples) | {"total_s": time.time() - started},
+        "memory": records.summarise_memory(samples, sweep.model.describe()),
         "kept_digest": records.run_digest(samples),
         "n_answers": len(samples),
         "failures": failed[:50],
         "provenance": provenance.collect(sweep.model.describe(), sweep.checkpoint),
     }
-    sweep.store.write_run(record, samples)
+    sweep.store.write_run(record, samples, {task: result.draws for task, result in benchmarks.items() if result.draws is not None})
     return problem
 
 
 def _evaluate(sweep: _Sweep, run: Run) -> dict[str, Any]:
-    """One lmms-eval evaluation: scores and logged samples by task.
+    """One lmms-eval evaluation: scores by task and by benchmark, and logged samples by task.
 
     Tasks are loaded afresh for every run, because some of them keep state between evaluations in their module (OCRBench adds
     each run's points to the last run's).
@@ -242,13 +255,16 @@ def _evaluate(sweep: _Sweep, run: Run) -> dict[str, Any]:
             datetime_str=time.strftime("%Y%m%d_%H%M%S"),
         )
     logged = {name: results["samples"][name] for name in tasks}
-    scored = {name: scores.score_task(name, results["results"][name], logged[name], task) for name, task in tasks.items()}
-    return {"scores": _by_benchmark(scored, groups), "logged": logged}
+    images: dict[str, dict[Any, Sequence[str]]] = {name: {} for name in tasks}
+    for answer in sweep.model.answers:
+        images[answer.task][answer.doc_id] = answer.images
+    scored = {name: scores.score_task(name, results["results"][name], logged[name], task, images[name]) for name, task in tasks.items()}
+    return {"scored": scored, "benchmarks": _by_benchmark(scored, groups), "logged": logged}
 
 
-def _by_benchmark(scored: dict[str, Any], groups: dict[str, list[str]]) -> dict[str, Any]:
+def _by_benchmark(scored: dict[str, scores.Scored], groups: dict[str, list[str]]) -> dict[str, scores.Scored]:
     """Groups that are one benchmark become one score, so that their many tasks don't outweigh the others; other groups are spelled out."""
-    folded: dict[str, Any] = {}
+    folded: dict[str, scores.Scored] = {}
     for name, members in groups.items():
         of_members = {member: scored[member] for member in members}
         folded |= {name: scores.score_group(of_members)} if name in scores.BENCHMARK_GROUPS else of_members
@@ -279,8 +295,8 @@ def _leaves(loaded: dict[Any, Any]) -> dict[str, Any]:
     return tasks
 
 
-def _samples(answers: Iterable[Any], logged: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One mapping per answer (or choice that was scored), with the document's target and metric items where the run got that far."""
+def _samples(answers: Iterable[Any], logged: dict[str, list[dict[str, Any]]], scored: dict[str, scores.Scored]) -> list[dict[str, Any]]:
+    """One mapping per answer (or choice that was scored), with the document's target, metric items and score where the run got so far."""
     rows = {(task, row["doc_id"]): row for task, listed in logged.items() for row in listed}
     samples = []
     for answer in answers:
@@ -288,6 +304,8 @@ def _samples(answers: Iterable[Any], logged: dict[str, list[dict[str, Any]]]) ->
         row = rows.get((sample["task"], sample["doc_id"]))
         if row is not None:
             sample |= {"target": row["target"], "metrics": _items(row)}
+        if sample["task"] in scored:
+            sample["score"] = scored[sample["task"]].documents.get(sample["doc_id"])
         samples.append(sample)
     return sorted(samples, key=lambda sample: (sample["task"], sample["doc_id"], sample.get("choice") or 0))
 

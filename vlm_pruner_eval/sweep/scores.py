@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import inspect
 import io
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-RESAMPLES = 1000
+from vlm_pruner_eval.sweep.clusters import PAIR_KEYS, RESAMPLES, Clusters, find_clusters
+from vlm_pruner_eval.sweep.counts import Form, forms, item_score
+
 CONFIDENCE = 95.0
-_SEED = 20251200
-_MANY_ITEMS = 2000  # above this, only the main metric is resampled through a slow aggregation
-_PAIR_KEYS = ("pair_id", "question_id")
+_MANY_ITEMS = 2000  # above this, only the main metric is resampled
+_PATIENCE_S = 120.0  # for calling one metric's aggregation on all resamples
+_CHECKS = 3  # resamples on which a form must agree with the aggregation
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,35 @@ def is_submission(metrics: Sequence[str]) -> bool:
     return bool(metrics) and set(metrics) == {"submission"}
 
 
-def score_task(task: str, results: dict[str, Any], samples: Sequence[dict[str, Any]], task_object: Any) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Scored:
+    """One task of one run.
+
+    Attributes
+    ----------
+    record
+        For the run's record. `metrics`: name -> value, low, high (95 % percentile bootstrap over clusters of documents; Wilson's
+        interval where every document scored the same), n, note. `main`: the same for the metric that stands for the task, in
+        the unit of papers, or None when no metric can. `clusters`: n and digest, see `Clusters.as_json`. `note`: only of a task
+        that can't be scored here, why.
+    draws
+        [RESAMPLES]: the main metric on every resample, in its unit; None where it has no interval.
+    documents
+        Document -> its score in [0, 1] under the main metric; None where the task gives it no number.
+    """
+
+    record: dict[str, Any]
+    draws: np.ndarray | None
+    documents: dict[Any, float | None]
+
+
+def score_task(
+    task: str,
+    results: dict[str, Any],
+    samples: Sequence[dict[str, Any]],
+    task_object: Any,
+    images: Mapping[Any, Sequence[str]] | None = None,
+) -> Scored:
     """All metrics of one task of one run.
 
     Parameters
@@ -96,63 +128,61 @@ def score_task(task: str, results: dict[str, Any], samples: Sequence[dict[str, A
         ``simple_evaluate(...)["samples"][task]``: per document, filter after filter.
     task_object
         The lmms-eval task, for its aggregations.
-
-    Returns
-    -------
-    dict
-        `metrics`: name -> value, low, high (95 % percentile bootstrap over documents, whole pairs kept together; Wilson's
-        interval where every document scored the same), n, note.
-        `main`: the same for the metric that stands for the task, in the unit of papers, or None when no metric can.
-        `note`: only of a task that can't be scored here, why.
+    images
+        Document -> content hashes of its images: documents that share one are drawn together, as pairs of questions are.
     """
     aggregations, better = task_object.aggregation(), task_object.higher_is_better()
     names = [key for key in results if "," in key and key.split(",")[0] in aggregations]
     filters = list(dict.fromkeys(key.split(",")[1] for key in names))
-    wanted = MAIN_METRICS.get(task)
+    wanted, clusters = MAIN_METRICS.get(task), find_clusters(task, samples, images or {})
     per_filter = len(samples) // max(1, len(filters))
-    scored, draws = {}, {}
+    scored, draws, rows = {}, {}, {}
     for name in names:
         metric, filter_name = name.split(",")[:2]
         value = results[name]
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             continue  # submissions and tables are not scores
         start = filters.index(filter_name) * per_filter
-        rows = [row for row in samples[start : start + per_filter] if metric in row]
         shown = metric if len(filters) == 1 else name
-        slow = wanted is not None and metric not in wanted.metrics and len(rows) > _MANY_ITEMS
-        draws[shown], note = _draw(aggregations[metric], rows, metric, float(value), wanted, slow=slow)
-        scored[shown] = _summary(float(value), draws[shown], len(rows)) | ({"note": note} if note else {})
-        if draws[shown] is not None and value in (0, 1) and all(np.isscalar(row[metric]) and row[metric] == value for row in rows):
-            scored[shown] |= dict(zip(("low", "high"), wilson_interval(float(value), len(rows)), strict=True))
+        rows[shown] = [row for row in samples[start : start + per_filter] if metric in row]
+        draws[shown], note = _draw(aggregations[metric], rows[shown], metric, float(value), wanted, clusters)
+        scored[shown] = _summary(float(value), draws[shown], len(rows[shown])) | ({"note": note} if note else {})
+        if draws[shown] is not None and _all_alike([row[metric] for row in rows[shown]], value):
+            n = len({clusters.of[row["doc_id"]] for row in rows[shown]})
+            scored[shown] |= dict(zip(("low", "high"), wilson_interval(float(value), n), strict=True))
+    main, drawn = _main(wanted, scored, draws, better)
+    mains = main["metric"].split(" + ") if main else []
+    documents = {row["doc_id"]: item_score(row[name.split(",")[0]]) for name in mains for row in rows[name]}
     note = {"note": NOT_SCORABLE} if is_submission(list(aggregations)) else {}
-    return {"metrics": scored, "main": _main(wanted, scored, draws, better)} | note
+    return Scored({"metrics": scored, "main": main, "clusters": clusters.as_json()} | note, drawn, documents)
 
 
-def score_group(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def score_group(tasks: dict[str, Scored]) -> Scored:
     """One benchmark out of its tasks: the mean of their main metrics, every task with the same weight.
-
-    Parameters
-    ----------
-    tasks
-        By name, what `score_task` answered.
 
     Returns
     -------
-    dict
-        As of `score_task`; `metrics` holds the tasks' main metrics by task. The interval adds half-widths in quadrature: tasks
-        have documents of their own, so their errors are independent.
+    Scored
+        `metrics` holds the tasks' main metrics by task. The interval adds half-widths in quadrature: tasks have documents of
+        their own, so their errors are independent, and so are their draws. `documents` is empty: a document is scored in its task.
     """
-    mains = {name: scores["main"] for name, scores in tasks.items()}
+    mains = {name: scores.record["main"] for name, scores in tasks.items()}
+    parts = [scores.record["clusters"] for scores in tasks.values()]
+    digest = hashlib.sha256(" ".join(part["digest"] for part in parts).encode()).hexdigest()[:16]
+    clusters = {"n": sum(part["n"] for part in parts), "digest": digest}
     if any(main is None for main in mains.values()):
-        return {"metrics": {name: main for name, main in mains.items() if main is not None}, "main": None}
+        known = {name: main for name, main in mains.items() if main is not None}
+        return Scored({"metrics": known, "main": None, "clusters": clusters}, None, {})
     value = sum(main["value"] for main in mains.values()) / len(mains)
     low = high = None
     if all(main["low"] is not None for main in mains.values()):
         half = math.hypot(*((main["high"] - main["low"]) / 2 for main in mains.values())) / len(mains)
         low, high = value - half, value + half
     metric = "mean of " + ", ".join(sorted({main["metric"] for main in mains.values()})) + f" over {len(mains)} tasks"
-    n = sum(main["n"] for main in mains.values())
-    return {"metrics": mains, "main": {"metric": metric, "value": value, "low": low, "high": high, "n": n}}
+    main = {"metric": metric, "value": value, "low": low, "high": high, "n": sum(main["n"] for main in mains.values())}
+    drawn = [scores.draws for scores in tasks.values()]
+    draws = None if any(draw is None for draw in drawn) else np.mean(drawn, axis=0)
+    return Scored({"metrics": mains, "main": main, "clusters": clusters}, draws, {})
 
 
 def percentile_interval(draws: np.ndarray) -> tuple[float, float]:
@@ -178,100 +208,120 @@ def _summary(value: float, draws: np.ndarray | None, n: int) -> dict[str, Any]:
     return {"value": value, "low": low, "high": high, "n": n}
 
 
+def _all_alike(items: list[Any], value: float) -> bool:
+    """Whether a metric that is a share has the same 0 or 1 everywhere; of items that are no numbers, nothing but 0 may be points."""
+    return value in (0, 1) and all(item_score(item) == value and (value == 1 or np.isscalar(item)) for item in items)
+
+
 def _main(
     wanted: Main | None, scored: dict[str, Any], draws: dict[str, np.ndarray | None], better: dict[str, bool]
-) -> dict[str, Any] | None:
-    """The metric that stands for the task; of an unknown task, its first score for which more is better."""
+) -> tuple[dict[str, Any] | None, np.ndarray | None]:
+    """The metric that stands for the task, and its draws; of an unknown task, its first score for which more is better."""
     if wanted is None:
         names = [name for name in scored if better.get(name.split(",")[0], True)][:1]
         scale = 1.0
     else:
         names, scale = [name for name in wanted.metrics if name in scored], wanted.scale
         if len(names) < len(wanted.metrics):
-            return None
+            return None, None
     if not names:
-        return None
-    value = scale * sum(scored[name]["value"] for name in names)
+        return None, None
+    known = [draws[name] for name in names]
+    total = None if any(draw is None for draw in known) else scale * np.sum(known, axis=0)
     if len(names) == 1:
         (one,) = names
         scaled = {key: None if scored[one][key] is None else scale * scored[one][key] for key in ("value", "low", "high")}
-        return {"metric": one} | scaled | {"n": scored[one]["n"]}
-    known = [draws[name] for name in names]
-    total = None if any(draw is None for draw in known) else scale * np.sum(known, axis=0)
-    return {"metric": " + ".join(names)} | _summary(value, total, sum(scored[name]["n"] for name in names))
+        return {"metric": one} | scaled | {"n": scored[one]["n"]}, total
+    value, n = scale * sum(scored[name]["value"] for name in names), sum(scored[name]["n"] for name in names)
+    return {"metric": " + ".join(names)} | _summary(value, total, n), total
 
 
 def _draw(
-    aggregate: Callable, rows: list[dict[str, Any]], metric: str, value: float, wanted: Main | None, *, slow: bool
+    aggregate: Callable, rows: list[dict[str, Any]], metric: str, value: float, wanted: Main | None, clusters: Clusters
 ) -> tuple[np.ndarray | None, str | None]:
-    """Values of the metric on resampled documents, or None and the reason why there are none."""
-    items, clusters = [row[metric] for row in rows], _clusters(rows, metric)
-    adds = wanted.adds if wanted is not None and metric in wanted.metrics else None
-    numbers = _numbers(items, adds)
-    if adds is not None and numbers is not None and numbers.sum() > 0:
-        return value / numbers.sum() * _resampled_sums(numbers, clusters)[0], None
-    if reason := _unresampled(aggregate, items, value, n_clusters=len(clusters), slow=slow):
+    """Values of the metric on resampled clusters, or None and the reason why there are none."""
+    docs, items = [row["doc_id"] for row in rows], [row[metric] for row in rows]
+    is_main = wanted is not None and metric in wanted.metrics
+    if is_main and wanted.adds is not None and (form := _adding(items, wanted.adds, value)) is not None:
+        return _checked(form.value(clusters.sums(clusters.by_cluster(docs, form.columns))))
+    slow = wanted is not None and not is_main and len(rows) > _MANY_ITEMS
+    if reason := _unresampled(aggregate, items, value, n_clusters=len({clusters.of[doc] for doc in docs}), slow=slow):
         return None, f"no interval: {reason}"
-    if numbers is not None and math.isclose(numbers.mean(), value, rel_tol=1e-9, abs_tol=1e-12):
-        sums, sizes = _resampled_sums(numbers, clusters)
-        return sums / sizes, None
-    return _resampled_values(aggregate, items, clusters), None
+    resamples = _Resamples(aggregate, docs, items, clusters)
+    for form in forms(items):
+        if resamples.agree_with(form, value):
+            return _checked(form.value(clusters.sums(clusters.by_cluster(docs, form.columns))))
+    return _checked(resamples.values()) if resamples.seconds() < _PATIENCE_S else (None, "no interval: its aggregation takes too long")
+
+
+def _checked(draws: np.ndarray) -> tuple[np.ndarray | None, str | None]:
+    return (draws, None) if np.isfinite(draws).all() else (None, "no interval: the metric is not defined on every resample")
+
+
+def _adding(items: list[Any], field: str, value: float) -> Form | None:
+    """The mean of a field of the items, in the unit of the metric."""
+    numbers = np.array([item[field] for item in items], dtype=np.float64)
+    if numbers.sum() <= 0:
+        return None  # of nothing but zeros the unit can't be told
+    unit = value / numbers.mean()
+    return Form(np.column_stack([numbers, np.ones(len(items))]), lambda sums: unit * sums[..., 0] / sums[..., 1])
 
 
 def _unresampled(aggregate: Callable, items: list[Any], value: float, *, n_clusters: int, slow: bool) -> str | None:
     """Why a metric can't be computed on resamples; None when it can."""
     if n_clusters < 2:
-        return "fewer than two documents"
+        return "fewer than two documents, or all of them share images"
     if "args" in inspect.signature(aggregate).parameters:
         return "this task's aggregation writes files"
     if slow:
         return "only the main metric of a task this large is resampled"
-    again = float(aggregate(items))
+    again = float(_silently(aggregate, items))
     return None if math.isclose(again, value, rel_tol=1e-9, abs_tol=1e-12) else f"the aggregation answers {again:g} when asked again"
 
 
-def _numbers(items: list[Any], field: str | None) -> np.ndarray | None:
-    """The items as numbers, if that is what they are (or hold under `field`)."""
-    if field is not None:
-        items = [item[field] for item in items]
-    if all(isinstance(item, (bool, int, float, np.number)) for item in items):
-        return np.asarray(items, dtype=np.float64)
-    return None
+def _silently(aggregate: Callable, items: list[Any]) -> Any:
+    """Some aggregations print their table every time."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return aggregate(items)
 
 
-def _clusters(rows: list[dict[str, Any]], metric: str) -> list[list[int]]:
-    """Row numbers that are drawn together: the questions of a pair, else single documents."""
-    groups: dict[object, list[int]] = {}
-    for index, row in enumerate(rows):
-        fields = dict(row.get("doc", {})) | (row[metric] if isinstance(row[metric], dict) else {})
-        pair = next(((key, str(fields[key])) for key in _PAIR_KEYS if fields.get(key) not in (None, "")), ("row", index))
-        groups.setdefault((*pair, fields.get("category")), []).append(index)  # MME and POPE number their questions by category
-    return list(groups.values())
+@dataclass(frozen=True)
+class _Resamples:
+    """An aggregation on resampled clusters."""
 
+    aggregate: Callable
+    docs: list[Any]
+    items: list[Any]
+    clusters: Clusters
 
-def _picks(n: int) -> np.ndarray:
-    """Indices [RESAMPLES, n] of the clusters drawn, the same in every run: differences between runs are not from drawing."""
-    return np.random.default_rng([_SEED, n]).integers(0, n, size=(RESAMPLES, n))
+    def agree_with(self, form: Form, value: float) -> bool:
+        """Whether the form gives the metric's value on all items, and what the aggregation answers on a few resamples."""
+        if not math.isclose(form.value(form.columns.sum(0)), value, rel_tol=1e-9, abs_tol=1e-12):
+            return False
+        weights = next(self.clusters.weights())[:_CHECKS]
+        guesses = form.value(weights @ self.clusters.by_cluster(self.docs, form.columns))
+        return all(np.isclose(guess, self._value(row), rtol=1e-9, equal_nan=True) for guess, row in zip(guesses, weights, strict=True))
 
+    def seconds(self) -> float:
+        """How long `values` would take."""
+        started = time.perf_counter()
+        self._value(next(self.clusters.weights())[0])
+        return RESAMPLES * (time.perf_counter() - started)
 
-def _resampled_sums(numbers: np.ndarray, clusters: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    sums = np.array([numbers[group].sum() for group in clusters])
-    sizes = np.array([len(group) for group in clusters])
-    picks = _picks(len(clusters))
-    return sums[picks].sum(axis=1), sizes[picks].sum(axis=1)
+    def values(self) -> np.ndarray:
+        """[RESAMPLES]"""
+        return np.array([self._value(row) for block in self.clusters.weights() for row in block])
 
-
-def _resampled_values(aggregate: Callable, items: list[Any], clusters: list[list[int]]) -> np.ndarray:
-    values = []
-    for picks in _picks(len(clusters)):
-        drawn = [_renamed(items[index], copy) for copy, pick in enumerate(picks) for index in clusters[pick]]
-        with contextlib.redirect_stdout(io.StringIO()):  # some aggregations print their table every time
-            values.append(float(aggregate(drawn)))
-    return np.array(values)
+    def _value(self, weights: np.ndarray) -> float:
+        times = weights.astype(int).tolist()
+        drawn = [
+            _renamed(item, copy) for item, doc in zip(self.items, self.docs, strict=True) for copy in range(times[self.clusters.of[doc]])
+        ]
+        return float(_silently(self.aggregate, drawn)) if drawn else math.nan
 
 
 def _renamed(item: Any, copy: int) -> Any:
     """A pair drawn twice must count as two pairs, so each draw gets its own id."""
     if not isinstance(item, dict):
         return item
-    return item | {key: f"{item[key]}#{copy}" for key in _PAIR_KEYS if key in item}
+    return item | {key: f"{item[key]}#{copy}" for key in PAIR_KEYS if key in item}

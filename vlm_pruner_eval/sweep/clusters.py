@@ -1,0 +1,109 @@
+"""Documents that belong together, and the bootstrap that draws them together.
+
+Questions about one image share what the model saw in it, so they are not independent: 9,000 questions of POPE are about 500
+images. Intervals that resample single documents would be too narrow; whole clusters are drawn instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 1000
+PAIR_KEYS = ("pair_id", "question_id")
+_SEED = 20251200
+_BLOCK = 100  # resamples drawn at a time: a task of 200,000 documents stays below 200 MB
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Which documents of a task are drawn together.
+
+    Attributes
+    ----------
+    task
+        Its name; every task has draws of its own.
+    of
+        Document -> index of its cluster, 0 to n - 1.
+    """
+
+    task: str
+    of: dict[Any, int]
+
+    @property
+    def n(self) -> int:
+        """Number of clusters."""
+        return max(self.of.values(), default=-1) + 1
+
+    def as_json(self) -> dict[str, Any]:
+        """`n`, and a `digest` of the assignment: runs with equal digests drew the same documents."""
+        text = json.dumps(sorted([str(doc), cluster] for doc, cluster in self.of.items()))
+        return {"n": self.n, "digest": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+    def weights(self) -> Iterator[np.ndarray]:
+        """Blocks [resamples, n]: how often each cluster is drawn.
+
+        The generator is seeded by the task and its number of clusters only, so resample k holds the same documents in every
+        run, and differences between runs are paired. Different tasks draw independently.
+        """
+        rng = np.random.default_rng([_SEED, zlib.crc32(self.task.encode()), self.n])
+        for _ in range(RESAMPLES // _BLOCK):
+            picks = rng.integers(0, self.n, size=(_BLOCK, self.n)) + self.n * np.arange(_BLOCK)[:, None]
+            yield np.bincount(picks.ravel(), minlength=_BLOCK * self.n).reshape(_BLOCK, self.n).astype(np.float64)
+
+    def sums(self, columns: np.ndarray) -> np.ndarray:
+        """Sums [RESAMPLES, c] over the documents drawn, of `columns` [n, c] that hold each cluster's own sums."""
+        return np.concatenate([block @ columns for block in self.weights()])
+
+    def by_cluster(self, docs: Sequence[Any], columns: np.ndarray) -> np.ndarray:
+        """Sums [n, c] over each cluster, of `columns` [len(docs), c] that hold a document's (or item's) numbers."""
+        total = np.zeros((self.n, columns.shape[1]))
+        np.add.at(total, [self.of[doc] for doc in docs], columns)
+        return total
+
+
+def find_clusters(task: str, rows: Sequence[dict[str, Any]], images: Mapping[Any, Sequence[str]]) -> Clusters:
+    """Connected documents: those that share an image or the key of a pair, directly or through others.
+
+    Parameters
+    ----------
+    rows
+        lmms-eval's logged samples: doc_id, doc, and metric items.
+    images
+        Document -> content hashes of its images; documents that are not in it have none.
+    """
+    keys = {row["doc_id"]: [*images.get(row["doc_id"], ()), *_pair(row)] for row in rows}
+    return Clusters(task, connected(keys))
+
+
+def connected(keys: Mapping[Any, Iterable[Hashable]]) -> dict[Any, int]:
+    """Union-find: items that share a key get the same number; numbers count up in the order of the items."""
+    parent: dict[Any, Any] = {item: item for item in keys}
+
+    def root(item: Any) -> Any:
+        while parent[item] != item:
+            parent[item] = item = parent[parent[item]]
+        return item
+
+    first: dict[Hashable, Any] = {}
+    for item, own in keys.items():
+        for key in own:
+            parent[root(item)] = root(first.setdefault(key, item))
+    numbers: dict[Any, int] = {}
+    return {item: numbers.setdefault(root(item), len(numbers)) for item in keys}
+
+
+def _pair(row: dict[str, Any]) -> list[tuple]:
+    """The key that the two questions of a pair share; MME and POPE number their questions by category."""
+    fields = dict(row.get("doc", {}))
+    for value in row.values():
+        if isinstance(value, dict) and value is not row.get("doc"):
+            fields |= {key: value[key] for key in (*PAIR_KEYS, "category") if key in value}
+    found = next((key for key in PAIR_KEYS if fields.get(key) not in (None, "")), None)
+    return [] if found is None else [(found, str(fields[found]), str(fields.get("category")))]
