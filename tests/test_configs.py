@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ RUNS = {
     "quickstart.yaml": 20,
     "suite_2026.yaml": 41,
     "paper/ablations.yaml": 33,
-    "paper/table1_llava15_7b.yaml": 41,
-    "paper/table2_llava15_13b.yaml": 15,
-    "paper/table2_llava_next_7b.yaml": 15,
-    "paper/table3_qwen2_vl_7b.yaml": 41,
-    "paper/table4_llava_video_7b.yaml": 15,
-    "paper/table7_qwen3_vl_4b.yaml": 41,
+    "paper/table1_llava15_7b.yaml": 50,
+    "paper/table2_llava15_13b.yaml": 18,
+    "paper/table2_llava_next_7b.yaml": 18,
+    "paper/table3_qwen2_vl_7b.yaml": 56,
+    "paper/table4_llava_video_7b.yaml": 18,
+    "paper/table7_qwen3_vl_4b.yaml": 56,
 }
 TABLES = [CONFIGS / name for name in RUNS if name.startswith("paper/table")]
 NINE = [
@@ -133,11 +134,30 @@ def test_a_table_has_release_rows_sane_rows_and_controls(path: Path) -> None:
         release = [run for run in rows(config, method) if run.label.endswith("(release)")]
         assert len(release) == n_rates
         assert all((run.params["official_quirks"], run.params["selection_dtype"]) == (True, "model") for run in release)
-        sane = [run for run in rows(config, method) if run not in release]
+        sane = [run for run in rows(config, method) if run not in release and run.iso_layer is None]
         assert [run.params for run in sane] == [{}] * n_rates
     assert len(rows(config, "fastv")) == len(rows(config, "uniform")) == n_rates
     assert Counter(run.seed for run in rows(config, "random")) == dict.fromkeys(range(5), n_rates)
     assert len(rows(config, "blind")) == 1
+    controls = {"pool", "downsample"} if config.model.id.startswith("vlmpruner_qwen") else {"pool"}  # the others have no dynamic resolution
+    assert Counter(run.method for run in expand(config) if run.method in controls and run.iso_layer is None) == dict.fromkeys(
+        controls, n_rates
+    )
+
+
+@every_table
+def test_methods_that_prune_before_the_first_layer_have_a_row_of_equal_compute(path: Path) -> None:
+    """64 of 576 from layer 2 of 32 on are 96 on average; every method at layer 0 is in the file at that count too."""
+    config = read(path)
+    runs = expand(config)
+    before = {run.method for run in runs if run.config["parameters"]["layer"] == 0 and run.method not in ("none", "blind")}
+    equal = [run for run in runs if run.iso_layer is not None]
+    assert {run.method for run in equal} == before >= {"divprune"}
+    assert Counter(run.asked_rate for run in equal) == dict.fromkeys(config.rates, len(before))
+    for run in equal:
+        assert run.iso_layer == 2
+        asked, got, layers = Fraction(run.asked_rate), Fraction(run.pruning_rate), config.model.layers
+        assert 1 - got == (2 + (layers - 2) * (1 - asked)) / layers
 
 
 @pytest.mark.parametrize(

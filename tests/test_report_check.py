@@ -55,12 +55,12 @@ def test_a_reference_is_small_and_one_line_a_task(reference: Path) -> None:
     assert list(docs) == [str(i) for i in range(8)]
     assert all(len(value) == 17 and value[8] == ":" for value in docs.values())
     assert content["tolerance"] == TOLERANCE
-    assert reference.stat().st_size < 48 * 40 + 1500
+    assert reference.stat().st_size < 48 * 40 + 2200
     assert sum('"tiny_mean": {' in line for line in reference.read_text().splitlines()) == 3
 
 
 def test_kept_sets_must_match_on_the_same_processor(make: Make, reference: Path) -> None:
-    (problem,) = check(make(Behaviour(other_kept=1)), reference)
+    (problem,) = check(make(Behaviour(other_kept=1)), reference)  # as many tokens, other ones
     assert problem.startswith(
         "vlmpruner-2of3: 2 of 16 kept sets differ from the reference (at most 0 may, on the same processor and torch): tiny_mean 0"
     )
@@ -77,6 +77,29 @@ def test_answers_may_flip_only_as_often_as_stated(make: Make, reference: Path) -
     assert check(make(Behaviour(flip=1)), reference) == []
     problems = check(make(Behaviour(flip=6)), reference)
     assert any("unpruned: 12 of 16 answers differ from the reference (at most 2 may" in problem for problem in problems)
+
+
+def test_counts_must_match(make: Make, reference: Path, tmp_path: Path) -> None:
+    counted = changed(reference, tmp_path, lambda content: content["measured"]["vlmpruner-2of3"].update(asked=13.0, kept=11.5))
+    assert check(make(), counted) == [
+        "vlmpruner-2of3: asked 12 visual tokens a prompt on average, the reference 13.",
+        "vlmpruner-2of3: kept 12 visual tokens a prompt on average, the reference 11.5.",
+    ]
+
+
+def test_a_score_may_only_differ_where_an_answer_does(make: Make, reference: Path, tmp_path: Path) -> None:
+    score = json.loads(reference.read_text())["measured"]["vlmpruner-2of3"]["scores"]["tiny_mean"]
+
+    def rescore(content: dict[str, Any]) -> None:
+        content["measured"]["vlmpruner-2of3"]["scores"]["tiny_mean"] = score - 0.05
+
+    rescored = changed(reference, tmp_path, rescore)
+    (problem,) = check(make(), rescored)
+    assert problem.startswith(f"vlmpruner-2of3: tiny_mean scores {score}, the reference {score - 0.05}, though no answer differs")
+    wider = changed(rescored, tmp_path, lambda content: content["tolerance"].update(score_at_equal_answers=0.06))
+    assert check(make(), wider) == []
+    # one answer less is right: the two that may differ account for the score
+    assert check(make(Behaviour(flip=1)), reference) == []
 
 
 def test_runs_and_documents_must_be_the_same(make: Make, reference: Path, tmp_path: Path) -> None:
@@ -99,7 +122,7 @@ def test_another_configuration_cannot_be_compared(make: Make, reference: Path) -
         check(make(limit=6), reference)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"tolerance": {}, "processor": "x", "settings": {}, "runs": {}}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"tolerance": {}, "processor": "x", "settings": {}, "measured": {}, "runs": {}}'])
 def test_a_file_that_is_no_reference_is_refused(make: Make, tmp_path: Path, content: str) -> None:
     path = tmp_path / "reference.json"
     path.write_text(content)

@@ -16,7 +16,9 @@ from rich.console import Console
 from sweep_standin import Behaviour, StandIn, make_config, task_manager, write_tasks
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.report.build import build
+from vlm_pruner_eval.report.build import build, report_of
+from vlm_pruner_eval.report.html_layout import Entry, Group, Line, Table
+from vlm_pruner_eval.report.latex import latex
 from vlm_pruner_eval.report.load import load_results
 from vlm_pruner_eval.report.tables import PLUMBING, is_plumbing, relative_average, rows_of
 from vlm_pruner_eval.report.terminal import WIDTH, print_tables
@@ -195,7 +197,8 @@ def test_the_files_hold_the_same_numbers(copy: Callable[[str], Path]) -> None:
     )
     cell = rows[1].cells["tiny_mean"]
     text = paths["md"].read_text()
-    assert f"| vlmpruner | {cell.value:.1f} [{cell.low:.1f}–{cell.high:.1f}] |" in text
+    # bold: it beats random on these documents, and the interval of that difference excludes 0
+    assert f"| vlmpruner | **{cell.value:.1f}** [{cell.low:.1f}–{cell.high:.1f}] |" in text
     for fact in ("somewhere/tiny", "| protocol | hf |", "the first 12", "torch ", "score / unpruned score", "stall 12"):
         assert fact in text
 
@@ -263,3 +266,89 @@ def test_a_wide_sweep_is_split_into_tables(copy: Callable[[str], Path]) -> None:
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= WIDTH
     assert all(f"task{i}" in text for i in range(9))
+
+
+# ---- tables as LaTeX and as numbers
+HOSTILE = Table(
+    "t",
+    "50 % of A_1 & B",
+    ("method", "score", "words"),
+    (
+        Group("88.9 % removed", (Line("[x] ~$#^{}\\", (Entry("1.0", ("0.5–1.5",), best=True), Entry("a_b"))),)),
+        Group("", (Line("y", (Entry("2.0", ("± 0.1",)), Entry("-0.2", ("-0.3 to 0.0", "p < 0.001")))),)),
+    ),
+    legend=("4nd² × 2",),
+    words=("words",),
+)
+
+
+def test_latex_is_booktabs_with_everything_escaped() -> None:
+    lines = latex(HOSTILE, caption="tiny, 12 documents").splitlines()
+    assert r"\caption{50 \% of A\_1 \& B. tiny, 12 documents}" in lines
+    assert r"\begin{tabular}{lrl}" in lines
+    assert r"\multicolumn{3}{l}{\emph{88.9 \% removed}} \\" in lines
+    # a row that begins with [ would be read as the argument of the line break before it
+    hostile = r"{[}x{]} \textasciitilde{}\$\#\textasciicircum{}\{\}\textbackslash{}"
+    assert rf"{hostile} & \textbf{{1.0}} {{\scriptsize [0.5--1.5]}} & a\_b \\" in lines
+    assert r"y & 2.0 {\scriptsize $\pm$ 0.1} & -0.2 {\scriptsize [-0.3 to 0.0; p $<$ 0.001]} \\" in lines
+    assert r"\par\smallskip\footnotesize 4nd$^2$ $\times$ 2" in lines
+    assert [line for line in lines if line in (r"\toprule", r"\midrule", r"\bottomrule")] == [
+        r"\toprule",
+        r"\midrule",
+        r"\midrule",
+        r"\bottomrule",
+    ]
+
+
+def test_every_table_is_written_as_latex_with_all_its_rows_and_columns(copy: Callable[[str], Path]) -> None:
+    folder = copy("good")
+    made = report_of(load_results(folder))
+    (folder / "tables").mkdir()
+    (folder / "tables" / "stale.tex").write_text("of an earlier report")
+    tables = build(folder)["tables"]
+    assert (
+        {path.stem for path in tables.glob("*.tex")} == {table.id for table in made.tables} >= {"scores", "differences", "power", "tokens"}
+    )
+    for table in made.tables:
+        text = (tables / f"{table.id}.tex").read_text()
+        assert "somewhere/tiny, protocol hf; documents: tiny\\_mean 12" in text
+        bare = text.replace(r"\{", "").replace(r"\}", "")
+        assert bare.count("{") == bare.count("}")
+        body = text.split(r"\toprule")[1].split(r"\bottomrule")[0].splitlines()
+        lines = [line for line in body if line.endswith(r" \\") and not line.startswith(r"\multicolumn")]
+        assert len(lines) == 1 + sum(len(group.lines) for group in table.groups)
+        assert {line.replace(r"\&", "").count("&") for line in lines} == {len(table.columns) - 1}
+        assert text.isascii() or set(text) - set(map(chr, range(128))) <= set("’éü"), "LaTeX may not know the character"
+
+
+def test_the_tables_as_numbers_hold_the_comparisons(copy: Callable[[str], Path]) -> None:
+    folder = copy("good")
+    made = report_of(load_results(folder))
+    tables = build(folder)["tables"]
+    read = {path.stem: list(csv.DictReader(io.StringIO(path.read_text()))) for path in tables.glob("*.csv")}
+    assert read.keys() == {"scores", "differences", "power", "pairs", "efficiency", "strata"}
+    assert (folder / "report.csv").read_text() == (tables / "scores.csv").read_text()
+    (line,) = [line for line in read["differences"] if (line["label"], line["asked_rate"], line["task"]) == ("vlmpruner", "8/9", "Avg")]
+    cell = made.comparisons.of("vlmpruner", "8/9", "Avg")
+    assert (float(line["difference"]), float(line["low_95"]), float(line["flip_rate"])) == (
+        cell.difference.value,
+        cell.difference.low,
+        cell.flip_rate,
+    )
+    assert float(line["gain_kept"]) == cell.gain_kept.value
+    assert [float(line["smallest"]) for line in read["power"]] == [power.smallest for power in made.comparisons.power]
+    assert {(line["first"], line["second"]) for line in read["pairs"]} == {("vlmpruner", "random")}
+    assert float(read["pairs"][0]["difference_value"]) == made.comparisons.pairs[0].difference.value
+    assert [line["label"] for line in read["efficiency"]] == [row.label for row in made.rows]
+
+
+def test_report_json_holds_everything(copy: Callable[[str], Path]) -> None:
+    folder = copy("good")
+    made = report_of(load_results(folder))
+    held = json.loads(build(folder)["json"].read_text())
+    assert len(held["comparisons"]["cells"]) == len(made.comparisons.cells) > 0
+    assert held["comparisons"]["contests"][0]["best"] == "vlmpruner"
+    assert (held["paper"], held["splits"]) == (None, {"tiny_mean": "test", "tiny_pairs": "test"})
+    assert [row["label"] for row in held["efficiency"]] == [row.label for row in made.efficiency]
+    assert [row["params"] for row in held["rows"]] == [row.params for row in made.rows]
+    assert len(held["strata"]) == len(made.strata)

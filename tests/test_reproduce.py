@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 
 from vlm_pruner_eval.cli import app
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.report import printed
+from vlm_pruner_eval.report.gate import IMPOSSIBLE, INSIDE, OUTSIDE
 from vlm_pruner_eval.report.load import load_results
-from vlm_pruner_eval.reproduce import plan, printed
-from vlm_pruner_eval.reproduce.gate import IMPOSSIBLE, INSIDE, OUTSIDE
+from vlm_pruner_eval.reproduce import plan
 from vlm_pruner_eval.reproduce.plan import make_plan
 from vlm_pruner_eval.sweep.scores import MAIN_METRICS, Main
 
@@ -84,13 +85,11 @@ def prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
         ]
         for rate, name, value in ((66.7, "tiny_mean", 71.2), (66.7, "Avg", 70.4), (88.9, "tiny_mean", 71.4), (88.9, "Avg", 70.3)):
             lines.append(f"VLM-Pruner,T,LLaVA-1.5-7B,VLM-Pruner,1,{rate},{name},acc,{value},printed table")
-        folder = tmp_path / "repository" / "results" / "paper"
+        folder = tmp_path / "printed"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "numbers.csv").write_text(HEADER + "\n".join(lines) + "\n")
-        monkeypatch.setattr(printed, "REPOSITORY", tmp_path / "repository")
+        monkeypatch.setattr(printed, "DATA", folder)
         monkeypatch.setattr(printed, "BENCHMARKS", {name: name for name in bounds})
-        monkeypatch.setattr("vlm_pruner_eval.reproduce.gate.BENCHMARKS", {name: name for name in bounds})
-        monkeypatch.setattr("vlm_pruner_eval.reproduce.rows.BENCHMARKS", {name: name for name in bounds})
 
     return make
 
@@ -165,7 +164,7 @@ def test_rows_have_release_and_sane_rows_with_quirk_rates(tmp_path: Path, loads:
     assert cell["low"] < cell["value"] < cell["high"]
     assert sane["scores"]["tiny_mean"]["difference"] == cell["difference"]
     assert sane["scores"]["tiny_mean"]["verdict"] is None
-    for rate, verdict in (("2/3", "equivalent"), ("8/9", "different")):
+    for rate, verdict in (("2/3", "equivalent"), ("8/9", "outside")):
         row = rows[RELEASE["label"], rate]
         assert (row["scores"]["tiny_mean"]["verdict"], row["relative_average"]["verdict"]) == (verdict, verdict)
     assert rows["unpruned", None]["scores"]["tiny_mean"]["verdict"] is None

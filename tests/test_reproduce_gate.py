@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.report.gate import IMPOSSIBLE, INSIDE, NO_NUMBER, NO_SCORE, OUTSIDE, tolerance, within
+from vlm_pruner_eval.report.printed import BENCHMARKS, METHODS, PAPER_MODELS, Number, PrintedNumbers, is_whole_paper, read_printed
 from vlm_pruner_eval.reproduce import noise
-from vlm_pruner_eval.reproduce.gate import IMPOSSIBLE, INSIDE, NO_NUMBER, NO_SCORE, OUTSIDE, judge, tolerance, within
+from vlm_pruner_eval.reproduce.gate import judge
 from vlm_pruner_eval.reproduce.noise import Flips, Noise, TaskNoise
-from vlm_pruner_eval.reproduce.plan import PAPER_MODELS, Variant, make_plan
-from vlm_pruner_eval.reproduce.printed import BENCHMARKS, METHODS, Number, PrintedNumbers, is_whole_paper, read_printed
+from vlm_pruner_eval.reproduce.plan import Variant, make_plan
 
 HEADER = "paper,table,vlm,method,retained_tokens,pruning_rate_percent,benchmark,metric,value,read_from\n"
 

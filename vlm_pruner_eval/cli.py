@@ -1,4 +1,4 @@
-"""The command line: `vlm-pruner-eval {sweep,report,reproduce,list}`. Light to import; torch is loaded by commands that need it."""
+"""The command line: `vlm-pruner-eval {sweep,report,show,reproduce,list}`. Light to import; torch is loaded by commands that need it."""
 
 from __future__ import annotations
 
@@ -73,13 +73,22 @@ def sweep(
 @app.command()
 @_sentences
 def report(
-    directory: Annotated[Path, typer.Argument(help="A results directory written by `sweep`.")],
+    directory: Annotated[Path | None, typer.Argument(help="A results directory written by `sweep`.")] = None,
     check: Annotated[Path | None, typer.Option(help="Compare with this reference file; exit code 1 on a regression.")] = None,
     write_reference: Annotated[Path | None, typer.Option(help="Write a reference file from a finished sweep.")] = None,
+    recompute_paper: Annotated[
+        bool, typer.Option("--recompute-paper", help="Derive every printed average of the paper again; needs no results.")
+    ] = False,
 ) -> None:
-    """Write and print the report of a results directory, or use it as a regression reports."""
+    """Write and print the report of a results directory, or use it as a regression gate."""
     from vlm_pruner_eval import report as reports
 
+    if recompute_paper:
+        _recompute()
+    if directory is None:
+        if recompute_paper and check is None and write_reference is None:
+            return
+        raise ConfigError("report: got no results directory, expected the folder that `vlm-pruner-eval sweep` wrote.")
     if write_reference is not None:
         print(f"reference: {reports.write_reference(directory, write_reference)}")
     if check is not None:
@@ -91,6 +100,35 @@ def report(
             raise typer.Exit(FAILED_RUNS)
     if check is None and write_reference is None:
         _report(directory)
+
+
+@app.command()
+@_sentences
+def show(
+    directory: Annotated[Path, typer.Argument(help="A results directory written by `sweep`.")],
+    doc: Annotated[str | None, typer.Option(help="A document: TASK/SPLIT/ID, or ID with --task.")] = None,
+    flips: Annotated[tuple[str, str] | None, typer.Option(help="List the documents that two methods answer right and wrong.")] = None,
+    task: Annotated[str | None, typer.Option(help="The document's task; with --flips only this task's documents.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Only these methods: a,b,c")] = None,
+    rate: Annotated[str | None, typer.Option(help="The pruning rate; default: the largest of the sweep.")] = None,
+    n: Annotated[int, typer.Option("--n", min=0, help="With --flips: how many documents to draw.")] = 8,
+    out: Annotated[Path | None, typer.Option(help="The picture (with --flips: the folder); default: in DIRECTORY/show.")] = None,
+) -> None:
+    """Draw what each method kept of a document, in the order of selection, with its answers. Reads records; needs no model."""
+    from vlm_pruner_eval.report import show_cli
+
+    console = Console(width=show_cli.WIDTH)
+    if (doc is None) == (flips is None):
+        raise ConfigError("show: expected either --doc TASK/SPLIT/ID, which draws a document, or --flips METHOD METHOD, which compares.")
+    if doc is not None:
+        named = [name for name in (methods or "").split(",") if name.strip()]
+        path = show_cli.show_document(directory, doc, task=task, methods=named, rate=rate, out=out, console=console)
+        print(json.dumps({"picture": str(path)}))
+        return
+    if methods is not None:
+        raise ConfigError("--methods: got it with --flips, which compares the two methods that it names; leave it out.")
+    found, paths = show_cli.show_flips(directory, *flips, task=task, rate=rate, n=n, out=out, console=console)
+    print(json.dumps({"documents": found.n_documents, "flips": len(found.flips), "pictures": [str(path) for path in paths]}))
 
 
 @app.command()
@@ -187,18 +225,29 @@ def _run(config: SweepConfig, output: Path) -> None:
 
 
 def _report(directory: Path) -> dict[str, Path]:
-    from vlm_pruner_eval.report.build import write
+    from vlm_pruner_eval.report.build import report_of, write
     from vlm_pruner_eval.report.load import load_results
-    from vlm_pruner_eval.report.tables import rows_of
-    from vlm_pruner_eval.report.terminal import WIDTH, print_tables
+    from vlm_pruner_eval.report.terminal import WIDTH, print_paper, print_tables
 
-    results = load_results(directory)
-    rows = rows_of(results)
-    paths = write(results, rows)
-    print_tables(Console(width=WIDTH), results, rows)
+    made = report_of(load_results(directory))
+    paths = write(made)
+    console = Console(width=WIDTH)
+    print_tables(console, made.results, made.rows)
+    print_paper(console, made.paper)
     for kind, path in paths.items():
-        print(f"{kind:5s}{path}")
+        print(f"{kind:7s}{path}")
     return paths
+
+
+def _recompute() -> None:
+    from vlm_pruner_eval.report.printed import read_printed
+    from vlm_pruner_eval.report.recompute import recompute_averages, recompute_lines
+
+    printed = read_printed()
+    for line in recompute_lines(printed):
+        print(line)
+    rows = recompute_averages(printed)
+    print(json.dumps({"averages": len(rows), "match": sum(row.matches for row in rows)}))
 
 
 def _quieten() -> None:

@@ -1,4 +1,4 @@
-"""The regression gate: kept sets and answers of a sweep against a reference file, document by document."""
+"""The regression gate: counts, kept sets, answers and scores of a sweep against a reference file, document by document."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ _DIGITS = 8  # 32 bits a document: a chance match is no worry, and the file stay
 _SETTINGS = ("id", "pretrained", "revision", "dtype", "protocol", "attn_implementation")
 
 # Documents a run. Another processor rounds differently: it can tip a near tie in a score, and now and then an answer.
-TOLERANCE = {"kept_sets_same_processor": 0, "kept_sets_other_processor": 2, "answers": 2}
+# A score follows from the answers: where no answer of a task differs, its score may not differ either.
+TOLERANCE = {"kept_sets_same_processor": 0, "kept_sets_other_processor": 2, "answers": 2, "score_at_equal_answers": 0.0}
+_ROUNDING = 1e-6
 
 
 def write_reference(results_dir: Path | str, path: Path | str) -> Path:
@@ -33,7 +35,8 @@ def write_reference(results_dir: Path | str, path: Path | str) -> Path:
         raise ConfigError(f"{results_dir}: got unfinished runs ({', '.join(unfinished)}), expected a complete sweep; run it again.")
     tolerance = _read(path)["tolerance"] if path.exists() else TOLERANCE
     reference = {"what": "kept sets and answers, eight hexadecimal digits each, by run, task and document", "tolerance": tolerance}
-    reference |= {"processor": _processor(results), "settings": _settings(results), "runs": _digests(results)}
+    reference |= {"processor": _processor(results), "settings": _settings(results), "measured": _measured(results)}
+    reference["runs"] = _digests(results)
     try:
         write_atomic(path, _compact(reference))
     except OSError as error:
@@ -71,6 +74,16 @@ def check(results_dir: Path | str, reference_path: Path | str) -> list[str]:
     same = _processor(results) == reference["processor"]
     for key, tasks in ours.items():
         problems += _differences(key, tasks, reference["runs"].get(key), reference["tolerance"], same_processor=same)
+    for key, mine in _measured(results).items():
+        if key in reference["measured"] and key in reference["runs"]:
+            problems += _other_counts(key, mine, reference["measured"][key], same_processor=same)
+            problems += _other_scores(
+                key,
+                mine["scores"],
+                reference["measured"][key]["scores"],
+                _changed_tasks(ours[key], reference["runs"][key]),
+                reference["tolerance"],
+            )
     return problems
 
 
@@ -92,6 +105,43 @@ def _differences(
             where = ", ".join(f"{task} {doc}" for task, doc in changed[:5]) + (", ..." if len(changed) > 5 else "")
             processor = "the same processor and torch" if same_processor else "another processor or torch"
             yield f"{key}: {len(changed)} of {len(mine)} {name} differ from the reference (at most {allowed} may, on {processor}): {where}."
+
+
+def _other_counts(key: str, ours: dict[str, Any], theirs: dict[str, Any], *, same_processor: bool) -> Iterator[str]:
+    """What was asked is arithmetic; what was kept may hang on rounding where a release misbehaves, so elsewhere it is not compared."""
+    for name in ("asked", "kept") if same_processor else ("asked",):
+        mine, expected = ours[name] or 0.0, theirs[name] or 0.0
+        if abs(mine - expected) > _ROUNDING:
+            yield f"{key}: {name} {mine:g} visual tokens a prompt on average, the reference {expected:g}."
+
+
+def _other_scores(key: str, ours: dict[str, Any], theirs: dict[str, Any], changed: set[str], tolerance: dict[str, float]) -> Iterator[str]:
+    allowed = tolerance["score_at_equal_answers"]
+    for task in sorted(ours.keys() & theirs.keys() - changed):
+        both = ours[task], theirs[task]
+        if both[0] != both[1] and (None in both or abs(both[0] - both[1]) > allowed + _ROUNDING):
+            yield (
+                f"{key}: {task} scores {both[0]}, the reference {both[1]}, though no answer differs (at most {allowed:g} may): "
+                "the scoring changed."
+            )
+
+
+def _changed_tasks(ours: dict[str, dict[str, str]], theirs: dict[str, dict[str, str]]) -> set[str]:
+    """Tasks of which an answer differs, or a document is missing."""
+    answers = [{task: {doc: value.split(":")[1] for doc, value in docs.items()} for task, docs in side.items()} for side in (ours, theirs)]
+    return {task for task in answers[0].keys() | answers[1].keys() if answers[0].get(task) != answers[1].get(task)}
+
+
+def _measured(results: Results) -> dict[str, dict[str, Any]]:
+    """By run: visual tokens asked for and kept (mean), and the score of every task."""
+    return {
+        run.key: {
+            **{name: (run.record["tokens"][name] or {}).get("mean") for name in ("asked", "kept")},
+            "scores": {task: held["main"]["value"] if held["main"] else None for task, held in run.record["tasks"].items()},
+        }
+        for run in results.runs
+        if run.finished
+    }
 
 
 def _digests(results: Results) -> dict[str, dict[str, dict[str, str]]]:
@@ -130,9 +180,11 @@ def _read(path: Path) -> dict[str, Any]:
         reference = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: can't be read as a reference ({error}); make one with `report DIR --write-reference FILE`.") from error
-    wanted = {"tolerance", "processor", "settings", "runs"}
+    wanted = {"tolerance", "processor", "settings", "measured", "runs"}
     if not isinstance(reference, dict) or not wanted <= reference.keys() or not TOLERANCE.keys() <= reference["tolerance"].keys():
-        raise ConfigError(f"{path}: is not a reference file: expected {', '.join(sorted(wanted))}; make one with --write-reference.")
+        raise ConfigError(
+            f"{path}: is not a reference file: expected {', '.join(sorted(wanted))}; delete it and make one with --write-reference."
+        )
     return reference
 
 

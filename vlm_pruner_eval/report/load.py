@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.report.documents import Documents, document_problems, read_documents
+from vlm_pruner_eval.sweep.grid import budget_mixtures
 from vlm_pruner_eval.sweep.store import FAILED, FINISHED, Store
 
 NOT_RUN = "not run"
+SAMPLES_MISSING = "not run: samples missing"
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run of the grid, with its record if there is one."""
+    """One run of the grid, with its record if there is one.
+
+    Attributes
+    ----------
+    params
+        Every parameter of the method, defaults included; empty for a run of an older version that has not happened.
+    changed
+        Those that differ from the method's defaults; None where an older version wrote the grid and did not say.
+    asked_rate
+        The rate of the sweep file under which the run is listed: `pruning_rate`, but for iso-compute rows.
+    iso_layer
+        Of an iso-compute row: the layer of the methods that it matches in compute.
+    """
 
     key: str
     run_id: str
@@ -26,6 +42,10 @@ class RunResult:
     seed: int | None
     status: str
     record: dict[str, Any] | None
+    params: dict[str, Any] = field(default_factory=dict)
+    changed: dict[str, Any] | None = None
+    asked_rate: str | float | None = None
+    iso_layer: int | None = None
 
     @property
     def finished(self) -> bool:
@@ -35,13 +55,14 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Results:
-    """A sweep as it stands on disk: the grid, the runs in grid order, and remarks for the reader."""
+    """A sweep as it stands on disk: the grid, the runs in grid order, remarks for the reader, and the split of every task."""
 
     store: Store
     name: str
     config: dict[str, Any]
     runs: tuple[RunResult, ...]
     notes: tuple[str, ...]
+    splits: dict[str, str] = field(default_factory=dict)
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -60,23 +81,53 @@ def load_results(root: Path | str) -> Results:
     Raises
     ------
     ConfigError
-        No sweep there, or records that do not belong in one table: another model section, protocol, code version, tasks,
-        limit, or number of documents.
+        No sweep there, two runs with the same id, or records that do not belong in one table: another model section, protocol,
+        meaning of the budget, code version, tasks, limit, other documents or another revision of them, answers that are missing.
     """
     store = Store(Path(root))
     grid = store.read_grid()
+    if problems := [*_same_ids(store, grid["runs"])]:
+        raise ConfigError(problems)
     runs = tuple(_result(store, line) for line in grid["runs"])
-    problems = [*_mixtures(runs), *_document_counts(runs)]
+    documents = {run.key: read_documents(store, run.run_id) for run in runs if run.finished}
+    problems = [
+        *_mixtures(runs),
+        *_document_counts(runs),
+        *budget_mixtures((run.key, run.method, run.params) for run in runs if run.params),
+    ]
+    problems += document_problems({run.key: run.record for run in runs if run.finished}, documents)
     if problems:
         raise ConfigError(problems)
     known = {run.run_id for run in runs}
     others = sorted(path.parent.name for path in store.root.glob("runs/*/run.json") if path.parent.name not in known)
     notes = [f"{len(others)} older runs in this folder do not belong to the present grid and are left out."] if others else []
+    if lost := [run.key for run in runs if run.status == SAMPLES_MISSING]:
+        notes.append(f"The answers (samples.jsonl) of {', '.join(lost)} are missing, so nothing of them is shown; run the sweep again.")
     processors = sorted({run.record["provenance"]["processor"] for run in runs if run.finished})
     if len(processors) > 1:
         notes.append(f"Runs come from different processors ({'; '.join(processors)}): their times can't be compared.")
     notes += _unscored(runs)
-    return Results(store, grid["name"], grid["config"], runs, tuple(notes))
+    return Results(store, grid["name"], grid["config"], runs, tuple(notes), _splits(documents))
+
+
+def _same_ids(store: Store, lines: list[dict[str, Any]]) -> Iterator[str]:
+    """Runs that claim to be the same one: of two different answers nobody could say which is meant."""
+    for name in ("run_id", "key"):
+        for value, times in Counter(line[name] for line in lines).items():
+            if times > 1:
+                yield f"sweep.json: lists {times} runs with the {name} {value!r}, expected each once; run the sweep again to rewrite it."
+    for path in sorted(store.root.glob("runs/*/run.json")):
+        try:
+            claimed = json.loads(path.read_text(encoding="utf-8"))["run_id"]
+        except (ValueError, TypeError, KeyError):  # no record of this package: it counts as not run
+            continue
+        if claimed != path.parent.name:
+            yield f"runs/{path.parent.name}: holds the record of {claimed!r}: two runs with the same id; delete the copy, or move it away."
+
+
+def _splits(documents: dict[str, Documents]) -> dict[str, str]:
+    first = next(iter(documents.values()), None)
+    return dict(first.splits) if first else {}
 
 
 def _result(store: Store, line: dict[str, Any]) -> RunResult:
@@ -86,8 +137,16 @@ def _result(store: Store, line: dict[str, Any]) -> RunResult:
         raise ConfigError(
             f"{line['run_id']}: run.json has status {status!r}, expected {FINISHED} or {FAILED}; delete it and run the sweep again."
         )
+    if status == FINISHED and not (store.run_dir(line["run_id"]) / "samples.jsonl").is_file():
+        status, record = SAMPLES_MISSING, None  # scores that no answer stands behind are not shown
     return RunResult(
-        **{key: line[key] for key in ("key", "run_id", "label", "method", "pruning_rate", "seed")}, status=status, record=record
+        **{key: line[key] for key in ("key", "run_id", "label", "method", "pruning_rate", "seed")},
+        status=status,
+        record=record,
+        params=line["parameters"] if "parameters" in line else record["config"]["parameters"] if record else {},
+        changed=line.get("changed"),
+        asked_rate=line.get("asked_rate", line["pruning_rate"]),
+        iso_layer=line.get("iso_layer"),
     )
 
 

@@ -2,62 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
-from vlm_pruner_eval.report import text
-from vlm_pruner_eval.report.load import Results
+from vlm_pruner_eval.report.comparisons import Comparisons
+from vlm_pruner_eval.report.figures import WORDS
+from vlm_pruner_eval.report.html_layout import Entry, Table
+from vlm_pruner_eval.report.load import NOT_RUN, Results
+from vlm_pruner_eval.report.paper import PaperTable
 from vlm_pruner_eval.report.tables import PLUMBING, Row, is_plumbing
 
+_SCORES = "scores"
 _LEGEND = (
-    "Scores with 95 % intervals (percentile bootstrap over documents, 1000 resamples, pairs kept together; several seeds: mean ± "
-    "standard deviation over seeds). Where every document scored the same, the Wilson interval. "
-    "Relative Avg = 100 × mean over benchmarks of score / unpruned score, equal weights "
-    "(arXiv 2512.02700). Tokens: visual tokens a prompt, asked for and measured from the tensors, and the measured count averaged over "
-    "all decoder layers. Prefill: the language model and the selection, without the vision tower, of one batch; median "
-    "(interquartile range)."
+    "Several seeds: mean ± standard deviation over seeds. Where every document scored the same, the Wilson interval. Intervals: "
+    "percentile bootstrap, 1000 resamples of whole clusters: documents that share an image or belong to a pair are drawn together."
 )
 
 
-def markdown(results: Results, rows: list[Row]) -> str:
-    """The whole report as Markdown."""
-    tasks = results.tasks
-    parts = [f"# {results.name}", *([f"**{PLUMBING}**"] if is_plumbing(tasks) else []), *_remarks(results, rows)]
-    parts += ["## Scores", table(_scores(rows, tasks)), _LEGEND, "![Score against pruning rate](accuracy_vs_rate.png)"]
-    parts += ["## Tokens and time", table(_efficiency(rows))]
+def markdown(
+    results: Results,
+    rows: Sequence[Row],
+    comparisons: Comparisons,
+    paper: PaperTable | None,
+    tables: Sequence[Table],
+    figures: Mapping[str, Sequence[Path]],
+) -> str:
+    """The whole report as Markdown.
+
+    Parameters
+    ----------
+    tables
+        Of `sheets.sheets`; each gets a section of its own.
+    figures
+        Of `figures.draw_all`, in the folder of the report.
+    """
+    parts = [f"# {results.name}", *([f"**{PLUMBING}**"] if is_plumbing(results.tasks) else []), *_remarks(results, rows)]
+    parts += paper_sentences(paper)
+    for shown in tables:
+        parts += [f"## {shown.caption}", table(_lines(shown)), *shown.legend]
+        if shown.id == _SCORES:
+            parts += [_LEGEND, *comparisons.notes]
+    for name, paths in figures.items():
+        parts += [f"![{WORDS[name].title}]({path.name})" for path in paths if path.suffix == ".png"] + [WORDS[name].legend]
     parts += ["## Where these numbers come from", table(facts(results))]
     return "\n\n".join(parts) + "\n"
 
 
-def _scores(rows: list[Row], tasks: list[str]) -> Iterator[list[str]]:
-    names = text.short_names(tasks)
-    yield ["method", *(names[task] for task in tasks), "relative Avg"]
-    for heading, group in groupby(rows, key=lambda row: row.heading):
-        yield [f"*{heading}*", *[""] * (len(tasks) + 1)]
-        for row in group:
-            scores = [_joined(text.cell_lines(row, row.cells.get(task))) for task in tasks]
-            yield [row.label, *scores, _joined((text.number(row.relative.value), f"± {row.relative.sd:.1f}" if row.relative.sd else ""))]
+def paper_sentences(paper: PaperTable | None) -> list[str]:
+    """Whether the unpruned row reproduces the paper, in what setting, and what that allows to say of the pruned rows."""
+    if paper is None:
+        return ["Printed numbers: none for this checkpoint."]
+    refusal = " Nothing is claimed about pruned rows." if paper.gate.stops else ""
+    return [f"**{paper.gate.sentence}{refusal}** {paper.setting} {paper.noise}"]
 
 
-def _joined(lines: tuple[str, str]) -> str:
-    first, second = lines
-    if not second:
-        return first
-    return f"{first} {second}" if second.startswith("±") else f"{first} [{second}]"
+def _lines(shown: Table) -> Iterator[list[str]]:
+    """A table with the headings of its groups as rows of their own."""
+    yield list(shown.columns)
+    for group in shown.groups:
+        if group.heading:
+            yield [f"*{group.heading}*", *[""] * (len(shown.columns) - 1)]
+        for line in group.lines:
+            yield [line.head, *map(_entry, line.entries)]
 
 
-def _efficiency(rows: list[Row]) -> Iterator[list[str]]:
-    yield ["method", "removed", "status", "tokens asked", "tokens kept", "layer-averaged", "prefill ms", "selection ms", "quirks"]
-    for row in rows:
-        measured = [text.spread(row.asked), text.spread(row.kept), text.number(row.layer_averaged)]
-        times = [text.time_ms(row.prefill_ms), text.time_ms(row.selection_ms)]
-        yield [row.label, row.heading.replace(" removed", ""), row.status, *measured, *times, text.quirks(row.quirks)]
+def _entry(entry: Entry) -> str:
+    shown = f"**{entry.text}**" if entry.best else entry.text
+    small = "; ".join(entry.small)
+    if not small:
+        return shown
+    return f"{shown} {small}" if small.startswith("±") else f"{shown} [{small}]"
 
 
-def _remarks(results: Results, rows: list[Row]) -> Iterator[str]:
+def _remarks(results: Results, rows: Sequence[Row]) -> Iterator[str]:
     for note in results.notes:
         yield f"Note: {note}"
-    missing = [run.key for run in results.runs if run.record is None]
+    missing = [run.key for run in results.runs if run.status == NOT_RUN]
     if missing:
         yield f"Not run yet: {', '.join(missing)}."
     problems = [problem for row in rows for problem in row.problems]
@@ -92,7 +112,7 @@ def facts(results: Results) -> Iterator[list[str]]:
     yield ["made", f"{where['time']}, by `{where['command']}`"]
 
 
-def table(lines: Iterator[list[str]]) -> str:
+def table(lines: Iterable[list[str]]) -> str:
     """A Markdown table; the first line is its head."""
     head, *body = [[_one_line(value).replace("|", "\\|") for value in line] for line in lines]
     rule = ["---"] + ["---:" if len(head) > 2 else "---"] * (len(head) - 1)

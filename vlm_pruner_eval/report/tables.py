@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vlm_pruner_eval.report.load import Results, RunResult
@@ -34,14 +34,26 @@ class Row:
 
     Attributes
     ----------
+    pruning_rate
+        The fraction removed.
     status
-        "finished", "failed", "not run", or "3 of 5 seeds finished".
+        "finished", "failed", "not run", "not run: samples missing", or "3 of 5 seeds finished".
     cells
         By task; empty unless a run is finished.
     relative
         Relative average in percent.
     asked, kept, layer_averaged
         Visual tokens a prompt: asked for, measured, measured and averaged over the decoder layers.
+    params
+        Every parameter of the method, without the seed where there are several.
+    changed
+        Those that differ from the method's defaults; None where an older version did not record them.
+    runs
+        Ids of its runs, finished or not.
+    asked_rate
+        The rate of the sweep file under which the row is listed: `pruning_rate`, but for iso-compute rows.
+    iso_layer
+        Of an iso-compute row: the layer of the methods that it matches in compute.
     """
 
     label: str
@@ -57,6 +69,16 @@ class Row:
     selection_ms: dict[str, float] | None
     quirks: dict[str, int]
     problems: tuple[str, ...]
+    params: dict[str, Any] = field(default_factory=dict)
+    changed: dict[str, Any] | None = None
+    runs: tuple[str, ...] = ()
+    asked_rate: str | float | None = None
+    iso_layer: int | None = None
+
+    @property
+    def release(self) -> bool:
+        """Whether it runs with the misbehaviours of the authors' release."""
+        return bool(self.params.get("official_quirks"))
 
     @property
     def percent(self) -> float | None:
@@ -68,7 +90,11 @@ class Row:
         """Sort key: unpruned first, rates ascending, then methods without a rate."""
         if self.method == UNPRUNED:
             return 0, 0.0
-        return (2, 0.0) if self.method in RATELESS else (1, self.percent or 0.0)
+        return (2, 0.0) if self.method in RATELESS else (1, rate_percent(self._listed) or 0.0)
+
+    @property
+    def _listed(self) -> str | float | None:
+        return self.pruning_rate if self.iso_layer is None else self.asked_rate
 
     @property
     def heading(self) -> str:
@@ -77,8 +103,8 @@ class Row:
             return "unpruned"
         if self.method in RATELESS:
             return "no visual token"
-        exact = f" ({self.pruning_rate})" if isinstance(self.pruning_rate, str) else ""
-        return f"{self.percent:.1f} % removed{exact}"
+        exact = f" ({self._listed})" if isinstance(self._listed, str) else ""
+        return f"{rate_percent(self._listed):.1f} % removed{exact}"
 
 
 def rows_of(results: Results) -> list[Row]:
@@ -131,6 +157,11 @@ def _row(runs: list[RunResult], tasks: list[str], unpruned: RunResult | None) ->
         selection_ms=_time(records, "selection_ms"),
         quirks=dict(sum((Counter(record["tokens"]["quirks"]) for record in records), Counter())),
         problems=tuple(f"{run.key}: {run.record['problem']}" for run in runs if run.record is not None and not run.finished),
+        params={name: value for name, value in runs[0].params.items() if name != "seed" or len(runs) == 1},
+        changed=runs[0].changed,
+        runs=tuple(run.run_id for run in runs),
+        asked_rate=runs[0].asked_rate,
+        iso_layer=runs[0].iso_layer,
     )
 
 

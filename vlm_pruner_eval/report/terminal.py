@@ -12,6 +12,8 @@ from rich.text import Text
 
 from vlm_pruner_eval.report import text
 from vlm_pruner_eval.report.load import Results
+from vlm_pruner_eval.report.markdown import paper_sentences
+from vlm_pruner_eval.report.paper import Compared, PaperTable, said
 from vlm_pruner_eval.report.tables import PLUMBING, Row, is_plumbing
 
 WIDTH = 100
@@ -34,6 +36,24 @@ def print_tables(console: Console, results: Results, rows: list[Row]) -> None:
         console.print(Text(note), width=WIDTH)
     if is_plumbing(tasks):
         console.print(Text(PLUMBING, style="bold"), width=WIDTH)
+
+
+def print_paper(console: Console, paper: PaperTable | None) -> None:
+    """Print the verdicts of the release rows, and whether the unpruned row reproduces the paper."""
+    if paper is None:
+        return
+    for item in paper.rows:
+        for name, compared in [*item.cells.items(), ("relative Avg", item.average)]:
+            if compared.verdict is not None:
+                ours, printed = (text.NOTHING if value is None else f"{value:.2f}" for value in _both(compared))
+                line = f"{item.row.label}, {item.row.heading}, {name}: {ours}, printed {printed}: {said(compared)}"
+                console.print(Text(line), width=WIDTH)
+    for sentence in paper_sentences(paper):
+        console.print(Text(sentence.replace("**", ""), style="bold red" if paper.gate.stops else "bold"), width=WIDTH)
+
+
+def _both(compared: Compared) -> tuple[float | None, float | None]:
+    return compared.cell.value, None if compared.printed is None else compared.printed.value
 
 
 def _table(results: Results, rows: list[Row], tasks: list[str], names: dict[str, str], *, last: bool) -> Table:

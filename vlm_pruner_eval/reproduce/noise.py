@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.report.answers import document_answer
 from vlm_pruner_eval.report.load import Results, RunResult, load_results
 from vlm_pruner_eval.report.tables import relative_average
 from vlm_pruner_eval.reproduce.plan import Plan, Variant
@@ -161,13 +162,6 @@ def _score_flips(reference: Documents, other: Documents, metrics: dict[str, list
     if any(None in pair for pair in pairs):
         return None
     return Flips(sum(ours != theirs for ours, theirs in pairs), len(pairs))
-
-
-def document_answer(samples: list[dict[str, Any]]) -> str | int:
-    """What was answered to one document: the text, or, of choices that were scored, the most likely one by mean over its tokens."""
-    if samples[0]["choice"] is None:
-        return samples[0]["answer"]
-    return max(samples, key=lambda sample: sample["loglikelihood"] / (sample["n_new_tokens"] or 1))["choice"]
 
 
 def document_score(sample: dict[str, Any], metrics: list[str]) -> tuple[float | bool, ...] | None:

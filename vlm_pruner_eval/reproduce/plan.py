@@ -9,33 +9,13 @@ from typing import Any
 
 import vlm_pruner_eval
 from vlm_pruner_eval.errors import ConfigError, closest
+from vlm_pruner_eval.report.printed import PAPER_MODELS, incomparable, paper_model
 from vlm_pruner_eval.sweep import config as sweep_config
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.store import Store
 
 REPOSITORY = Path(vlm_pruner_eval.__file__).parent.parent
 BATCH_SIZES, ATTENTION = "1,16", "sdpa,eager"
-
-
-@dataclass(frozen=True)
-class PaperModel:
-    """A model of the paper: its sweep file under configs/paper, its name in results/paper, its published checkpoints."""
-
-    file: str
-    vlm: str
-    checkpoints: tuple[str, ...]
-
-
-PAPER_MODELS = {
-    "llava-1.5-7b": PaperModel("table1_llava15_7b.yaml", "LLaVA-1.5-7B", ("llava-hf/llava-1.5-7b-hf", "liuhaotian/llava-v1.5-7b")),
-    "llava-1.5-13b": PaperModel("table2_llava15_13b.yaml", "LLaVA-1.5-13B", ("llava-hf/llava-1.5-13b-hf", "liuhaotian/llava-v1.5-13b")),
-    "llava-next-7b": PaperModel(
-        "table2_llava_next_7b.yaml", "LLaVA-NeXT-7B", ("llava-hf/llava-v1.6-vicuna-7b-hf", "liuhaotian/llava-v1.6-vicuna-7b")
-    ),
-    "qwen2-vl-7b": PaperModel("table3_qwen2_vl_7b.yaml", "Qwen2-VL-7B-Instruct", ("Qwen/Qwen2-VL-7B-Instruct",)),
-    "llava-video-7b": PaperModel("table4_llava_video_7b.yaml", "LLaVA-Video-7B-Qwen2", ("lmms-lab/LLaVA-Video-7B-Qwen2",)),
-    "qwen3-vl-4b": PaperModel("table7_qwen3_vl_4b.yaml", "Qwen3-VL-4B-Instruct", ("Qwen/Qwen3-VL-4B-Instruct",)),
-}
 
 
 @dataclass(frozen=True)
@@ -133,8 +113,10 @@ def make_plan(
     name = model or rows.name
     folder = output if output is not None else Path("output") / "reproduce" / name
     Store(folder).check_writable()
-    paper = PAPER_MODELS[model] if model else _paper_model(rows.model.pretrained)
-    return Plan(name, rows, variants, paper.vlm if paper else None, tuple(_incomparable(rows, paper)), folder)
+    paper = PAPER_MODELS[model] if model else paper_model(rows.model.pretrained)
+    section = rows.model
+    reasons = incomparable(paper, model_id=section.id, pretrained=section.pretrained, protocol=section.protocol, limit=rows.limit)
+    return Plan(name, rows, variants, paper.vlm if paper else None, tuple(reasons), folder)
 
 
 def _under(variant: Variant, config: SweepConfig) -> sweep_config.ModelSection:
@@ -209,16 +191,3 @@ def _method_problems(methods: Sequence[str], config: SweepConfig) -> Iterator[st
     for method in methods:
         if method not in known:
             yield f"method: got {method!r}, which the sweep file does not hold; {closest(method, known)}"
-
-
-def _paper_model(pretrained: str) -> PaperModel | None:
-    return next((paper for paper in PAPER_MODELS.values() if pretrained in paper.checkpoints), None)
-
-
-def _incomparable(rows: SweepConfig, paper: PaperModel | None) -> Iterator[str]:
-    if rows.limit is not None:
-        yield f"limit {rows.limit}"
-    if paper is None or rows.model.pretrained not in paper.checkpoints:
-        yield f"other checkpoint, {rows.model.pretrained}"
-    if rows.model.protocol != "paper":
-        yield f"protocol {rows.model.protocol}"

@@ -13,13 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from vlm_pruner_eval.report import text
+from vlm_pruner_eval.report.gate import RULE, TaskVerdict
 from vlm_pruner_eval.report.load import load_results
 from vlm_pruner_eval.report.markdown import facts, table
+from vlm_pruner_eval.report.paper import Compared, said
 from vlm_pruner_eval.report.tables import PLUMBING, is_plumbing
 from vlm_pruner_eval.report.terminal import WIDTH, print_tables
-from vlm_pruner_eval.reproduce.gate import RULE, TaskVerdict
 from vlm_pruner_eval.reproduce.noise import Flips, Noise
-from vlm_pruner_eval.reproduce.rows import Compared, ReproducedRow, as_json
+from vlm_pruner_eval.reproduce.rows import ReproducedRow, as_json
 from vlm_pruner_eval.reproduce.run import Reproduction
 from vlm_pruner_eval.sweep.store import to_json, write_atomic
 
@@ -142,7 +143,7 @@ def _row_lines(rows: list[ReproducedRow]) -> Iterator[list[str]]:
     yield ["row", "removed", "task", "score", "printed", "difference", "verdict"]
     for item in rows:
         head = [item.row.label, item.row.heading.replace(" removed", "")]
-        if not item.cells:
+        if not item.row.cells:
             yield [*head, item.row.status, "", "", "", ""]
             continue
         for name, compared in [*item.cells.items(), ("relative Avg", item.average)]:
@@ -154,7 +155,7 @@ def _compared_cells(item: ReproducedRow, compared: Compared) -> list[str]:
     score, interval = text.cell_lines(item.row, compared.cell)
     shown = score if not interval else f"{score} {interval}" if interval.startswith("±") else f"{score} [{interval}]"
     printed = "" if compared.printed is None else exact(compared.printed.value)
-    return [shown, printed, "" if compared.printed is None else signed(compared.difference), compared.verdict or ""]
+    return [shown, printed, "" if compared.printed is None else signed(compared.difference), said(compared)]
 
 
 def _quirk_lines(rows: list[ReproducedRow]) -> Iterator[list[str]]:
@@ -192,7 +193,8 @@ def print_summary(console: Console, done: Reproduction) -> None:
         for item in done.rows:
             for name, compared in [*item.cells.items(), ("relative Avg", item.average)]:
                 if compared.verdict is not None:
-                    shown = f"{exact(compared.cell.value)}, printed {exact(compared.printed.value)}: {compared.verdict}"
+                    printed = exact(None if compared.printed is None else compared.printed.value)
+                    shown = f"{exact(compared.cell.value)}, printed {printed}: {said(compared)}"
                     console.print(Text(f"{item.row.label}, {item.row.heading}, {name}: {shown}"), width=WIDTH)
             if item.quirks:
                 console.print(Text(f"quirk rates, {item.row.label}, {item.row.heading}: {quirk_rates(item)}"), width=WIDTH)

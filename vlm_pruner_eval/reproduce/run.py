@@ -9,13 +9,14 @@ from typing import Any
 
 from rich.console import Console
 
+from vlm_pruner_eval.report.gate import Gate
 from vlm_pruner_eval.report.load import Results, load_results
-from vlm_pruner_eval.report.tables import rows_of
-from vlm_pruner_eval.reproduce.gate import Gate, judge
+from vlm_pruner_eval.report.paper import Reference
+from vlm_pruner_eval.report.printed import read_printed
+from vlm_pruner_eval.reproduce.gate import judge
 from vlm_pruner_eval.reproduce.noise import Noise, measure_noise
 from vlm_pruner_eval.reproduce.plan import Plan
-from vlm_pruner_eval.reproduce.printed import read_printed
-from vlm_pruner_eval.reproduce.rows import ReproducedRow, reproduced_rows
+from vlm_pruner_eval.reproduce.rows import ReproducedRow, reproduced_rows, spreads_of
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.grid import UNPRUNED, expand
 from vlm_pruner_eval.sweep.runner import Loader, Outcome, check_methods, check_tasks, run_sweep
@@ -85,7 +86,8 @@ def reproduce(
     _hand_on_unpruned(plan)
     stages.run(plan.rows, plan.rows_dir)
     results = load_results(plan.rows_dir)
-    return Reproduction(plan, noise, gate, reproduced_rows(plan, results, rows_of(results), noise, printed), results, stages.counts)
+    rows = reproduced_rows(Reference(plan.vlm, printed, gate, spreads_of(noise)), results)
+    return Reproduction(plan, noise, gate, rows, results, stages.counts)
 
 
 class _Stages:

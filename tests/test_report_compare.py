@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from sweep_standin import Behaviour, StandIn, make_config, task_manager, write_tasks
+
+from vlm_pruner_eval.report import stats
+from vlm_pruner_eval.report.answers import DocumentAnswer, document_answer, flips
+from vlm_pruner_eval.report.compare import AVERAGE, Comparison, Comparisons, compare
+from vlm_pruner_eval.report.load import Results, load_results
+from vlm_pruner_eval.report.tables import rows_of
+from vlm_pruner_eval.sweep.runner import run_sweep
+from vlm_pruner_eval.sweep.scores import percentile_interval
+
+TASKS = ["tiny_mean", "tiny_pairs"]
+
+
+@pytest.fixture(scope="module")
+def sweeps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """96 documents of 48 pairs a task; the second sweep asks eight questions an image, the third has a task without draws."""
+    root = tmp_path_factory.mktemp("sweeps")
+    tasks = task_manager(write_tasks(root / "tasks", n=96))
+    methods = ["vlmpruner", "fastv", "uniform", {"name": "random", "seeds": [0, 1, 2]}, "blind"]
+    for name, behaviour, changes in (
+        ("plain", Behaviour(), {"methods": methods}),
+        ("images", Behaviour(questions_an_image=8), {"methods": ["vlmpruner"]}),
+        ("state", Behaviour(), {"methods": ["vlmpruner"], "tasks": ["tiny_mean", "tiny_state"]}),
+    ):
+        config = make_config(**{"limit": None} | changes)
+        load = lambda *args, behaviour=behaviour, **kwargs: StandIn(behaviour)  # noqa: E731
+        run_sweep(config, root / name, console=Console(file=io.StringIO()), load=load, task_manager=tasks)
+    return {name: root / name for name in ("plain", "images", "state")}
+
+
+@pytest.fixture(scope="module")
+def plain(sweeps: dict[str, Path]) -> tuple[Results, Comparisons]:
+    results = load_results(sweeps["plain"])
+    return results, compare(results)
+
+
+@pytest.fixture
+def copy(sweeps: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
+    return lambda which: Path(shutil.copytree(sweeps[which], tmp_path / which))
+
+
+def edit(folder: Path, key: str, change: Callable[[dict[str, Any]], None]) -> None:
+    (path,) = folder.glob(f"runs/{key}-*/run.json")
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def run_of(results: Results, key: str) -> tuple[dict[str, np.ndarray], dict[str, list[dict[str, Any]]]]:
+    """Draws and samples by task of one run."""
+    (run,) = [run for run in results.runs if run.key == key]
+    samples: dict[str, list[dict[str, Any]]] = {}
+    for sample in results.store.read_samples(run.run_id):
+        samples.setdefault(sample["task"], []).append(sample)
+    return results.store.read_draws(run.run_id), samples
+
+
+def known(comparisons: Comparisons, label: str, task: str, rate: str | None = "2/3") -> Comparison:
+    found = comparisons.of(label, rate, task)
+    assert found is not None
+    return found
+
+
+def test_a_difference_has_the_interval_of_paired_draws(plain: tuple[Results, Comparisons]) -> None:
+    results, comparisons = plain
+    ours, theirs = run_of(results, "fastv-2of3")[0], run_of(results, "unpruned")[0]
+    for task in TASKS:
+        cell, reference = known(comparisons, "fastv", task), known(comparisons, "unpruned", task, None)
+        assert cell.difference.value == pytest.approx(cell.score.value - reference.score.value)
+        draws = ours[task] - theirs[task]
+        assert (cell.difference.low, cell.difference.high) == percentile_interval(draws)
+        assert cell.p == stats.p_of_no_difference(cell.difference.value, draws, 48)
+        assert (reference.difference, reference.p, reference.flip_rate, reference.gain_kept) == (None, None, None, None)
+    cell = known(comparisons, "fastv", "tiny_mean")
+    alone = np.std(ours["tiny_mean"]) ** 2 + np.std(theirs["tiny_mean"]) ** 2
+    assert np.std(ours["tiny_mean"] - theirs["tiny_mean"]) <= np.sqrt(alone) + 1e-9
+    assert cell.difference.high < 0
+    assert cell.p < 0.001
+
+
+def test_flips_and_mcnemar_are_counted_over_documents(plain: tuple[Results, Comparisons]) -> None:
+    results, comparisons = plain
+    ours, theirs = (run_of(results, key)[1]["tiny_mean"] for key in ("fastv-2of3", "unpruned"))
+    changed = sum(mine["answer"] != other["answer"] for mine, other in zip(ours, theirs, strict=True))
+    lost = sum(mine["score"] < other["score"] for mine, other in zip(ours, theirs, strict=True))
+    gained = sum(mine["score"] > other["score"] for mine, other in zip(ours, theirs, strict=True))
+    cell = known(comparisons, "fastv", "tiny_mean")
+    assert cell.flip_rate == pytest.approx(changed / 96)
+    assert (lost > 10, gained) == (True, 0)
+    assert cell.mcnemar_p == pytest.approx(2 * 0.5**lost)
+    assert known(comparisons, "fastv", AVERAGE).flip_rate == pytest.approx(
+        np.mean([known(comparisons, "fastv", task).flip_rate for task in TASKS])
+    )
+
+
+def test_the_average_is_resampled_with_its_denominators(plain: tuple[Results, Comparisons]) -> None:
+    results, comparisons = plain
+    ours, theirs = run_of(results, "vlmpruner-2of3")[0], run_of(results, "unpruned")[0]
+    draws = 100 * np.mean([ours[task] / theirs[task] for task in TASKS], axis=0)
+    cell = known(comparisons, "vlmpruner", AVERAGE)
+    assert (cell.score.low, cell.score.high) == pytest.approx(percentile_interval(draws))
+    assert cell.score.value == pytest.approx(rows_of(results)[1].relative.value)
+    assert cell.difference == stats.Estimate(*(pytest.approx(value - 100) for value in (cell.score.value, cell.score.low, cell.score.high)))
+    whole = known(comparisons, "unpruned", AVERAGE, None).score
+    assert (whole.value, whole.low, whole.high) == (100.0, 100.0, 100.0)
+
+
+def test_draws_of_seeds_are_averaged(plain: tuple[Results, Comparisons]) -> None:
+    results, comparisons = plain
+    draws = [run_of(results, f"random-2of3-seed{seed}")[0]["tiny_mean"] for seed in range(3)]
+    cell = known(comparisons, "random", "tiny_mean")
+    assert (cell.score.low, cell.score.high) == percentile_interval(np.mean(draws, axis=0))
+    assert (cell.seeds, cell.sd > 0, cell.mcnemar_p) == (3, True, None)
+    assert 0 < cell.flip_rate < 1
+
+
+def test_the_share_of_the_gain_over_blind(plain: tuple[Results, Comparisons]) -> None:
+    _, comparisons = plain
+    for task in (*TASKS, AVERAGE):
+        row, unpruned, blind = (
+            known(comparisons, label, task, rate).score.value for label, rate in (("fastv", "2/3"), ("unpruned", None), ("blind", None))
+        )
+        gain = known(comparisons, "fastv", task).gain_kept
+        assert gain.value == pytest.approx((row - blind) / (unpruned - blind))
+        assert gain.low < gain.value < gain.high
+        assert known(comparisons, "blind", task, None).gain_kept is None
+
+
+def test_holm_goes_over_the_whole_table(plain: tuple[Results, Comparisons]) -> None:
+    _, comparisons = plain
+    tested = [cell for cell in comparisons.cells if cell.p is not None]
+    assert len(tested) == 5 * 3  # rows but the unpruned one; two tasks and their average
+    assert [cell.p_holm for cell in tested] == stats.holm([cell.p for cell in tested])
+    smallest = min(tested, key=lambda cell: cell.p)
+    assert smallest.p_holm == pytest.approx(15 * smallest.p)
+
+
+def test_the_best_is_bold_only_where_the_data_decide_it(plain: tuple[Results, Comparisons]) -> None:
+    results, comparisons = plain
+    assert len(comparisons.contests) == 3
+    for contest in comparisons.contests:
+        scores = {label: known(comparisons, label, contest.task).score.value for label in ("vlmpruner", "fastv", "uniform", "random")}
+        first, second, *_ = sorted(scores, key=lambda label: -scores[label])
+        assert (contest.best, contest.runner_up, contest.pruning_rate) == (first, second, "2/3")
+        assert contest.difference.value == pytest.approx(scores[first] - scores[second])
+        assert contest.decided == (contest.difference.low > 0)
+        bold = [cell.label for cell in comparisons.cells if cell.task == contest.task and cell.bold]
+        assert bold == ([first] if contest.decided else [])
+    assert {contest.decided for contest in comparisons.contests} == {True, False} or all(one.decided for one in comparisons.contests)
+    pairs = [pair for pair in comparisons.pairs if pair.task == AVERAGE]
+    assert len(pairs) == 6
+    assert [pair.p_holm for pair in pairs] == stats.holm([pair.p for pair in pairs])
+    twin = dataclasses.replace(rows_of(results)[1], label="twin")
+    tied = compare(results, [*rows_of(results)[:2], twin, *rows_of(results)[2:]])
+    assert not any(cell.bold for cell in tied.cells)
+
+
+def test_iso_compute_rows_do_not_compete(plain: tuple[Results, Comparisons]) -> None:
+    results, comparisons = plain
+    rows = [dataclasses.replace(row, iso_layer=2) if row.label == "vlmpruner" else row for row in rows_of(results)]
+    assert {contest.best for contest in comparisons.contests} == {"vlmpruner"}
+    assert "vlmpruner" not in {name for contest in compare(results, rows).contests for name in (contest.best, contest.runner_up)}
+
+
+def test_nobody_wins_on_the_embedded_benchmark(copy: Callable[[str], Path]) -> None:
+    folder = copy("plain")
+    for path in (folder / "sweep.json", *folder.glob("runs/*/*.json*")):
+        path.write_text(path.read_text().replace("tiny_", "digitscenes_"))
+    comparisons = compare(load_results(folder))
+    assert comparisons.contests
+    assert not any(contest.decided for contest in comparisons.contests)
+    assert not any(cell.bold for cell in comparisons.cells)
+
+
+def test_the_power_is_that_of_the_observed_spread(plain: tuple[Results, Comparisons]) -> None:
+    results, comparisons = plain
+    reference = run_of(results, "unpruned")[0]["tiny_mean"]
+    errors = [
+        stats.standard_error(run_of(results, f"{key}-2of3")[0]["tiny_mean"] - reference, 48) for key in ("vlmpruner", "fastv", "uniform")
+    ]
+    seeds = [run_of(results, f"random-2of3-seed{seed}")[0]["tiny_mean"] for seed in range(3)]
+    errors.append(stats.standard_error(np.mean(seeds, axis=0) - reference, 48))
+    power = {entry.task: entry for entry in comparisons.power}
+    assert power["tiny_mean"].smallest == pytest.approx(stats.smallest_difference(np.median(errors)))
+    assert [(power[task].n_documents, power[task].n_clusters) for task in TASKS] == [(96, 48), (96, 48)]
+
+
+def test_questions_about_one_image_make_one_cluster(sweeps: dict[str, Path]) -> None:
+    results = load_results(sweeps["images"])
+    power = compare(results).power
+    assert [(entry.n_documents, entry.n_clusters) for entry in power] == [(96, 12), (96, 12)]
+    clusters = results.runs[0].record["tasks"]["tiny_mean"]["clusters"]
+    assert clusters == results.runs[1].record["tasks"]["tiny_mean"]["clusters"]
+    images = {tuple(sample["images"]) for sample in results.store.read_samples(results.runs[0].run_id)}
+    assert len(images) == 12
+
+
+def test_a_task_that_cannot_be_resampled_says_why(sweeps: dict[str, Path]) -> None:
+    comparisons = compare(load_results(sweeps["state"]))
+    cell = known(comparisons, "vlmpruner", "tiny_state")
+    assert (cell.difference.low, cell.p, cell.p_holm) == (None, None, None)
+    assert cell.flip_rate is not None
+    assert known(comparisons, "vlmpruner", "tiny_mean").difference.low is not None
+    assert known(comparisons, "vlmpruner", AVERAGE).difference.low is None
+    assert any("tiny_state: differences have no interval (no interval: the aggregation answers" in note for note in comparisons.notes)
+
+
+def test_runs_of_an_older_version_have_no_intervals_and_say_so(copy: Callable[[str], Path]) -> None:
+    folder = copy("plain")
+    for path in folder.glob("runs/*/draws.json"):
+        path.unlink()
+    for path in folder.glob("runs/*/run.json"):
+        record = json.loads(path.read_text())
+        for scores in record["tasks"].values():
+            del scores["clusters"]
+        path.write_text(json.dumps(record))
+    for path in folder.glob("runs/*/samples.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text(
+            "".join(json.dumps({key: value for key, value in line.items() if key not in ("score", "images")}) + "\n" for line in lines)
+        )
+    comparisons = compare(load_results(folder))
+    cell = known(comparisons, "fastv", "tiny_mean")
+    assert (cell.difference.low, cell.p, cell.mcnemar_p, cell.bold) == (None, None, None, False)
+    assert cell.flip_rate > 0
+    assert comparisons.power == ()
+    assert any("not available" in note and "run made by an older version" in note for note in comparisons.notes)
+
+
+def test_draws_of_other_clusters_are_not_paired(copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copy("plain")
+    edit(folder, "fastv-2of3", lambda record: record["tasks"]["tiny_mean"]["clusters"].update(digest="other"))
+    monkeypatch.setattr("vlm_pruner_eval.report.load.document_problems", lambda records, documents: [])  # it refuses such a table
+    comparisons = compare(load_results(folder))
+    assert known(comparisons, "fastv", "tiny_mean").difference.low is None
+    assert known(comparisons, "fastv", "tiny_pairs").difference.low is not None
+    assert known(comparisons, "uniform", "tiny_mean").difference.low is not None
+
+
+def test_without_the_unpruned_run_rows_are_compared_with_each_other_only(copy: Callable[[str], Path]) -> None:
+    folder = copy("plain")
+    shutil.rmtree(next(folder.glob("runs/unpruned-*")))
+    comparisons = compare(load_results(folder))
+    assert all(cell.difference is None and cell.flip_rate is None for cell in comparisons.cells)
+    assert {contest.task for contest in comparisons.contests} == set(TASKS)
+    assert comparisons.contests[0].difference.low is not None
+    assert "The unpruned run is not finished" in comparisons.notes[0]
+
+
+def test_a_sweep_without_any_run_has_nothing_to_compare(copy: Callable[[str], Path]) -> None:
+    folder = copy("plain")
+    shutil.rmtree(folder / "runs")
+    comparisons = compare(load_results(folder))
+    assert (comparisons.cells, comparisons.contests, comparisons.pairs, comparisons.power) == ((), (), (), ())
+
+
+def test_of_scored_choices_the_likeliest_is_the_answer() -> None:
+    choices = [
+        {"choice": i, "answer": text, "loglikelihood": value, "n_new_tokens": n}
+        for i, (text, value, n) in enumerate([("a", -4.0, 1), ("a longer one", -6.0, 3), ("c", -5.0, 2)])
+    ]
+    assert document_answer(choices) == 1
+    assert document_answer([{"choice": None, "answer": "yes"}]) == "yes"
+
+
+def test_flips_need_the_same_documents() -> None:
+    ours = {"a": {0: DocumentAnswer("yes", 1.0), 1: DocumentAnswer("no", None)}, "b": {0: DocumentAnswer("x", 1.0)}}
+    theirs = {"a": {0: DocumentAnswer("yes", 1.0), 1: DocumentAnswer("yes", 1.0)}, "b": {0: DocumentAnswer("x", 1.0)}}
+    assert flips(ours, theirs, ["a", "b"]).rate == pytest.approx(1 / 3)
+    assert flips(ours, theirs, ["a"]).mcnemar_p is None
+    assert flips(ours, theirs, ["b"]).mcnemar_p == 1.0
+    del ours["a"][1]
+    assert flips(ours, theirs, ["a"]) is None
+    assert flips(ours, theirs, ["c"]) is None
+
+
+def test_averages_without_an_interval_say_why(copy: Callable[[str], Path]) -> None:
+    folder = copy("plain")
+    (path,) = folder.glob("runs/unpruned-*/draws.json")
+    draws = json.loads(path.read_text())
+    draws["tiny_mean"][0] = 0.0
+    path.write_text(json.dumps(draws))
+    comparisons = compare(load_results(folder))
+    assert {cell.score.low for cell in comparisons.cells if cell.task == AVERAGE} == {None}
+    assert any("in some resamples of tiny_mean the unpruned model scores 0" in note for note in comparisons.notes)

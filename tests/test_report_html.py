@@ -1,0 +1,366 @@
+"""report.html: one file that needs nothing else, readable by eye, keyboard and screen reader, and safe against its own content."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from rich.console import Console
+from sweep_standin import Behaviour, StandIn, make_config, task_manager, write_tasks
+
+from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.report import html_tables, printed
+from vlm_pruner_eval.report.build import build, report_of
+from vlm_pruner_eval.report.comparisons import Comparison, Comparisons, Contest
+from vlm_pruner_eval.report.figures import draw_all
+from vlm_pruner_eval.report.gallery import Picture
+from vlm_pruner_eval.report.html import data_uri, write_html
+from vlm_pruner_eval.report.html_layout import NO_NUMBER, Entry, Group, Line, Table, without_empty_columns
+from vlm_pruner_eval.report.load import Results, load_results
+from vlm_pruner_eval.report.paper import paper_for
+from vlm_pruner_eval.report.printed import Erratum, Number, PrintedNumbers
+from vlm_pruner_eval.report.stats import Estimate
+from vlm_pruner_eval.report.strata import CAPABILITIES, Stratum
+from vlm_pruner_eval.report.tables import rows_of
+from vlm_pruner_eval.sweep.config import validate
+from vlm_pruner_eval.sweep.runner import run_sweep
+from vlm_pruner_eval.sweep.scores import MAIN_METRICS, Main
+
+HOSTILE = "<script>alert('x')</script>\"&$y_{"
+RELEASE = "VLM-Pruner (release)"
+VLM = "LLaVA-1.5-7B"
+METHODS = [
+    {"name": "vlmpruner", "official_quirks": True, "label": RELEASE},
+    {"name": "fastv", "label": HOSTILE},
+    {"name": "random", "seeds": [0, 1]},
+    "blind",
+]
+VOID = {"wbr", "meta", "link", "img", "br", "hr", "input"}
+
+
+@dataclasses.dataclass
+class Element:
+    """A start tag with its attributes, the names of the elements around it, and the text inside."""
+
+    tag: str
+    attributes: dict[str, str]
+    inside: tuple[str, ...]
+    text: str = ""
+
+
+class Reader(HTMLParser):
+    """Reads a page and holds it to the rules that browsers forgive: every tag closed in its turn, no attribute given twice."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.elements: list[Element] = []
+        self.open: list[Element] = []
+        self.feed(page)
+        self.close()
+        assert not self.open, f"left open: {[element.tag for element in self.open]}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert max(Counter(name for name, _ in attrs).values(), default=1) == 1, f"{tag}: an attribute twice"
+        element = Element(tag, {name: value or "" for name, value in attrs}, tuple(outer.tag for outer in self.open))
+        self.elements.append(element)
+        if tag not in VOID:
+            self.open.append(element)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open[-1].tag == tag, f"</{tag}> where {self.open[-1].tag} is open"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        for element in self.open:
+            element.text += data
+
+    def all(self, tag: str) -> list[Element]:
+        return [element for element in self.elements if element.tag == tag]
+
+    def table(self, name: str) -> dict[str, list[str]]:
+        """Texts of a table's cells by row header, rows of one name one after the other."""
+        start = next(i for i, element in enumerate(self.elements) if element.tag == "table" and element.attributes["id"] == name)
+        rows: dict[str, list[str]] = {}
+        for element in self.elements[start + 1 :]:
+            if element.tag == "table":
+                break
+            if element.tag == "th" and element.attributes["scope"] == "row":
+                head = element.text
+            if element.tag == "td" and "colspan" not in element.attributes:
+                rows.setdefault(head, []).append(element.text)
+        return rows
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("html")
+    tasks = task_manager(write_tasks(root / "tasks"))
+    model = {"id": "vlmpruner_llava", "pretrained": "llava-hf/llava-1.5-7b-hf", "protocol": "paper", "visual_tokens": 36}
+    config = make_config(model=model, pruning_rates=["2/3", "8/9"], methods=METHODS, limit=None)
+    behaviour = Behaviour(fail={("blind", 3)}, questions_an_image=2)
+    load = lambda *args, **kwargs: StandIn(behaviour)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        for task, metric in (("tiny_mean", "right"), ("tiny_pairs", "both")):
+            patch.setitem(MAIN_METRICS, task, Main((metric,)))
+        run_sweep(config, root / "sweep", console=Console(file=io.StringIO()), load=load, task_manager=tasks)
+    return root / "sweep"
+
+
+def picture(kind: str = "PNG") -> Picture:
+    out = io.BytesIO()
+    Image.new("RGB", (8, 6), "red").save(out, format=kind)
+    words = {"title": "tiny_mean/test/3", "alt": f'Kept: "all" {HOSTILE}', "question": f"what? {HOSTILE}", "gold": "<i>no</i>"}
+    return Picture(png=out.getvalue(), answers={HOSTILE: "</dd><p>yes"}, **words)
+
+
+def numbers(results: Results) -> PrintedNumbers:
+    """A paper that prints our unpruned scores, and for the release 0 points less on A at 2/3 and 9 more at 8/9."""
+    rows = {(row.label, row.pruning_rate): row for row in rows_of(results)}
+    unpruned = rows["unpruned", None].cells["tiny_mean"].value
+    cells = {(VLM, printed.METHODS["none"], 0.0, "A"): unpruned}
+    for rate, percent, by in (("2/3", 66.7, 0.0), ("8/9", 88.9, 9.0)):
+        cells[VLM, "VLM-Pruner", percent, "A"] = rows[RELEASE, rate].cells["tiny_mean"].value + by
+    erratum = Erratum(4, f"A is doubtful. {HOSTILE}", ((VLM, "VLM-Pruner", 88.9, "A"),))
+    return PrintedNumbers({key: Number(value, "Table 1", "print") for key, value in cells.items()}, (erratum,))
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(printed, "BENCHMARKS", {"tiny_mean": "A"})
+        results = dataclasses.replace(load_results(folder), name="<b>hostile</b> & 'sweep'")
+        made = report_of(results)
+        paper = paper_for(results, made.rows, numbers(results))
+        figures = draw_all(made.rows, results, tmp_path_factory.mktemp("figures"), made.comparisons)
+        path = write_html(
+            *(results, made.rows, made.comparisons, paper, figures, [picture(), picture("JPEG")]),
+            efficiency=made.efficiency,
+            strata=[
+                Stratum(CAPABILITIES[0], RELEASE, "vlmpruner", "2/3", Estimate(81.5, 70.25, 90.0), 24, ("tiny_mean",)),
+                Stratum("hard: pool fails", RELEASE, "vlmpruner", "8/9", Estimate(37.5, 12.5, 62.5), 8, ("tiny_mean",), "pool"),
+            ],
+        )
+    assert path == folder / "report.html"
+    yield Reader(path.read_text(encoding="utf-8"))
+
+
+def test_the_page_is_well_formed_and_says_what_it_is(page: Reader) -> None:
+    assert [element.tag for element in page.elements[:2]] == ["html", "head"]
+    (html,), (title,), (charset,) = page.all("html"), [e for e in page.all("title") if "svg" not in e.inside], page.all("meta")[:1]
+    assert (html.attributes["lang"], charset.attributes["charset"]) == ("en", "utf-8")
+    assert title.text == "<b>hostile</b> & 'sweep': report on visual-token pruning"
+    levels = [int(element.tag[1]) for element in page.elements if re.fullmatch("h[1-6]", element.tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+
+
+def test_ids_are_unique_and_everything_that_is_referred_to_is_there(page: Reader) -> None:
+    ids = Counter(element.attributes["id"] for element in page.elements if "id" in element.attributes)
+    assert max(ids.values()) == 1
+    assert len(page.all("svg")) == 2, "tiny_mean and tiny_pairs are too few benchmarks for a radar"
+    referred = set()
+    for element in page.elements:
+        for name, value in element.attributes.items():
+            if name == "href":
+                assert value.startswith("#"), f"{element.tag} leads out of the page: {value}"
+                referred.add(value[1:])
+            if name in ("aria-labelledby", "aria-describedby"):
+                referred |= set(value.split())
+            referred |= set(re.findall(r"url\(#([^)]+)\)", value))
+    assert referred <= set(ids)
+    assert {"content", "scores", "figures", "gallery", "provenance"} <= referred
+
+
+def test_the_page_needs_no_other_file_and_no_script(page: Reader, folder: Path) -> None:
+    assert not page.all("script") + page.all("link") + page.all("iframe")
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert "@import" not in text
+    assert not re.findall(r"(?i)https?://", text)
+    sources = [value for element in page.elements for name, value in element.attributes.items() if name in ("src", "srcset", "xlink:href")]
+    assert len(sources) == 2
+    assert all(source.startswith("data:image/") for source in sources)
+    assert not any(name.startswith("on") for element in page.elements for name in element.attributes)
+
+
+def test_a_keyboard_and_a_screen_reader_find_their_way(page: Reader) -> None:
+    first = page.all("a")[0]
+    assert (first.attributes["href"], first.text) == ("#content", "Skip to the content")
+    tables = page.all("table")
+    assert len(tables) >= 8
+    for start in (i for i, element in enumerate(page.elements) if element.tag == "table"):
+        caption = page.elements[start + 1]
+        assert caption.tag == "caption"
+        assert caption.text.strip()
+    assert {element.attributes["scope"] for element in page.all("th")} == {"col", "row", "rowgroup"}
+    assert all(element.attributes["alt"].strip() for element in page.all("img"))
+    for svg in (i for i, element in enumerate(page.elements) if element.tag == "svg"):
+        title, description = page.elements[svg + 1 : svg + 3]
+        assert (title.tag, description.tag) == ("title", "desc")
+        assert page.elements[svg].attributes["aria-labelledby"] == f"{title.attributes['id']} {description.attributes['id']}"
+        assert len(description.text) > 60
+    # whatever may be wider than the window scrolls by itself, and can be scrolled without a mouse
+    boxes = [element for element in page.elements if element.attributes.get("class") == "scroll"]
+    assert len(boxes) == len(tables) + len(page.all("svg"))
+    assert all(box.attributes["tabindex"] == "0" and box.attributes["role"] == "region" for box in boxes)
+    assert all("div" in element.inside for element in tables)
+
+
+def test_every_row_of_a_table_has_a_cell_for_every_column(page: Reader) -> None:
+    widths: list[list[int]] = []  # of every table, of every row
+    for element in page.elements:
+        if element.tag == "table":
+            widths.append([])
+        elif element.tag == "tr":
+            widths[-1].append(0)
+        elif element.tag in ("th", "td"):
+            widths[-1][-1] += int(element.attributes.get("colspan", 1))
+    assert min(map(len, widths)) >= 2
+    assert all(len(set(rows)) == 1 for rows in widths)
+
+
+def test_hostile_names_are_text(page: Reader, folder: Path) -> None:
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert "<b>hostile" not in text
+    assert len(page.table("table-scores")[HOSTILE]) == 2 * 7, "two rates: two scores, Avg, flips, gain, tokens kept and layer-averaged"
+    assert any(HOSTILE in element.text for element in page.all("svg")), "the legend of the figure"
+    assert page.all("img")[0].attributes["alt"] == f'Kept: "all" {HOSTILE}'
+    assert "</dd><p>yes" in [element.text for element in page.all("dd")]
+    assert any(f"A is doubtful. {HOSTILE}" in element.text for element in page.all("li"))
+
+
+def test_the_tables_hold_the_numbers_of_the_report(page: Reader, folder: Path) -> None:
+    results = load_results(folder)
+    made = report_of(results)
+    row = next(row for row in made.rows if (row.label, row.pruning_rate) == (RELEASE, "2/3"))
+    cell, average = row.cells["tiny_mean"], made.comparisons.of(RELEASE, "2/3", "Avg")
+    found = page.table("table-scores")[RELEASE]
+    assert found[0] == f"{cell.value:.1f}{cell.low:.1f}–{cell.high:.1f}"
+    assert found[2] == f"{row.relative.value:.1f}{average.score.low:.1f}–{average.score.high:.1f}"
+    assert found[3] == f"{100 * average.flip_rate:.1f}"
+    compared = made.comparisons.of(RELEASE, "2/3", "tiny_mean")
+    difference = page.table("table-differences")[RELEASE][0]
+    assert difference.startswith(f"{compared.difference.value:+.1f}{compared.difference.low:.1f} to ")
+    assert f"p {compared.p_holm:.3f}" in difference
+    assert f"McNemar {compared.mcnemar_p:.3f}" in difference
+    (power,) = [entry for entry in made.comparisons.power if entry.task == "tiny_mean"]
+    assert page.table("table-power")["mean"] == ["24", "12", f"{power.smallest:.2f}"]
+    assert page.table("table-tokens")[RELEASE][1:4] == ["12", "12", "24.0"]
+    assert page.table("table-costs")[RELEASE][0].startswith("20.0IQR 0.000")
+    assert page.table("table-capabilities")[RELEASE] == ["81.570.2–90.0"]
+    assert page.table("table-hard")[RELEASE] == ["37.512.5–62.5", "8", "tiny_mean"]
+
+
+def test_random_shows_its_deviation_over_seeds(page: Reader, folder: Path) -> None:
+    row = next(row for row in rows_of(load_results(folder)) if row.label == "random")
+    assert page.table("table-scores")["random"][0] == f"{row.cells['tiny_mean'].value:.1f}± {row.cells['tiny_mean'].sd:.1f}"
+
+
+def test_failed_runs_and_the_gate_stand_at_the_top(page: Reader) -> None:
+    notices = [element for element in page.all("p") if element.attributes.get("class", "").startswith("notice")]
+    assert any(element.text.startswith("Failed, and in no average: blind") and "bad" in element.attributes["class"] for element in notices)
+    (gate,) = [element for element in notices if element.text.startswith("The unpruned row")]
+    assert gate.text.startswith("The unpruned row reproduces: 1 of 1 tasks")
+    assert page.table("table-scores")["blind"][0] == "failed"
+
+
+def test_the_paper_stands_beside_ours_with_verdict_and_footnote(page: Reader) -> None:
+    first, _, second, _ = (page.table("table-paper")[RELEASE][i] for i in (0, 1, 3, 4))
+    assert "(+0.00)equivalent" in first
+    assert "(-9.00) [4]outside" in second
+    kinds = {element.attributes.get("class") for element in page.all("td") if "paper " in element.text}
+    assert kinds == {"good", "bad"}
+    assert "random" not in page.table("table-paper")
+    assert any(element.text.startswith("Note 4: A is doubtful") for element in page.all("li"))
+
+
+def test_the_gallery_holds_its_pictures(page: Reader) -> None:
+    png, jpeg = page.all("img")
+    assert base64.b64decode(png.attributes["src"].removeprefix("data:image/png;base64,")) == picture().png
+    assert jpeg.attributes["src"].startswith("data:image/jpeg;base64,")
+    assert "tiny_mean/test/3" in [element.text for element in page.all("h3")]
+    with pytest.raises(ConfigError, match="expected PNG or JPEG"):
+        data_uri(b"GIF89a")
+
+
+def test_bold_is_what_the_comparison_decided_and_nothing_on_the_embedded_benchmark(folder: Path) -> None:
+    results = load_results(folder)
+    rows = rows_of(results)
+    winner = Comparison(RELEASE, "2/3", "tiny_mean", Estimate(50.0), bold=True)
+    contest = Contest("tiny_mean", "2/3", RELEASE, "random", Estimate(4.0, 1.0, 7.0), decided=True)
+
+    def bold(table: Table) -> list[tuple[str, int]]:
+        lines = [line for group in table.groups for line in group.lines]
+        return [(line.head, i) for line in lines for i, entry in enumerate(line.entries) if entry.best]
+
+    found = html_tables.scores(rows, results, Comparisons((winner,), (contest,)))
+    assert bold(found) == [(RELEASE, 0)]
+    shown = html_tables.contests(results, Comparisons((winner,), (contest,)))
+    assert [entry.text for entry in shown.groups[0].lines[0].entries] == [RELEASE, "random", "+4.0", "yes"]
+    plumbing = dataclasses.replace(
+        results, runs=tuple(run for run in results.runs if run.record is None), config=results.config | {"tasks": ["digitscenes_x"]}
+    )
+    assert bold(html_tables.scores(rows, plumbing, Comparisons((dataclasses.replace(winner, task="digitscenes_x"),)))) == []
+    assert html_tables.contests(plumbing, Comparisons((), (contest,))) is None
+
+
+def test_columns_without_a_number_are_named_instead_of_shown() -> None:
+    lines = (Line("a", (NO_NUMBER, Entry("1"), NO_NUMBER)), Line("b", (NO_NUMBER, NO_NUMBER, Entry("2"))))
+    table = without_empty_columns(Table("t", "caption", ("method", "x", "y", "z"), (Group("", lines),)))
+    assert table.columns == ("method", "y", "z")
+    assert [[entry.text for entry in line.entries] for line in table.groups[0].lines] == [["1", "n/a"], ["n/a", "2"]]
+    assert table.legend == ("Not measured here: x.",)
+
+
+def test_colours_have_contrast_in_light_and_dark() -> None:
+    """WCAG 2.2, 1.4.3: 4.5 : 1 for text."""
+    style = (Path(html_tables.__file__).parent / "templates" / "style.css.jinja").read_text()
+    blocks = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    assert len(blocks) == 3, "light, dark and print"
+    for block in blocks:
+        colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", block))
+        for text in ("ink", "muted", "accent", "good", "bad"):
+            for ground in ("paper", "band"):
+                assert contrast(colours[text], colours[ground]) >= 4.5, f"{text} on {ground}"
+
+
+def contrast(first: str, second: str) -> float:
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_a_real_small_sweep_has_a_page_with_pictures(tmp_path: Path) -> None:
+    raw = {
+        "name": "real",
+        "model": {"id": "vlmpruner_llava", "pretrained": "minivlm", "batch_size": 4, "visual_tokens": 576},
+        "tasks": ["digitscenes_where", "digitscenes_read", "digitscenes_count"],
+        "pruning_rates": ["8/9"],
+        "methods": ["vlmpruner", "uniform", "blind"],
+        "limit": 4,
+        "gallery": 2,
+    }
+    outcome = run_sweep(validate(raw), tmp_path, console=Console(file=io.StringIO()))
+    assert outcome.failed == 0
+    page = Reader(build(tmp_path)["html"].read_text(encoding="utf-8"))
+    assert len(page.all("svg")) == 3
+    assert len(page.all("img")) >= 3
+    assert "checks the plumbing" in page.all("p")[1].text
+    assert not page.all("strong")[len(page.all("svg")) :], "only the titles of figures are bold: nobody wins on the embedded benchmark"
+    assert page.table("table-tokens")["vlmpruner"][1:3] == ["64", "64"]
+    assert float(re.match(r"[\d.]+", page.table("table-costs")["vlmpruner"][0]).group()) > 0, "FLOPs"

@@ -1,0 +1,314 @@
+"""The paper beside ours: printed numbers and errata, the gate on the unpruned row, verdicts on release rows only."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from sweep_standin import StandIn, make_config, task_manager, write_tasks
+from typer.testing import CliRunner
+
+from vlm_pruner_eval.cli import app
+from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.report import printed
+from vlm_pruner_eval.report.build import build, report_of
+from vlm_pruner_eval.report.gate import FAILS, INCOMPARABLE, REPRODUCES
+from vlm_pruner_eval.report.load import load_results
+from vlm_pruner_eval.report.paper import EQUIVALENT, NO_CLAIM, NOT_RUN, OUTSIDE, Compared, PaperTable, paper_for
+from vlm_pruner_eval.report.printed import Erratum, Number, PrintedNumbers, read_printed
+from vlm_pruner_eval.report.recompute import recompute_averages, recompute_lines
+from vlm_pruner_eval.report.tables import rows_of
+from vlm_pruner_eval.report.terminal import print_paper
+from vlm_pruner_eval.sweep.runner import run_sweep
+from vlm_pruner_eval.sweep.scores import MAIN_METRICS, Main
+
+RESULTS = Path(__file__).parent.parent / "results" / "paper"
+HEADER = "paper,table,vlm,method,retained_tokens,pruning_rate_percent,benchmark,metric,value,read_from\n"
+MODEL = {"id": "vlmpruner_llava", "pretrained": "llava-hf/llava-1.5-7b-hf", "protocol": "paper", "visual_tokens": 36, "layers": 4}
+RELEASE = {"name": "vlmpruner", "official_quirks": True, "label": "VLM-Pruner (release)"}
+METHODS = [
+    RELEASE,
+    {"name": "vlmpruner", "label": "VLM-Pruner"},
+    {"name": "vlmpruner", "official_quirks": True, "pivots": 2, "label": "pivots 2"},
+    {"name": "fastv", "label": "FastV"},
+    {"name": "uniform", "iso_layer": 2, "layer": 0, "label": "iso"},
+]
+COLUMNS = {"tiny_mean": "A", "tiny_pairs": "B"}
+Change = Callable[[dict[tuple[str, float, str], float]], None]
+
+
+# ---- the printed numbers themselves
+def test_the_package_and_the_results_folder_hold_the_same_printed_numbers() -> None:
+    names = {path.name for path in printed.DATA.glob("*.csv")}
+    assert names == {path.name for path in RESULTS.glob("*.csv")} == {"vlm_pruner.csv", "errata.csv"}
+    for name in names:
+        assert (printed.DATA / name).read_bytes() == (RESULTS / name).read_bytes()
+
+
+def test_every_printed_average_is_derived_again() -> None:
+    rows = recompute_averages(read_printed())
+    assert (len(rows), sum(row.matches for row in rows)) == (29, 28)
+    (wrong,) = [row for row in rows if not row.matches]
+    assert (wrong.vlm, wrong.method, wrong.printed, round(wrong.derived, 2)) == ("LLaVA-1.5-13B", "DivPrune", 90.20, 90.01)
+
+
+def test_2826_gives_both_averages() -> None:
+    both = {row.method: (row.printed, round(row.corrected, 2)) for row in recompute_averages(read_printed()) if row.corrected is not None}
+    assert both == {"FastV": (84.75, 88.35), "DART": (88.12, 91.86), "DivPrune": (90.20, 93.79), "VLM-Pruner": (92.68, 96.51)}
+
+
+def test_a_cell_that_was_removed_is_named_and_its_average_does_not_match() -> None:
+    table = read_printed()
+    gone = ("LLaVA-1.5-7B", "FastV", 88.9, "POPE")
+    fewer = PrintedNumbers({key: number for key, number in table.numbers.items() if key != gone}, table.errata)
+    rows = recompute_averages(fewer)
+    assert sum(row.matches for row in rows) == 27
+    assert "LLaVA-1.5-7B, FastV, 88.9 % removed: printed 84.60, can't be derived again: POPE is missing." in recompute_lines(fewer)
+
+
+def test_the_command_needs_no_results_directory() -> None:
+    result = CliRunner().invoke(app, ["report", "--recompute-paper"])
+    assert result.exit_code == 0
+    assert "28 of 29 printed averages match" in result.stdout
+    assert "LLaVA-1.5-13B, DivPrune, 88.9 % removed: printed 90.20, its own cells give 90.01." in result.stdout
+    assert "VLM-Pruner, 88.9 % removed: 92.68 from the printed cells, 96.51 with the corrected upper bound." in result.stdout
+    assert json.loads(result.stdout.splitlines()[-1]) == {"averages": 29, "match": 28}
+    refused = CliRunner().invoke(app, ["report"])
+    assert refused.exit_code == 2
+    assert "got no results directory" in refused.output
+
+
+def test_errata_touch_the_cells_they_speak_of() -> None:
+    table = read_printed()
+    assert table.errata_of("LLaVA-1.5-13B", "none", None, "MME") == (1,)
+    assert table.errata_of("LLaVA-1.5-13B", "vlmpruner", 88.9, "Avg") == (1,)
+    assert table.errata_of("LLaVA-1.5-13B", "divprune", 88.9, "Avg") == (1, 2)
+    assert table.errata_of("LLaVA-1.5-13B", "divprune", 88.9, "GQA") == ()
+    assert table.errata_of("LLaVA-1.5-7B", "fastv", 66.7, "MMB") == (4, 5)
+    assert table.errata_of("LLaVA-1.5-7B", "dart", 66.7, "MMB") == ()
+    assert table.errata_of("LLaVA-1.5-7B", "vlmpruner", 88.9, "Avg") == (3,)
+    assert table.errata_of("LLaVA-1.5-7B", "vlmpruner", 50.0, "Avg") == (), "nothing is printed there"
+
+
+def test_errata_that_cannot_be_read_are_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "errata.csv").write_text("number,vlm,method,pruning_rate_percent,benchmark,corrected,text\none,,,,,,x\n")
+    with pytest.raises(ConfigError, match="can't be read as errata"):
+        read_printed(tmp_path)
+
+
+# ---- a sweep of a model of the paper
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    root = tmp_path_factory.mktemp("paper")
+    config = make_config(model=MODEL, pruning_rates=["2/3", "8/9"], methods=METHODS, limit=None)
+    model = StandIn()
+    described = model.describe() | {"layers": 4}
+    model.describe = lambda: described
+    with pytest.MonkeyPatch.context() as patch:
+        for task, metric in (("tiny_mean", "right"), ("tiny_pairs", "both")):
+            patch.setitem(MAIN_METRICS, task, Main((metric,)))
+        tasks = task_manager(write_tasks(root / "tasks"))
+        run_sweep(config, root / "sweep", console=Console(file=io.StringIO()), load=lambda *args, **kwargs: model, task_manager=tasks)
+    yield root / "sweep"
+
+
+@pytest.fixture
+def folder(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(printed, "BENCHMARKS", COLUMNS)
+    return Path(shutil.copytree(sweep, tmp_path / "up" / "sweep"))
+
+
+def numbers(folder: Path, **extra: Any) -> PrintedNumbers:
+    """A paper that prints our own numbers, which are therefore all equivalent."""
+    cells = {}
+    for row in rows_of(load_results(folder)):
+        if row.label in ("unpruned", "VLM-Pruner (release)", "FastV"):
+            scores = {COLUMNS[task]: cell.value for task, cell in row.cells.items()} | {"Avg": row.relative.value}
+            for benchmark, value in scores.items():
+                cells["LLaVA-1.5-7B", printed.METHODS[row.method], round(row.percent or 0.0, 1), benchmark] = Number(value, "T", "print")
+    return PrintedNumbers(cells, **extra)
+
+
+def paper(folder: Path, table: PrintedNumbers) -> PaperTable:
+    return paper_for(load_results(folder), printed=table)
+
+
+def verdicts(table: PaperTable) -> dict[tuple[str, float | None, str], str | None]:
+    """By label, percentage and benchmark."""
+    return {
+        (item.row.label, item.row.percent and round(item.row.percent, 1), name): compared.verdict
+        for item in table.rows
+        for name, compared in [*item.cells.items(), ("Avg", item.average)]
+    }
+
+
+def of(table: PaperTable, label: str, percent: float, name: str) -> Compared:
+    (item,) = [item for item in table.rows if (item.row.label, round(item.row.percent or 0.0, 1)) == (label, percent)]
+    return item.average if name == "Avg" else item.cells[name]
+
+
+def shifted(table: PrintedNumbers, key: tuple[str, str, float, str], by: float) -> PrintedNumbers:
+    return PrintedNumbers(table.numbers | {key: Number(table.numbers[key].value + by, "T", "print")}, table.errata)
+
+
+KEY = ("LLaVA-1.5-7B", "VLM-Pruner", 66.7, "A")
+CELL = ("VLM-Pruner (release)", 66.7, "tiny_mean")
+
+
+def test_only_release_rows_with_the_papers_parameters_get_a_verdict(folder: Path) -> None:
+    table = paper(folder, numbers(folder))
+    assert (table.vlm, table.gate.status) == ("LLaVA-1.5-7B", REPRODUCES)
+    given = {key for key, verdict in verdicts(table).items() if verdict is not None}
+    assert given == {(RELEASE["label"], percent, name) for percent in (66.7, 88.9) for name in ("tiny_mean", "tiny_pairs", "Avg")}
+    assert {verdicts(table)[key] for key in given} == {EQUIVALENT}
+    # the sane row and the paper's own baseline stand beside the printed number all the same; an ablation and an iso-compute row don't
+    assert of(table, "VLM-Pruner", 66.7, "tiny_mean").difference == pytest.approx(0)
+    assert of(table, "FastV", 66.7, "tiny_mean").printed is not None
+    assert of(table, "pivots 2", 66.7, "tiny_mean").printed is None
+    iso = next(item for item in table.rows if item.row.label == "iso")
+    assert iso.cells["tiny_mean"].printed is None
+
+
+@pytest.mark.parametrize(("by", "verdict"), [(0.49, EQUIVALENT), (-0.49, EQUIVALENT), (0.51, OUTSIDE), (-0.51, OUTSIDE)])
+def test_equivalent_means_within_half_a_point(folder: Path, by: float, verdict: str) -> None:
+    table = paper(folder, shifted(numbers(folder), KEY, by))
+    changed = {key: value for key, value in verdicts(table).items() if value not in (None, EQUIVALENT)}
+    assert changed == ({CELL: OUTSIDE} if verdict == OUTSIDE else {})
+    assert of(table, *CELL).difference == pytest.approx(-by)
+
+
+def test_twice_the_noise_that_reproduce_measured_widens_the_tolerance(folder: Path) -> None:
+    far = shifted(numbers(folder), KEY, 0.9)
+    assert of(paper(folder, far), *CELL).verdict == OUTSIDE
+    assert "noise of the unpruned model was not measured" in paper(folder, far).noise
+    measured = {
+        "config": load_results(folder).config,
+        "noise": {"variants": {"batch1-sdpa": {}, "batch1-eager": {}}, "average_spread": 0.2, "tasks": {"tiny_mean": {"spread": 0.46}}},
+    }
+    (folder.parent / "reproduce.json").write_text(json.dumps(measured))
+    table = paper(folder, far)
+    assert (of(table, *CELL).verdict, of(table, *CELL).tolerance) == (EQUIVALENT, pytest.approx(0.92))
+    assert of(table, "VLM-Pruner (release)", 66.7, "tiny_pairs").tolerance == 0.5
+    assert "batch1-sdpa, batch1-eager" in table.noise
+    (folder.parent / "reproduce.json").write_text(json.dumps(measured | {"config": {"another": "sweep"}}))
+    assert of(paper(folder, far), *CELL).verdict == OUTSIDE
+    (folder.parent / "reproduce.json").write_text("{")
+    with pytest.raises(ConfigError, match="can't be read as the noise floor"):
+        paper(folder, far)
+
+
+def test_removing_one_printed_number_makes_exactly_its_cell_not_run(folder: Path) -> None:
+    table = numbers(folder)
+    fewer = PrintedNumbers({key: number for key, number in table.numbers.items() if key != KEY})
+    before, after = verdicts(paper(folder, table)), verdicts(paper(folder, fewer))
+    assert {key for key in before if before[key] != after[key]} == {CELL}
+    cell = of(paper(folder, fewer), *CELL)
+    assert (cell.verdict, cell.reason, cell.printed, cell.cell.value is not None) == (NOT_RUN, "no printed number", None, True)
+
+
+def test_removing_one_sample_file_makes_exactly_its_row_not_run(folder: Path) -> None:
+    table = numbers(folder)
+    before = verdicts(paper(folder, table))
+    (run,) = folder.glob("runs/vlm-pruner-release-2of3-*")
+    (run / "samples.jsonl").unlink()
+    after = verdicts(paper(folder, table))
+    gone = {(RELEASE["label"], 66.7, name) for name in ("tiny_mean", "tiny_pairs", "Avg")}
+    assert {key for key in before if before[key] != after[key]} == gone
+    assert {of(paper(folder, table), *key).reason for key in gone} == {"not run: samples missing"}
+    text = build(folder)["md"].read_text()
+    assert "| VLM-Pruner (release) | not run: samples missing | not run: samples missing | n/a |" in text
+    assert "The answers (samples.jsonl) of vlm-pruner-release-2of3 are missing" in text
+
+
+def test_without_the_unpruned_answers_nothing_is_claimed(folder: Path) -> None:
+    table = numbers(folder)
+    (run,) = folder.glob("runs/unpruned-*")
+    (run / "samples.jsonl").unlink()
+    after = paper(folder, table)
+    assert (after.gate.status, after.gate.stops) == (FAILS, True)
+    assert "it is not run: samples missing" in after.gate.sentence
+    assert of(after, *CELL).verdict == NO_CLAIM
+
+
+def test_nothing_is_claimed_about_pruned_rows_when_the_unpruned_one_fails_the_gate(folder: Path) -> None:
+    far = shifted(numbers(folder), ("LLaVA-1.5-7B", printed.METHODS["none"], 0.0, "A"), -0.6)
+    table = paper(folder, far)
+    assert table.gate.sentence == "The unpruned row does not reproduce: tiny_mean (1 of 2 tasks) outside."
+    assert {verdict for verdict in verdicts(table).values() if verdict is not None} == {NO_CLAIM}
+    console = Console(file=io.StringIO(), record=True, width=250)
+    print_paper(console, table)
+    assert "Nothing is claimed about pruned rows." in " ".join(console.export_text().split())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"), [("protocol", "hf", "protocol hf"), ("id", "vlmpruner_internvl", "model id vlmpruner_i")]
+)
+def test_another_protocol_or_model_is_not_comparable(folder: Path, name: str, value: str, reason: str) -> None:
+    table = numbers(folder)
+    for path in (folder / "sweep.json", *folder.glob("runs/*/run.json")):
+        held = json.loads(path.read_text())
+        held["config"]["model"][name] = value
+        path.write_text(json.dumps(held))
+    found = paper(folder, table)
+    assert (found.gate.status, of(found, *CELL).verdict) == (INCOMPARABLE, "not comparable")
+    assert reason in found.gate.sentence
+
+
+def test_an_average_over_an_impossible_upper_bound_has_no_verdict(folder: Path) -> None:
+    key = ("LLaVA-1.5-7B", printed.METHODS["none"], 0.0, "B")
+    erratum = Erratum(7, "B is misprinted.", (("LLaVA-1.5-7B", printed.METHODS["none"], None, "B"),), {key: 75.0})
+    table = numbers(folder, errata=(erratum,))
+    found = paper(folder, shifted(table, key, 100.0))
+    assert (of(found, *CELL).verdict, of(found, RELEASE["label"], 66.7, "Avg").verdict) == (EQUIVALENT, "not comparable")
+    assert [note.number for note in found.footnotes] == [7]
+    assert found.footnotes[0].text.startswith("B is misprinted.")
+
+
+def test_a_checkpoint_that_is_not_the_papers_has_no_printed_numbers(folder: Path) -> None:
+    for path in (folder / "sweep.json", *folder.glob("runs/*/run.json")):
+        path.write_text(path.read_text().replace("llava-hf/llava-1.5-7b-hf", "somewhere/tiny"))
+    assert paper_for(load_results(folder)) is None
+    assert "Printed numbers: none for this checkpoint." in build(folder)["md"].read_text()
+
+
+def test_a_grid_of_an_older_version_is_not_held_against_the_paper(folder: Path) -> None:
+    """It does not say in what a row differs from the method's defaults, so it could be an ablation."""
+    path = folder / "sweep.json"
+    grid = json.loads(path.read_text())
+    for line in grid["runs"]:
+        del line["changed"], line["asked_rate"], line["iso_layer"], line["parameters"]
+    path.write_text(json.dumps(grid))
+    results = load_results(folder)
+    assert {row.release for row in rows_of(results)} == {True, False}, "parameters are read from the records"
+    assert {compared.printed for item in paper_for(results).rows for compared in item.cells.values()} == {None}
+
+
+# ---- how it is shown
+def test_the_report_shows_ours_the_printed_number_the_difference_and_the_verdict(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    far = shifted(numbers(folder), KEY, 2.0)
+    lines = [f"VLM-Pruner,T,{key[0]},{key[1]},1,{key[2]},{key[3]},acc,{value.value},print" for key, value in far.numbers.items()]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.csv").write_text(HEADER + "\n".join(lines) + "\n")
+    monkeypatch.setattr(printed, "DATA", tmp_path / "data")
+    made = report_of(load_results(folder))
+    cell = of(made.paper, *CELL)
+    paths = build(folder)
+    text = paths["md"].read_text()
+    assert "## Our scores beside the paper's for LLaVA-1.5-7B" in text
+    assert f"paper {cell.printed.value:g} (-2.00); outside]" in text
+    assert "**The unpruned row reproduces: 2 of 2 tasks with a printed number are inside.** Ours: lmms-eval" in text
+    assert "protocol paper, splits tiny_mean: test, tiny_pairs: test." in text
+    held = {(row["label"], row["pruning_rate"]): row for row in json.loads(paths["json"].read_text())["paper"]["rows"]}
+    assert held[RELEASE["label"], "2/3"]["cells"]["tiny_mean"]["verdict"] == OUTSIDE
+    assert held[RELEASE["label"], "2/3"]["cells"]["tiny_mean"]["difference"] == pytest.approx(-2)
+    lines = list(csv.DictReader(io.StringIO((paths["tables"] / "paper.csv").read_text())))
+    (line,) = [line for line in lines if (line["label"], line["pruning_rate"], line["task"]) == (RELEASE["label"], "2/3", "tiny_mean")]
+    assert (line["verdict"], float(line["difference"]), line["table"]) == (OUTSIDE, pytest.approx(-2), "T")
+    assert r"\toprule" in (paths["tables"] / "paper.tex").read_text()

@@ -1,0 +1,246 @@
+"""The numbers that the paper prints, with their errata, and how models and tasks map onto its tables."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.sweep.grid import UNPRUNED
+
+DATA = Path(__file__).parent / "data"
+ERRATA = "errata.csv"
+AVERAGE = "Avg"
+# Tasks that ask what the paper asked. textvqa_val (no OCR tokens in the prompt) and ok_vqa_val2014 (an 'Unanswerable'
+# clause) ask something else, so no printed number stands for them.
+BENCHMARKS = {
+    "gqa": "GQA",
+    "mmbench_en_dev_static": "MMB",
+    "mme": "MME",
+    "mme_total": "MME",
+    "pope": "POPE",
+    "pope_splits": "POPE",
+    "scienceqa_img": "SQA",
+    "textvqa_val_ocr": "VQAText",
+    "ocrbench": "OCRBench",
+    "seedbench": "SEED",
+    "seedbench_image": "SEED",
+    "ok_vqa_val2014_plain": "OKVQA",
+}
+METHODS = {UNPRUNED: "vanilla (upper bound)", "vlmpruner": "VLM-Pruner", "fastv": "FastV", "dart": "DART", "divprune": "DivPrune"}
+PRINTED_TABLE = "printed table"
+_FULL_SCORE = {"MME": 2800.0, "OCRBench": 1000.0}
+_PAPER = "VLM-Pruner"  # files of other papers may lie beside
+_COLUMNS = ("paper", "table", "vlm", "method", "pruning_rate_percent", "benchmark", "value", "read_from")
+_ERRATA_COLUMNS = ("number", "vlm", "method", "pruning_rate_percent", "benchmark", "corrected", "text")
+
+Key = tuple[str, str, float, str]  # vlm, method as printed, percentage removed (one decimal), benchmark
+
+
+@dataclass(frozen=True)
+class PaperModel:
+    """A model of the paper: its id here, its sweep file under configs/paper, its name in the tables, its published checkpoints."""
+
+    id: str
+    file: str
+    vlm: str
+    checkpoints: tuple[str, ...]
+    has_script: bool = True
+
+
+PAPER_MODELS = {
+    "llava-1.5-7b": PaperModel(
+        "vlmpruner_llava", "table1_llava15_7b.yaml", "LLaVA-1.5-7B", ("llava-hf/llava-1.5-7b-hf", "liuhaotian/llava-v1.5-7b")
+    ),
+    "llava-1.5-13b": PaperModel(
+        "vlmpruner_llava", "table2_llava15_13b.yaml", "LLaVA-1.5-13B", ("llava-hf/llava-1.5-13b-hf", "liuhaotian/llava-v1.5-13b")
+    ),
+    "llava-next-7b": PaperModel(
+        "vlmpruner_llava_next",
+        "table2_llava_next_7b.yaml",
+        "LLaVA-NeXT-7B",
+        ("llava-hf/llava-v1.6-vicuna-7b-hf", "liuhaotian/llava-v1.6-vicuna-7b"),
+        has_script=False,
+    ),
+    "qwen2-vl-7b": PaperModel("vlmpruner_qwen2_vl", "table3_qwen2_vl_7b.yaml", "Qwen2-VL-7B-Instruct", ("Qwen/Qwen2-VL-7B-Instruct",)),
+    "llava-video-7b": PaperModel(
+        "vlmpruner_llava_video",
+        "table4_llava_video_7b.yaml",
+        "LLaVA-Video-7B-Qwen2",
+        ("lmms-lab/LLaVA-Video-7B-Qwen2",),
+        has_script=False,
+    ),
+    "qwen3-vl-4b": PaperModel(
+        "vlmpruner_qwen3_vl", "table7_qwen3_vl_4b.yaml", "Qwen3-VL-4B-Instruct", ("Qwen/Qwen3-VL-4B-Instruct",), has_script=False
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Number:
+    """A printed number and where it was read."""
+
+    value: float
+    table: str
+    read_from: str
+
+
+@dataclass(frozen=True)
+class Erratum:
+    """Something wrong with printed numbers: `text`, the cells it touches (empty or None: any), and the right value of one of them."""
+
+    number: int
+    text: str
+    cells: tuple[tuple[str, str, float | None, str], ...]
+    corrected: dict[Key, float] = field(default_factory=dict)
+
+    def touches(self, key: Key) -> bool:
+        """Whether a printed number is one of those."""
+        vlm, method, percent, benchmark = key
+        return any(
+            cell[0] in ("", vlm) and cell[1] in ("", method) and cell[2] in (None, percent) and cell[3] in ("", benchmark)
+            for cell in self.cells
+        )
+
+
+@dataclass(frozen=True)
+class PrintedNumbers:
+    """All numbers of the paper, by model, method, percentage removed (one decimal) and benchmark; and what is wrong with them."""
+
+    numbers: dict[Key, Number]
+    errata: tuple[Erratum, ...] = ()
+
+    def find(self, vlm: str | None, method: str, percent: float | None, benchmark: str | None) -> Number | None:
+        """The printed number of a cell, or None; `percent` None is the unpruned model."""
+        key = key_of(vlm, method, percent, benchmark)
+        return None if key is None else self.numbers.get(key)
+
+    def errata_of(self, vlm: str | None, method: str, percent: float | None, benchmark: str | None) -> tuple[int, ...]:
+        """Numbers of the errata that touch a printed number; none where nothing is printed."""
+        key = key_of(vlm, method, percent, benchmark)
+        return tuple(item.number for item in self.errata if item.touches(key)) if key in self.numbers else ()
+
+    def has_sound_averages(self, vlm: str) -> bool:
+        """Whether no upper bound that the model's averages divide by is above the benchmark's own maximum."""
+        bounds = {key[3]: number for key, number in self.numbers.items() if key[:2] == (vlm, METHODS[UNPRUNED])}
+        return all(is_possible(number, benchmark) for benchmark, number in bounds.items())
+
+
+def key_of(vlm: str | None, method: str, percent: float | None, benchmark: str | None) -> Key | None:
+    """The key of a cell of the paper's tables; None where they have no such model, method or benchmark."""
+    if vlm is None or method not in METHODS or benchmark is None:
+        return None
+    return vlm, METHODS[method], round(percent or 0.0, 1), benchmark
+
+
+def benchmark_of(task: str) -> str | None:
+    """The column of the paper that a task of lmms-eval stands for."""
+    return BENCHMARKS.get(task)
+
+
+def paper_model(pretrained: str) -> PaperModel | None:
+    """The model of the paper behind a checkpoint."""
+    return next((paper for paper in PAPER_MODELS.values() if pretrained in paper.checkpoints), None)
+
+
+def incomparable(paper: PaperModel | None, *, model_id: str, pretrained: str, protocol: str, limit: int | None) -> Iterator[str]:
+    """Why printed numbers can't be held against a run; nothing when they can."""
+    if limit is not None:
+        yield f"limit {limit}"
+    if paper is None or pretrained not in paper.checkpoints:
+        yield f"other checkpoint, {pretrained}"
+    elif model_id != paper.id:
+        yield f"model id {model_id}"
+    if protocol != "paper":
+        yield f"protocol {protocol}"
+
+
+def full_score(benchmark: str | None) -> float:
+    """The best score that a benchmark can give, in its own unit: 2800 for MME, 1000 for OCRBench, else 100."""
+    return _FULL_SCORE.get(benchmark, 100.0)
+
+
+def is_possible(number: Number, benchmark: str) -> bool:
+    """Whether a printed number is at most the benchmark's maximum (2826 for MME is not: see the errata)."""
+    return benchmark == AVERAGE or number.value <= full_score(benchmark)
+
+
+def is_whole_paper(tasks: Iterable[str]) -> bool:
+    """Whether tasks stand for the paper's nine benchmarks, each once: only then is our average its average."""
+    columns = [benchmark_of(task) for task in tasks]
+    return None not in columns and sorted(columns) == sorted(set(BENCHMARKS.values()))
+
+
+def read_printed(folder: Path | None = None) -> PrintedNumbers:
+    """Read the tables of the paper and their errata.
+
+    Parameters
+    ----------
+    folder
+        Where the .csv files are; default: the package's own.
+
+    Raises
+    ------
+    ConfigError
+        A file that can't be read as such a table.
+    """
+    folder = DATA if folder is None else folder
+    numbers: dict[Key, Number] = {}
+    files = [file for file in sorted(folder.glob("*.csv")) if file.name != ERRATA]
+    rows = [(_key(row), Number(float(row["value"]), row["table"], row["read_from"])) for file in files for row in _numbers(file)]
+    for key, number in sorted(rows, key=lambda row: _rank(row[1])):
+        numbers.setdefault(key, number)
+    return PrintedNumbers(numbers, _errata(folder / ERRATA) if (folder / ERRATA).is_file() else ())
+
+
+def _numbers(file: Path) -> list[dict[str, str]]:
+    rows = _lines(file, _COLUMNS)
+    # a number without a rate (table 7) can't be held against a row at a rate
+    wanted = [row for row in rows if row["paper"].startswith(_PAPER) and row["pruning_rate_percent"]]
+    for row in wanted:
+        try:
+            float(row["value"]), float(row["pruning_rate_percent"])
+        except ValueError as error:
+            raise ConfigError(f"{file}: can't be read as a table of printed numbers ({error}); mend the file.") from error
+    return wanted
+
+
+def _errata(file: Path) -> tuple[Erratum, ...]:
+    texts: dict[int, str] = {}
+    cells: dict[int, list[tuple[str, str, float | None, str]]] = {}
+    corrected: dict[int, dict[Key, float]] = {}
+    try:
+        for row in _lines(file, _ERRATA_COLUMNS):
+            number, percent = int(row["number"]), row["pruning_rate_percent"]
+            texts[number] = texts.get(number) or row["text"]
+            where = (row["vlm"], row["method"], round(float(percent), 1) if percent else None, row["benchmark"])
+            cells.setdefault(number, []).append(where)
+            if row["corrected"]:
+                corrected.setdefault(number, {})[_key(row | {"pruning_rate_percent": percent or "0"})] = float(row["corrected"])
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{file}: can't be read as errata ({error}); mend the file.") from error
+    return tuple(Erratum(number, texts[number], tuple(cells[number]), corrected.get(number, {})) for number in sorted(texts))
+
+
+def _lines(file: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    try:
+        with file.open(encoding="utf-8", newline="") as handle:
+            reader = csv.DictReader(handle)
+            if not set(columns) <= set(reader.fieldnames or ()):
+                raise ConfigError(f"{file}: lacks columns, expected {', '.join(columns)}; mend the file, or move it away.")
+            return list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{file}: can't be read as a table of printed numbers ({error}); mend the file.") from error
+
+
+def _key(row: dict[str, str]) -> Key:
+    return row["vlm"], row["method"], round(float(row["pruning_rate_percent"]), 1), row["benchmark"]
+
+
+def _rank(number: Number) -> int:
+    """Where a number was read twice, print comes before notes, and notes before a figure."""
+    return 0 if number.read_from == PRINTED_TABLE else 2 if "digitised" in number.read_from else 1
