@@ -10,10 +10,10 @@ import torch
 import transformers
 from test_hook_exact import CLOSE, MIXED, ONE, distance
 from tiny_models import FAMILIES, IMAGE, N_LAYERS, build, generate, masked_recompute, prompts, scopes_of, step_logits, views_from
-from toy_pruners import KeyNorm, StateNorm, Stride
+from toy_pruners import IN_MODEL, KeyNorm, StateNorm, Stride
 
 from vlm_pruner_eval import prune
-from vlm_pruner_eval.pruners import get_pruner, list_pruners
+from vlm_pruner_eval.pruners import get_pruner
 from vlm_pruner_eval.types import Selection
 
 # transformers 4.57 and 5.0 repeat images one by one under beams, wrongly when a row has several
@@ -29,7 +29,7 @@ def rate_for(name: str) -> object:
     return 0 if name == "none" else "2/3"
 
 
-@pytest.mark.parametrize("name", list_pruners())
+@pytest.mark.parametrize("name", IN_MODEL)
 def test_every_method_gives_the_same_in_a_batch_and_alone(tiny_model, family, name):
     """Also the table over every method x every family: it keeps what was asked, in every layer, and decodes."""
     model, pruner = tiny_model(family), get_pruner(name, pruning_rate=rate_for(name))

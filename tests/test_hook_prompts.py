@@ -10,10 +10,10 @@ from test_hook_batches import SEVERAL_UNDER_BEAMS, plain_positions, rate_for
 from test_hook_exact import CLOSE, MIXED, compare, distance
 from tiny_models import FAMILIES, generate, masked_recompute, prompts, scopes_of, step_logits, views_from
 from torch import Tensor, nn
-from toy_pruners import KeyNorm, StateNorm, Stride
+from toy_pruners import IN_MODEL, KeyNorm, StateNorm, Stride
 
 from vlm_pruner_eval import PruningError, cut, hook, prune
-from vlm_pruner_eval.pruners import get_pruner, list_pruners
+from vlm_pruner_eval.pruners import get_pruner
 
 VIDEO_FAMILIES = sorted(name for name, tiny in FAMILIES.items() if tiny.videos)
 MEDIA = [[4, "i0", 7], [3, "v1", 12], [5, "i1", 2, "v1", 6, "i2", 3], [9]]
@@ -59,7 +59,7 @@ def test_a_batch_is_exact_and_equals_its_rows_alone(tiny_model, family, rows, la
         assert torch.equal(output.sequences[i, -4:], alone.sequences[0, -4:])
 
 
-@pytest.mark.parametrize("name", list_pruners())
+@pytest.mark.parametrize("name", IN_MODEL)
 @pytest.mark.parametrize("family", VIDEO_FAMILIES)
 def test_every_method_prunes_videos(tiny_model, family, name):
     model, rows, pruner = tiny_model(family), MEDIA[1:3], get_pruner(name, pruning_rate=rate_for(name))

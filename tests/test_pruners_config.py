@@ -17,7 +17,7 @@ from torch import Tensor
 from vlm_pruner_eval import ConfigError, Pruner, PruningError, Selection, Stage, VisualTokens, get_pruner, keep_count, list_pruners
 from vlm_pruner_eval.budget import share_for_layer_average
 
-BUILT_IN = {"vlmpruner", "fastv", "dart", "divprune", "random", "uniform", "blind", "none"}
+BUILT_IN = {"vlmpruner", "fastv", "dart", "divprune", "random", "uniform", "pool", "downsample", "blind", "none"}
 
 
 def tokens(n_visual: int = 12) -> VisualTokens:

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from toy_pruners import IN_MODEL
 
-from vlm_pruner_eval import Pruner, PruningError, Selection, TextTokens, VisualTokens, get_pruner, keep_count, list_pruners
+from vlm_pruner_eval import Pruner, PruningError, Selection, TextTokens, VisualTokens, get_pruner, keep_count
 
-METHODS = list_pruners()
+METHODS = IN_MODEL
 FLOATS = {"hidden_states", "keys", "attention", "normed_hidden_states", "text"}
 IGNORES_KEEP = {"blind": lambda n_visual, keep: 0, "none": lambda n_visual, keep: n_visual}
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
