@@ -28,6 +28,7 @@ ALLOWED = {
     "bench": {"bench", "errors"},
     "lmms": {"lmms", "bench", "budget", "cost", "errors", "hook", "ledger", "pruners", "timing", "types", "vlms", ""},
     "sweep": {"sweep", "lmms", "bench", "budget", "cost", "errors", "ledger", "pruners", "timing", ""},
+    "speed": {"speed", "sweep", "pruners", "budget", "errors", "timing", "types", ""},
     "report": {"report", "sweep", "budget", "cost", "errors", ""},
     "reproduce": {"reproduce", "report", "sweep", "lmms", "pruners", "errors", ""},
 }
@@ -81,3 +82,10 @@ def test_the_table_would_notice(tmp_path):
 def test_light_modules_do_not_load_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_data_files_are_installed_too() -> None:
+    """setup.cfg ships data files of packages only: a folder without __init__.py would be missing from an installation."""
+    data = [path for path in PACKAGE.rglob("*") if path.suffix in {".csv", ".jinja", ".json", ".parquet", ".safetensors", ".yaml"}]
+    assert len(data) > 15
+    assert not [str(path) for path in data if not (path.parent / "__init__.py").is_file()]

@@ -1,0 +1,1 @@
+"""The printed numbers and their errata, as in results/paper."""
