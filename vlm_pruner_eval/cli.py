@@ -1,4 +1,4 @@
-"""The command line: `vlm-pruner-eval {sweep,report,show,reproduce,list}`. Light to import; torch is loaded by commands that need it."""
+"""The command line: `vlm-pruner-eval {sweep,report,show,reproduce,bench,list}`. Light to import; torch is loaded by commands that need it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.speed.cli import app as bench_app
 from vlm_pruner_eval.sweep.config import SweepConfig
 
 P = ParamSpec("P")
@@ -28,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Evaluate visual-token pruning in vision-language models.",
 )
+app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:

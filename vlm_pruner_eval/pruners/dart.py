@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlm_pruner_eval.pruners.base import Pruner, unit_rows
+from vlm_pruner_eval.pruners.blocks import l1_norms, row_blocks
 from vlm_pruner_eval.types import Selection, VisualTokens
 
 
@@ -59,11 +60,12 @@ class DART(Pruner):
             states = torch.cat([states, text.normed_hidden_states[after]])
             positions = torch.cat([positions, text.positions[after]])
         share = keep // len(positions)
-        set_order = as_a_set(positions.tolist())
+        set_order = as_a_set(positions.cpu().tolist())
         released = min(tokens.n_visual, len(image) + len(positions) * share)
         fired = {"count": released != keep, "set_order": set_order != [*range(len(positions))]}
         walk, count = (set_order, released) if self.official_quirks else ([*range(len(positions))], keep)
-        order = least_similar(tokens.normed_hidden_states, states[walk], image[:count], share, count)
+        turns = torch.tensor(walk).to(states.device, non_blocking=True)
+        order = least_similar(tokens.normed_hidden_states, states[turns], image[:count], share, count)
         return Selection(order, quirks=frozenset(quirk for quirk, did in fired.items() if did))
 
 
@@ -72,7 +74,7 @@ def largest_keys(keys: Tensor, count: int) -> Tensor:
 
     Paper: arXiv 2502.11494 (pivot selection).
     """
-    return keys.flatten(1).abs().sum(-1).sort(descending=True, stable=True).indices[:count]
+    return l1_norms(keys.flatten(1)).sort(descending=True, stable=True).indices[:count]
 
 
 def as_a_set(positions: list[int]) -> list[int]:
@@ -99,7 +101,8 @@ def least_similar(states: Tensor, pivots: Tensor, start: Tensor, share: int, cou
 
     Paper: arXiv 2502.11494 (duplication by cosine similarity to the pivots).
     """
-    cosine = unit_rows(pivots) @ unit_rows(states).T
+    unit = unit_rows(pivots)
+    cosine = torch.cat([unit @ unit_rows(block).T for block in row_blocks(states)], dim=1)
     taken = torch.zeros(len(states), dtype=torch.bool, device=states.device)
     taken[start] = True
     parts, missing = [start], count - len(start)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from vlm_pruner_eval.pruners.base import Pruner, unit_rows
 from vlm_pruner_eval.types import Selection, VisualTokens
@@ -50,17 +51,34 @@ class DivPrune(Pruner):
     def choose(self, tokens: VisualTokens, keep: int) -> Selection:
         """First the token whose nearest other one is farthest, then always the one farthest from those chosen."""
         unit = unit_rows(tokens.hidden_states)
-        distance = 1 - unit @ unit.T
-        order = torch.zeros(keep, dtype=torch.int64, device=distance.device)
-        chosen = torch.zeros(len(distance), dtype=torch.bool, device=distance.device)
-        repeats = torch.zeros(max(keep, 1), dtype=torch.bool, device=distance.device)
+        distance = (unit @ unit.T).neg_().add_(1)
+        del unit
         # the second smallest of a row: the smallest is the token itself
         nearest = distance.topk(min(2, len(distance)), dim=1, largest=False).values[:, -1]
+        picked = []
         for step in range(keep):  # indices stay on the device: no wait per step on a GPU
-            repeats[step] = chosen[nearest.argmax().view(1)].any()
-            best = nearest.masked_fill(chosen, -math.inf).argmax().view(1)
-            order[step] = best
-            chosen[best] = True
-            row = distance[best].squeeze(0)
-            nearest = row if step == 0 else torch.minimum(nearest, row)
-        return Selection(order, quirks=frozenset({"repeats"} if repeats.any() else ()))
+            best = nearest.argmax(0, keepdim=True)
+            picked.append(best)
+            row = distance.index_select(0, best).squeeze(0)
+            nearest = torch.minimum(nearest, row) if step else row
+            nearest.index_fill_(0, best, -math.inf)  # a minimum never lifts it again
+        order = torch.cat(picked) if picked else torch.zeros(0, dtype=torch.int64, device=distance.device)
+        return Selection(order, quirks=frozenset({"repeats"} if would_repeat(distance, order) else ()))
+
+
+def would_repeat(distance: Tensor, order: Tensor) -> Tensor:
+    """Whether the greedy choice without a memory of what is chosen would have taken a token again at some step: Tensor [] bool.
+
+    Parameters
+    ----------
+    distance : Tensor [V, V]
+        Distances between the tokens, to themselves included: a chosen token stays a candidate at that distance.
+    order : Tensor [R]
+        The choice that takes every token once.
+
+    Paper: arXiv 2503.02175, algorithm 1 as released.
+    """
+    nearest = distance.index_select(0, order).index_select(1, order).cummin(0).values[:-1]  # row s: after s + 1 choices
+    taken = nearest.diagonal(offset=1)[:, None]  # what step s + 1 took
+    wins = (nearest > taken) | ((nearest == taken) & (order < order[1:, None]))
+    return wins.tril().any()

@@ -21,7 +21,7 @@ UNPRUNED = "none"
 RATELESS = frozenset({"blind"})  # keeps no visual token, so a rate means nothing to it
 
 # Sources that can't change a record: editing the report must not make old runs unusable.
-_NOT_IN_RECORDS = ("report", "reproduce", "sweep", "cli.py", "__main__.py")
+_NOT_IN_RECORDS = ("report", "reproduce", "speed", "sweep", "cli.py", "__main__.py")
 _IN_RECORDS = ("sweep/scores.py", "sweep/records.py", "sweep/clusters.py", "sweep/counts.py", "sweep/documents.py")
 
 
