@@ -1,4 +1,4 @@
-"""The command line: `vlm-pruner-eval {sweep,report,show,reproduce,bench,list}`. Light to import; torch is loaded by commands that need it."""
+"""The command line `vlm-pruner-eval`. Light to import; torch is loaded by commands that need it."""
 
 from __future__ import annotations
 
