@@ -28,7 +28,7 @@ ALLOWED = {
     "bench": {"bench", "errors"},
     "lmms": {"lmms", "bench", "budget", "cost", "errors", "hook", "ledger", "pruners", "timing", "types", "vlms", ""},
     "sweep": {"sweep", "lmms", "bench", "budget", "cost", "errors", "ledger", "pruners", "timing", ""},
-    "speed": {"speed", "sweep", "pruners", "budget", "errors", "timing", "types", ""},
+    "speed": {"speed", "bench", "budget", "cost", "errors", "hook", "ledger", "lmms", "pruners", "sweep", "timing", "types", "vlms", ""},
     "report": {"report", "sweep", "budget", "cost", "errors", ""},
     "reproduce": {"reproduce", "report", "sweep", "lmms", "pruners", "errors", ""},
 }

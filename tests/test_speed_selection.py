@@ -67,7 +67,7 @@ def test_calls_take_turns_and_none_is_timed_before_it_has_run_once():
 
 
 def test_a_yardstick_that_does_not_fit_is_skipped_and_says_so(monkeypatch):
-    monkeypatch.setattr(selection, "_free_bytes", lambda device: 1000)
+    monkeypatch.setattr(selection, "free_bytes", lambda device: 1000)
     got = selection.bench_selection(["fastv"], [36], 1, width=64)
     assert got["yardstick"][0]["ms"] is None and "are free" in got["yardstick"][0]["skipped"]
     assert all(row["yardstick_ratio"] is None for row in got["rows"])

@@ -3,104 +3,128 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vlm_pruner_eval.errors import ConfigError
-
-BAD_INPUT = 2
-WIDTH = 120
+from vlm_pruner_eval.speed.options import (
+    FAILED,
+    BatchSizes,
+    Device,
+    Dtype,
+    GeometryName,
+    NewTokens,
+    Out,
+    Repeats,
+    TextTokens,
+    Threads,
+    progress,
+    sentences,
+    whole_numbers,
+    words,
+)
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine; needs no model and no download.")
 
 
-@app.callback()
-def bench() -> None:
-    """Keep `selection` a command of its own while it is the only one."""
-
-
 @app.command()
+@sentences
 def selection(
     methods: Annotated[str, typer.Option(help="Only these methods: a,b,c; default: all that have a rule.")] = "",
     sizes: Annotated[str, typer.Option(help="Numbers of visual tokens.")] = "576,1280,2304,2880",
     repeats: Annotated[int, typer.Option(help="Calls of each case in each of three rounds.")] = 8,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Write the JSON object to this file too.")] = None,
+    threads: Threads = 1,
+    out: Out = None,
 ) -> None:
     """Time of selection and memory of every method, beside the broadcast cosine of the VLM-Pruner release. Exit code 2 for bad input."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's notices on stderr; it reads this when torch is loaded
-    from vlm_pruner_eval.speed import machine
+    from vlm_pruner_eval.speed import machine, show
     from vlm_pruner_eval.speed.selection import bench_selection
 
-    try:
-        with machine.threads(threads):
-            result = bench_selection(
-                [name.strip() for name in methods.split(",") if name.strip()],
-                whole_numbers("--sizes", sizes),
-                repeats,
-                progress=lambda line: print(line, file=sys.stderr, flush=True),
-            )
-            print_selection(result)
-            machine.write_json(result, out)
-    except ConfigError as error:
-        for problem in error.problems:
-            print(f"vlm-pruner-eval: {problem}", file=sys.stderr)
-        raise typer.Exit(BAD_INPUT) from None
+    with machine.threads(threads):
+        result = bench_selection(words(methods), whole_numbers("--sizes", sizes), repeats, progress=progress)
+    show.print_selection(result)
+    machine.write_json(result, out)
 
 
-def whole_numbers(option: str, text: str) -> list[int]:
-    """The numbers of "576,1280".
+@app.command()
+@sentences
+def prefill(
+    geometry: GeometryName = "mini",
+    methods: Annotated[str, typer.Option(help="Methods: a,b,c")] = "vlmpruner,divprune",
+    rates: Annotated[str, typer.Option(help="Pruning rates.")] = "0.667,0.889",
+    batch_sizes: BatchSizes = "1,8",
+    text_tokens: TextTokens = 64,
+    new_tokens: NewTokens = 8,
+    repeats: Repeats = 3,
+    dtype: Dtype = None,
+    device: Device = None,
+    threads: Threads = 1,
+    out: Out = None,
+) -> None:
+    """Time to first token, prefill, decoding and memory of a model of real size with random weights, beside the machine's limit."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's notices on stderr; it reads this when torch is loaded
+    from vlm_pruner_eval.speed import machine, show
+    from vlm_pruner_eval.speed.prefill import bench_prefill
 
-    Raises
-    ------
-    ConfigError
-        Something else than whole numbers with commas between them.
-    """
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise ConfigError(f"{option}: got {text!r}, expected whole numbers with commas between them, such as 576,1280.") from None
-
-
-def print_selection(result: dict[str, Any]) -> None:
-    """The rows as a table."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    columns = ("device", "V", "method", "removed", "kept", "select ms", "IQR", "noise", "yardstick x", "plain x", "peak MB", "in [V, V]")
-    table = Table(*columns, box=None, pad_edge=False)
-    for row in result["rows"]:
-        select = row["select"]
-        table.add_row(
-            row["device"],
-            str(row["n_visual"]),
-            escape(row["method"]),
-            f"{row['pruning_rate']:.1%}",
-            str(row["n_kept"]),
-            f"{select['ms']:.2f}",
-            f"{select['iqr_ms']:.2f}",
-            f"{select['noise']:.0%}",
-            _times(row["yardstick_ratio"]),
-            _times(row["plain_ratio"]),
-            f"{row['peak_bytes'] / 1e6:.1f}",
-            f"{row['peak_in_matrices']:.2f}",
-        )
-    console = Console(width=WIDTH)
-    console.print(table)
-    for yardstick in result["yardstick"]:
-        shown = f"{yardstick['ms']:.0f} ms" if yardstick["ms"] is not None else f"not run: {yardstick['skipped']}"
-        console.print(f"yardstick on {yardstick['device']}, {yardstick['n_visual']} tokens: {shown}", highlight=False, markup=False)
-    console.print(
-        "yardstick x: the release's broadcast cosine over select. plain x: a plain formulation of the same rule over the rule alone. "
-        "Peak: tensors made during select, its answer included, also as a multiple of a [V, V] float32 matrix.",
-        highlight=False,
-        markup=False,
-    )
+    options = _options(batch_sizes, text_tokens, new_tokens, repeats, dtype, device)
+    with machine.threads(threads):
+        result = bench_prefill(geometry, words(methods), words(rates), **options, progress=progress)
+    show.print_prefill(result)
+    machine.write_json(result, out)
 
 
-def _times(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+@app.command()
+@sentences
+def profile(
+    geometry: GeometryName = "mini",
+    method: Annotated[str, typer.Option(help="The method that prunes.")] = "vlmpruner",
+    rate: Annotated[str, typer.Option(help="The pruning rate.")] = "0.889",
+    batch_sizes: BatchSizes = "1",
+    text_tokens: TextTokens = 64,
+    new_tokens: NewTokens = 8,
+    repeats: Repeats = 3,
+    dtype: Dtype = None,
+    device: Device = None,
+    threads: Threads = 1,
+    out: Out = None,
+) -> None:
+    """Where the time of an answer goes: vision, layers before and behind the cut, selection, decoding, the host."""
+    from vlm_pruner_eval.speed import machine, show
+    from vlm_pruner_eval.speed.prefill import bench_profile
+
+    options = _options(batch_sizes, text_tokens, new_tokens, repeats, dtype, device)
+    with machine.threads(threads):
+        result = bench_profile(geometry, method, rate, **options)
+    show.print_profile(result)
+    machine.write_json(result, out)
+
+
+@app.command()
+@sentences
+def questions(
+    batch_sizes: BatchSizes = "1,4,8,16",
+    method: Annotated[str, typer.Option(help="The method that prunes; none: the plain model.")] = "vlmpruner",
+    rate: Annotated[str, typer.Option(help="The pruning rate; not used by none and blind.")] = "8/9",
+    limit: Annotated[int, typer.Option(help="Questions of each of the six tasks.")] = 8,
+    device: Device = None,
+    threads: Threads = 1,
+    out: Out = None,
+) -> None:
+    """Questions per second of the embedded model through the lmms-eval wrapper. Exit code 1 if a batch answers differently from batch 1."""
+    from vlm_pruner_eval.speed import machine, show
+    from vlm_pruner_eval.speed.questions import bench_questions
+
+    asked = None if method in {"none", "blind"} else rate
+    with machine.threads(threads):
+        sizes = whole_numbers("--batch-sizes", batch_sizes)
+        result = bench_questions(sizes, method=method, rate=asked, limit=limit, device=device, progress=progress)
+    show.print_questions(result)
+    machine.write_json(result, out)
+    if not result["same_answers"]:
+        raise typer.Exit(FAILED)
+
+
+def _options(batch_sizes: str, n_text: int, n_new: int, repeats: int, dtype: str | None, device: str | None) -> dict[str, Any]:
+    sizes = {"batch_sizes": whole_numbers("--batch-sizes", batch_sizes), "n_text": n_text, "n_new": n_new, "repeats": repeats}
+    return {**sizes, "dtype": dtype, "device": device}

@@ -1,8 +1,9 @@
-"""The most memory that a call takes beyond what was there before: tensors, on a CPU and on a GPU."""
+"""The most memory that a call takes beyond what was there before, and what is free: on a CPU and on a GPU."""
 
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -56,3 +57,14 @@ def highest(changes: Iterable[int]) -> int:
         total += change
         top = max(top, total)
     return top
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can be had on a device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = next(line for line in meminfo.read_text(encoding="utf-8").splitlines() if line.startswith("MemAvailable:"))
+    return int(available.split()[1]) * 1024

@@ -6,11 +6,9 @@ Paper: arXiv 2512.02700, efficiency analysis. Every ratio is of two times of one
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -20,7 +18,7 @@ from torch import Tensor
 from vlm_pruner_eval.errors import ConfigError, closest
 from vlm_pruner_eval.pruners import Pruner, get_pruner, list_pruners, pruner_class
 from vlm_pruner_eval.speed.machine import devices, machine, wait_for
-from vlm_pruner_eval.speed.memory import HOW, peak_extra_bytes
+from vlm_pruner_eval.speed.memory import HOW, free_bytes, peak_extra_bytes
 from vlm_pruner_eval.speed.plain import PLAIN, broadcast_cosine
 from vlm_pruner_eval.timing import median_iqr
 from vlm_pruner_eval.types import TextTokens, VisualTokens, row_major
@@ -238,17 +236,7 @@ def _row(case: Case, yardstick_ms: float | None, device: torch.device) -> dict[s
 
 
 def _why_skipped(n_visual: int, channels: int, device: torch.device) -> str | None:
-    needed, free = _YARDSTICK_COPIES * 4 * n_visual**2 * channels, _free_bytes(device)
+    needed, free = _YARDSTICK_COPIES * 4 * n_visual**2 * channels, free_bytes(device)
     if needed <= free:
         return None
     return f"the broadcast needs up to {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    available = next(line for line in meminfo.read_text(encoding="utf-8").splitlines() if line.startswith("MemAvailable:"))
-    return int(available.split()[1]) * 1024

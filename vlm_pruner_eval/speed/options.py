@@ -1,0 +1,68 @@
+"""What the commands of `bench` share: options, lists of numbers, and sentences for what went wrong."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+import typer
+
+from vlm_pruner_eval.errors import ConfigError, PruningError
+
+P = ParamSpec("P")
+BAD_INPUT, FAILED = 2, 1
+
+GeometryName = Annotated[str, typer.Option(help="llava-1.5-7b, llava-1.5-13b, llava-next-7b, qwen2-vl-7b, 100m or mini.")]
+BatchSizes = Annotated[str, typer.Option(help="Batch sizes.")]
+TextTokens = Annotated[int, typer.Option(help="Words of the prompt around the image.")]
+NewTokens = Annotated[int, typer.Option(help="Tokens to generate.")]
+Repeats = Annotated[int, typer.Option(help="Answers of each case in each of three rounds.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: float16 on a GPU, float32 on a CPU.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU if there is one.")]
+Threads = Annotated[int, typer.Option(help="CPU threads.")]
+Out = Annotated[Path | None, typer.Option(help="Write the JSON object to this file too.")]
+
+
+def sentences(command: Callable[P, None]) -> Callable[P, None]:
+    """What a user did wrong, or pruning could not do, becomes a sentence on stderr and exit code 2 or 1, never a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except ConfigError as error:
+            for problem in error.problems:
+                print(f"vlm-pruner-eval: {problem}", file=sys.stderr)
+            raise typer.Exit(BAD_INPUT) from None
+        except PruningError as error:
+            print(f"vlm-pruner-eval: {error}", file=sys.stderr)
+            raise typer.Exit(FAILED) from None
+
+    return run
+
+
+def words(text: str) -> list[str]:
+    """The parts of "a,b,c"."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """The numbers of "576,1280".
+
+    Raises
+    ------
+    ConfigError
+        Something else than whole numbers with commas between them.
+    """
+    try:
+        return [int(part) for part in words(text)]
+    except ValueError:
+        raise ConfigError(f"{option}: got {text!r}, expected whole numbers with commas between them, such as 8,16.") from None
+
+
+def progress(line: str) -> None:
+    """Tell how far a benchmark is; stdout is for its result."""
+    print(line, file=sys.stderr, flush=True)
