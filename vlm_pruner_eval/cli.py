@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -59,13 +58,20 @@ def sweep(
     output: Annotated[Path | None, typer.Option(help="Results directory; default: the file's `output`, else ./output/NAME.")] = None,
     limit: Annotated[int | None, typer.Option(help="Questions per task, instead of the file's.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the grid and stop: nothing is loaded or written.")] = False,
+    share_prefix: Annotated[
+        bool, typer.Option("--share-prefix", help="Compute what precedes the cuts once for all runs: same answers, sooner, without times.")
+    ] = False,
 ) -> None:
     """Run a sweep, skip what is finished, write and print the report. Exit code 1 if a run failed, 2 for bad input."""
-    _quieten()  # first: progress bars read the environment when their library is imported, which torch does
+    from vlm_pruner_eval.sweep.progress import quieten
+
+    quieten()  # first: progress bars read the environment when their library is imported, which torch does
     from vlm_pruner_eval.sweep import config as sweep_config
     from vlm_pruner_eval.sweep.grid import method_problems
 
-    loaded = sweep_config.load(config, overrides={} if limit is None else {"limit": limit}, check=method_problems)
+    overrides = {"share_prefix": True} if share_prefix else {}
+    overrides |= {} if limit is None else {"limit": limit}
+    loaded = sweep_config.load(config, overrides=overrides, check=method_problems)
     if dry_run:
         _print_grid(loaded)
         return
@@ -151,7 +157,9 @@ def reproduce(
 
     Finished runs are skipped. Exit code 1 if the unpruned row does not reproduce or a run failed, 2 for bad input.
     """
-    _quieten()
+    from vlm_pruner_eval.sweep.progress import quieten
+
+    quieten()
     from vlm_pruner_eval.reproduce.plan import make_plan
     from vlm_pruner_eval.reproduce.report import print_summary, write
     from vlm_pruner_eval.reproduce.run import reproduce as run_stages
@@ -250,14 +258,3 @@ def _recompute() -> None:
         print(line)
     rows = recompute_averages(printed)
     print(json.dumps({"averages": len(rows), "match": sum(row.matches for row in rows)}))
-
-
-def _quieten() -> None:
-    """Keep warnings, drop the progress bars and notices that lmms-eval and its libraries print for every run."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from loguru import logger
-
-    logger.remove()
-    logger.add(sys.stderr, level="WARNING", format="{level}: {message}")

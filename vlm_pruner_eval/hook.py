@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from vlm_pruner_eval.cut import Cut, CutState, LayerLength, recall, remember, ta
 from vlm_pruner_eval.errors import ConfigError, PruningError
 from vlm_pruner_eval.ledger import Ledger
 from vlm_pruner_eval.prefill import Prefill
-from vlm_pruner_eval.probe import probe_for
+from vlm_pruner_eval.probe import Probe, probe_for
 from vlm_pruner_eval.pruners.base import FROM_PREVIOUS_LAYER, Pruner
 from vlm_pruner_eval.vlms import family_of
 
@@ -55,6 +55,12 @@ def prune(model: nn.Module, pruner: Pruner, *, sample_ids: Sequence[str] | None 
         (static caches, chunked prefill, inputs_embeds without input_ids, a new image in a later turn).
     """
     return PruningHook(model, pruner, sample_ids)
+
+
+def installed_probes(core: nn.Module) -> Mapping[int, Probe]:
+    """The probes of the hook that is on a model now, by the layer of the stage that reads them; none without a hook."""
+    hook = core.__dict__.get(_INSTALLED)
+    return {} if hook is None else hook._probes
 
 
 class PruningHook:

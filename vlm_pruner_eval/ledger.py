@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from vlm_pruner_eval.budget import layer_average
 
@@ -36,7 +36,7 @@ class SampleRecord:
     quirks
         Release misbehaviours that fired or would have fired, over all scopes.
     selection_ms
-        Time in the method's `select`, all scopes and stages of this row.
+        Time in the method's `select`, all scopes and stages of this row; None where times would mislead (runs that shared a prefix).
     layouts
         Of each image (one to `n_images`), in prompt order: tokens with newlines, rows and columns of the finest view, views or frames.
     kv_bytes
@@ -57,7 +57,7 @@ class SampleRecord:
     kv_lengths: list[int]
     visual_lengths: list[int]
     quirks: frozenset[str] = frozenset()
-    selection_ms: float = 0.0
+    selection_ms: float | None = 0.0
     sample_id: str | None = None
     scope: str = "per_image"
     layouts: list[list[int]] = field(default_factory=list)
@@ -71,7 +71,8 @@ class SampleRecord:
 
     def as_json(self) -> dict:
         """Plain types only, quirks sorted."""
-        return asdict(self) | {"quirks": sorted(self.quirks), "layer_averaged": self.layer_averaged}
+        # not dataclasses.asdict, which takes milliseconds to copy hundreds of positions one by one
+        return vars(self) | {"quirks": sorted(self.quirks), "layer_averaged": self.layer_averaged}
 
 
 @dataclass

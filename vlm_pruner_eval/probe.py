@@ -10,6 +10,9 @@ import sys
 import torch
 from torch import Tensor, nn
 
+# Outputs of the projections of queries (None if nobody asked) and keys, and the rotary embedding as (cos, sin).
+Seen = tuple[Tensor | None, Tensor, tuple[Tensor, Tensor]]
+
 
 def probe_for(layers: nn.ModuleList, layer: int, needs: frozenset[str]) -> Probe | None:
     """The probe that a stage at decoder layer `layer` needs: on the attention of the layer before, or none at all."""
@@ -40,6 +43,14 @@ class Probe:
     def clear(self) -> None:
         """Let go of the tensors."""
         self.q = self.k = self.rope = self._rotated = None
+
+    def seen(self) -> Seen:
+        """What this probe saw of the present forward."""
+        return self.q, self.k, self.rope
+
+    def show(self, seen: Seen) -> None:
+        """What another probe of `attn` saw, in place of a forward that is left out."""
+        (self.q, self.k, self.rope), self._rotated = seen, None
 
     def keys(self) -> Tensor:
         """Keys after rotary embedding, [B, H_kv, L, d]: what the KV cache of this layer holds."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -13,6 +15,31 @@ from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.lmms.prompts import Prompt
 from vlm_pruner_eval.lmms.settings import Settings
 from vlm_pruner_eval.lmms.videos import Video
+
+if TYPE_CHECKING:
+    from vlm_pruner_eval.lmms.downsampling import Plan
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch of prompts ready for the model.
+
+    Attributes
+    ----------
+    inputs
+        What ``model.generate`` takes; it leaves these tensors as they are, so that several methods may read them.
+    plans
+        How small each prompt's images were made before the model; empty where they were left alone.
+    n_prompt, n_visual
+        Tokens of each prompt without padding, and those of them that are visual.
+    """
+
+    prompts: list[Prompt]
+    sample_ids: list[str]
+    inputs: BatchFeature
+    plans: list[Plan]
+    n_prompt: list[int]
+    n_visual: list[int]
 
 
 def bound_pixels(processor: ProcessorMixin, settings: Settings) -> None:

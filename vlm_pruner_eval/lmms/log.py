@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from vlm_pruner_eval.ledger import SampleRecord
+from vlm_pruner_eval.lmms.prompts import Generation, Prompt, count_new
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,9 @@ class Answer:
     record
         What was really kept; None when the sample failed.
     prefill_ms
-        Prefill of the whole batch that the sample was in (`batch_size` rows), not its share.
+        Prefill of the whole batch that the sample was in (`batch_size` rows), not its share; None where it was shared with other methods.
     decode_ms
-        Median of that batch's decoding steps; None when the answer took no step.
+        Median of that batch's decoding steps; None when the answer took no step, or like `prefill_ms`.
     n_prompt_tokens, n_new_tokens
         Of this sample alone, without padding; image tokens are counted in the prompt.
         Of a scored continuation: its tokens, though none was generated.
@@ -37,7 +40,7 @@ class Answer:
         Of a continuation that was scored (`answer` holds it), else None: which of its document's, from 0; the sum of its
         tokens' log-probabilities; whether greedy decoding would have written it.
     peak_bytes
-        The most that the GPU held while the sample's batch was answered, weights included; None on a CPU.
+        The most that the GPU held while the sample's batch was answered, weights included; None on a CPU, or like `prefill_ms`.
     images
         Content hashes of the document's images and videos, see `prompts.image_digest`; documents that share one are not
         independent.
@@ -68,9 +71,14 @@ class Answer:
         """``task/split/doc_id``."""
         return f"{self.task}/{self.split}/{self.doc_id}"
 
+    def untimed(self) -> Answer:
+        """The same without times and peak memory, which say nothing of a method where others did part of its work."""
+        record = self.record and replace(self.record, selection_ms=None)
+        return replace(self, record=record, prefill_ms=None, decode_ms=None, peak_bytes=None)
+
     def as_json(self) -> dict:
         """Plain types only."""
-        return asdict(self) | {"record": self.record and self.record.as_json()}
+        return vars(self) | {"record": self.record and self.record.as_json()}
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,25 @@ class Reading:
     decode_ms: list[float]
     peak_bytes: int | None = None
 
+    def answers(
+        self, batch: Sequence[Prompt], options: Generation, tokenizer: PreTrainedTokenizerBase, eos_ids: Collection[int]
+    ) -> list[Answer]:
+        """The answer to every prompt of the batch that was read."""
+        new_ids = self.output[:, self.width :]
+        texts = tokenizer.batch_decode(new_ids, skip_special_tokens=True)
+        return [
+            Answer(
+                *(prompt.request.task, prompt.request.split, prompt.request.doc_id, options.cut(texts[i])),
+                record=self.records[i * options.n_beams],
+                n_prompt_tokens=self.n_prompt[i],
+                n_new_tokens=count_new(new_ids[i], eos_ids),
+                images=prompt.digests,
+                question=prompt.question,
+                **self.of_batch(),
+            )
+            for i, prompt in enumerate(batch)
+        ]
+
     def of_batch(self) -> dict[str, Any]:
         """What all answers of the batch share, by field of `Answer`."""
         return {
@@ -112,13 +139,18 @@ class Reading:
 
 
 def pruning_metrics(answers: Sequence[Answer]) -> dict[str, float]:
-    """Means of token counts and medians of times over the samples with images; empty when there is none."""
+    """Means of token counts, and medians of times where these were measured, over the samples with images; empty when there is none."""
     seen = [answer for answer in answers if answer.record is not None and answer.record.n_visual]
     if not seen:
         return {}
-    return {
+    counts = {
         "kept_tokens": statistics.fmean(answer.record.n_kept for answer in seen),
         "visual_tokens": statistics.fmean(answer.record.n_visual for answer in seen),
-        "prefill_ms": statistics.median(answer.prefill_ms for answer in seen),
-        "selection_ms": statistics.median(answer.record.selection_ms for answer in seen),
+    }
+    timed = [answer for answer in seen if answer.prefill_ms is not None]
+    if not timed:
+        return counts
+    return counts | {
+        "prefill_ms": statistics.median(answer.prefill_ms for answer in timed),
+        "selection_ms": statistics.median(answer.record.selection_ms for answer in timed),
     }

@@ -12,7 +12,8 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import ClassVar, NoReturn
+from contextlib import contextmanager
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -33,7 +34,7 @@ from vlm_pruner_eval.lmms.checks import Tally, check_prompt_lengths, check_recor
 from vlm_pruner_eval.lmms.device import pick_device
 from vlm_pruner_eval.lmms.downsampling import as_planned, hooked, sized
 from vlm_pruner_eval.lmms.geometry import describe_geometry
-from vlm_pruner_eval.lmms.inputs import bound_pixels, build_inputs
+from vlm_pruner_eval.lmms.inputs import Prepared, bound_pixels, build_inputs
 from vlm_pruner_eval.lmms.log import Answer, Reading, pruning_metrics
 from vlm_pruner_eval.lmms.loglikelihood import PREFILL, Target, by_prompt, continuation_ids, score
 from vlm_pruner_eval.lmms.plugin import exit_with
@@ -43,6 +44,8 @@ from vlm_pruner_eval.lmms.resolve import family_class, resolve
 from vlm_pruner_eval.pruners import Pruner
 from vlm_pruner_eval.timing import time_forwards
 from vlm_pruner_eval.vlms import family_of
+
+OfBatch = Callable[[list[Prompt], Generation], Iterator[tuple[Request, Any]]]
 
 
 class PrunedModel(lmms):
@@ -66,6 +69,8 @@ class PrunedModel(lmms):
         Whether a progress bar is drawn.
     on_prompt
         Called with every prompt on its way to the model; a sweep keeps pictures with it.
+    source
+        Finds the answers of `generate_until` in place of the model; a sweep hands on what it computed for several methods together.
 
     Raises
     ------
@@ -99,6 +104,7 @@ class PrunedModel(lmms):
         self.answers: list[Answer] = []
         self.keep_loaded = self.exit_on_failure = self.show_progress = False
         self.on_prompt: Callable[[Prompt], None] | None = None
+        self.source: Callable[[list[Request]], Iterable[tuple[Request, Answer]]] | None = None
         self._use(method, pruner)
 
     @classmethod
@@ -127,6 +133,16 @@ class PrunedModel(lmms):
         prune(self.model, inside)  # not entered: refuses layers and positions that this model does not have
         self.method, self.pruner, self._hooked = method, pruner, inside
         self.answers = []  # not cleared: the former list may be in use
+
+    @contextmanager
+    def using(self, method: str, pruner: Pruner) -> Iterator[None]:
+        """Another method while the context is open; the answers so far stay."""
+        before = self.method, self.pruner, self._hooked
+        self.method, self.pruner, self._hooked = method, pruner, hooked(pruner, self.processor, self.model_id)
+        try:
+            yield
+        finally:
+            self.method, self.pruner, self._hooked = before
 
     def describe(self) -> dict[str, object]:
         """The resolved configuration, in plain types: everything that an answer depends on, and where it ran."""
@@ -205,7 +221,7 @@ class PrunedModel(lmms):
             With `exit_on_failure`: in those cases, and at the end of a run in which any sample failed.
         """
         asked = [Request.of(index, instance) for index, instance in enumerate(requests)]
-        answers = self._collect(asked, self._answers_of(asked))
+        answers = self._collect(asked, (self.source or self.answers_of)(asked))
         return [GenerationResult(answer.answer, TokenCounts(answer.n_prompt_tokens, answer.n_new_tokens)) for answer in answers]
 
     def _collect(self, asked: Sequence[Request], found: Iterable[tuple[Request, Answer]]) -> list[Answer]:
@@ -230,7 +246,12 @@ class PrunedModel(lmms):
             self._fail(sentence)
         return answers
 
-    def _answers_of(self, asked: list[Request]) -> Iterator[tuple[Request, Answer]]:
+    def answers_of(self, asked: list[Request], of_batch: OfBatch | None = None) -> Iterator[tuple[Request, Any]]:
+        """Requests with their answers, batch by batch; `of_batch` in place of `answers_of_batch` may find something else for them.
+
+        A request that can't be made a prompt has a failed Answer in any case.
+        """
+        of_batch = of_batch or self.answers_of_batch
         for options, window in prompts.windows(asked, self.batch_size, self.defaults):
             ready = []
             for request in window:
@@ -239,7 +260,7 @@ class PrunedModel(lmms):
                 except Exception as error:  # a document can be broken in any way; it is recorded, and the run ends in failure
                     yield request, self._failed(request, error)
             for batch in prompts.batches(ready, self.batch_size):
-                yield from self._answers_of_batch(batch, options)
+                yield from of_batch(batch, options)
 
     def _answers_of_targets(self, targets: Sequence[Target]) -> Iterator[tuple[Request, Answer]]:
         for same_prompt in by_prompt(targets):
@@ -263,9 +284,10 @@ class PrunedModel(lmms):
             self.on_prompt(prompt)
         return prompt
 
-    def _answers_of_batch(self, batch: list[Prompt], options: Generation) -> Iterator[tuple[Request, Answer]]:
+    def answers_of_batch(self, batch: list[Prompt], options: Generation) -> Iterator[tuple[Request, Answer]]:
+        """One batch, or its samples one by one where it fails as a whole, each with its own error."""
         try:
-            answers = self._generate(batch, options)
+            answers = self.answer(self.prepare(batch), options)
         except Exception as error:  # whatever it is, it must cost its own sample only, and be recorded as that sample's failure
             answers = None
             if len(batch) == 1:
@@ -274,41 +296,36 @@ class PrunedModel(lmms):
                 logger.warning(f"A batch of {len(batch)} failed ({type(error).__name__}: {error}); its samples are tried one by one.")
         if answers is None:  # outside the except clause, which would keep the failed batch's tensors alive
             for prompt in batch:
-                yield from self._answers_of_batch([prompt], options)
+                yield from self.answers_of_batch([prompt], options)
         else:
             yield from zip((prompt.request for prompt in batch), answers, strict=True)
 
-    def _read(self, batch: list[Prompt], options: Generation, *, n_more: int = 0) -> Reading:
-        """Generate under pruning, and hold what was measured against the prompts; `n_more` tokens must fit behind each."""
+    def prepare(self, batch: list[Prompt], *, n_more: int = 0) -> Prepared:
+        """The tensors of a batch; `n_more` tokens must fit behind each prompt."""
         sample_ids = [prompt.request.sample_id for prompt in batch]
         with sized(batch, self.processor, self.pruner) as (resized, plans):
             inputs = self._inputs(resized)
         n_prompt = inputs["attention_mask"].sum(1).tolist()
         check_prompt_lengths([n + n_more for n in n_prompt], sample_ids, self.config)
         n_visual = self._family.is_visual(self.config, inputs["input_ids"]).sum(1).tolist()
-        with time_forwards(self.model.model) as times, prune(self.model, self._hooked, sample_ids=sample_ids) as ledger:
-            output = self.model.generate(**inputs, **options.kwargs, pad_token_id=self.tokenizer.pad_token_id)
-        records = ledger.records
-        check_records(records, sample_ids, n_visual, n_prompt, n_beams=options.n_beams, pruner=self._hooked, n_layers=self._n_layers)
-        records = as_planned(records, plans, sample_ids)
-        return Reading(output, inputs["input_ids"].shape[1], n_prompt, records, times.prefill_ms, times.decode_ms, times.peak_bytes)
+        return Prepared(batch, sample_ids, inputs, plans, n_prompt, n_visual)
 
-    def _generate(self, batch: list[Prompt], options: Generation) -> list[Answer]:
-        reading = self._read(batch, options)
-        new_ids = reading.output[:, reading.width :]
-        texts = self.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
-        return [
-            Answer(
-                *(prompt.request.task, prompt.request.split, prompt.request.doc_id, options.cut(texts[i])),
-                record=reading.records[i * options.n_beams],
-                n_prompt_tokens=reading.n_prompt[i],
-                n_new_tokens=prompts.count_new(new_ids[i], self._eos_ids),
-                images=prompt.digests,
-                question=prompt.question,
-                **reading.of_batch(),
-            )
-            for i, prompt in enumerate(batch)
-        ]
+    def _read(self, batch: list[Prompt], options: Generation, *, n_more: int = 0) -> Reading:
+        return self._read_prepared(self.prepare(batch, n_more=n_more), options)
+
+    def _read_prepared(self, batch: Prepared, options: Generation) -> Reading:
+        """Generate under pruning, and hold what was measured against the prompts."""
+        ids, asked = batch.sample_ids, {"n_beams": options.n_beams, "pruner": self._hooked, "n_layers": self._n_layers}
+        with time_forwards(self.model.model) as times, prune(self.model, self._hooked, sample_ids=ids) as ledger:
+            output = self.model.generate(**batch.inputs, **options.kwargs, pad_token_id=self.tokenizer.pad_token_id)
+        records = ledger.records
+        check_records(records, ids, batch.n_visual, batch.n_prompt, **asked)
+        records, width = as_planned(records, batch.plans, ids), batch.inputs["input_ids"].shape[1]
+        return Reading(output, width, batch.n_prompt, records, times.prefill_ms, times.decode_ms, times.peak_bytes)
+
+    def answer(self, batch: Prepared, options: Generation) -> list[Answer]:
+        """Answer a batch by one call of the model's `generate` under pruning; whatever that raises is not caught."""
+        return self._read_prepared(batch, options).answers(batch.prompts, options, self.tokenizer, self._eos_ids)
 
     def _inputs(self, batch: list[Prompt]) -> BatchFeature:
         inputs = build_inputs(self.processor, batch, self.settings, device=self.device, dtype=self.dtype)

@@ -106,6 +106,11 @@ def load_results(root: Path | str) -> Results:
     processors = sorted({run.record["provenance"]["processor"] for run in runs if run.finished})
     if len(processors) > 1:
         notes.append(f"Runs come from different processors ({'; '.join(processors)}): their times can't be compared.")
+    if shared := [run.key for run in runs if run.finished and run.record.get("shared_prefix")]:
+        notes.append(
+            f"{len(shared)} of {len(runs)} runs shared what precedes their first cuts (share_prefix), so they have no times of their own; "
+            "a sweep into another folder without share_prefix measures them."
+        )
     notes += _unscored(runs)
     return Results(store, grid["name"], grid["config"], runs, tuple(notes), _splits(documents))
 

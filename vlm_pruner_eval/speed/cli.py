@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -122,6 +123,32 @@ def questions(
     show.print_questions(result)
     machine.write_json(result, out)
     if not result["same_answers"]:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+@sentences
+def shared(
+    config: Annotated[Path, typer.Option(help="The sweep file whose grid is measured.")] = Path("configs/quickstart.yaml"),
+    limit: Annotated[int, typer.Option(help="Questions per task.")] = 20,
+    rounds: Annotated[int, typer.Option(help="How often both ways are run; the median ratio is reported.")] = 3,
+    threads: Threads = 1,
+    out: Out = None,
+) -> None:
+    """Time a sweep whose runs share what precedes their cuts beside separate runs. Exit code 1 if a run failed or an answer differs."""
+    from vlm_pruner_eval.sweep.progress import quieten
+
+    quieten()
+    from vlm_pruner_eval.speed import machine
+    from vlm_pruner_eval.speed.shared import bench_shared
+    from vlm_pruner_eval.sweep import config as sweep_config
+    from vlm_pruner_eval.sweep.grid import method_problems
+
+    loaded = sweep_config.load(config, overrides={"limit": limit}, check=method_problems)
+    with machine.threads(threads):
+        result = bench_shared(loaded, rounds, progress=progress)
+    machine.write_json(result, out)
+    if result["failed"] or result["different"]:
         raise typer.Exit(FAILED)
 
 

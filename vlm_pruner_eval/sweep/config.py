@@ -109,6 +109,7 @@ class SweepConfig(BaseModel):
     methods: list[MethodEntry] = Field(min_length=1, description="a list of method names, or mappings with a name and parameters")
     limit: int | None = Field(None, ge=1, description="a whole number of questions per task, 1 or more, or null for all")
     seed: int = Field(0, ge=0, description="a whole number, 0 or more")
+    share_prefix: bool = Field(False, description="true or false: whether runs read every batch together, which leaves no times to report")
     gallery: int = Field(24, ge=0, description="a whole number of documents per task whose pictures are kept, 0 for none")
     output: str | None = Field(None, min_length=1, description="a folder for the results, or null")
 

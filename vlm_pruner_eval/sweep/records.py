@@ -66,6 +66,11 @@ def summarise_times(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def without_times(times: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a run that shared work with others: its times are no measure of anything, only its batches are its own."""
+    return dict.fromkeys(times) | {"batch_sizes": times["batch_sizes"]}
+
+
 def summarise_memory(samples: Sequence[dict[str, Any]], model: dict[str, Any]) -> dict[str, Any]:
     """What the prompts with images cost the language model, from the real length of every layer; mean, min and max over prompts.
 

@@ -75,8 +75,10 @@ def run_sweep(
     check_methods(model, todo)
     model.on_prompt = Keeper(ImageStore(output), config.gallery) if config.gallery else None
     store.begin(config.name, config.model_dump(), map(_grid_line, runs))
-    sweep = _Sweep(config, store, model, task_manager, provenance.checkpoint_files(config.model.pretrained, config.model.revision))
-    failed = _run_all(sweep, runs, {run.run_id for run in todo}, console)
+    with _sharing(config, model, todo, console) as shared:
+        files = provenance.checkpoint_files(config.model.pretrained, config.model.revision)
+        sweep = _Sweep(config, store, model, task_manager, files, shared)
+        failed = _run_all(sweep, runs, {run.run_id for run in todo}, console)
     return Outcome(len(runs), skipped=len(runs) - len(todo), failed=failed)
 
 
@@ -128,6 +130,7 @@ class _Sweep:
     model: Any
     task_manager: Any
     checkpoint: dict[str, Any]
+    shared: Any = None  # lmms.shared.SharedRuns, where runs share what precedes their cuts
 
 
 def _grid_line(run: Run) -> dict[str, Any]:
@@ -169,6 +172,23 @@ def check_methods(model: Any, runs: Iterable[Run]) -> None:
         raise ConfigError(problems)
 
 
+@contextmanager
+def _sharing(config: SweepConfig, model: Any, todo: Sequence[Run], console: Console) -> Iterator[Any]:
+    """Answers computed for all of `todo` together, or None where the file does not ask for it or nothing can be shared."""
+    if not config.share_prefix or len(todo) < 2:
+        yield None
+        return
+    from vlm_pruner_eval.lmms.shared import Configuration, SharedRuns
+
+    console.print(
+        f"{len(todo)} runs share images, vision tower and the layers before their first cuts, so their times are not reported; the first "
+        "run that is started answers for all. Sampled answers and log-likelihoods are not shared.",
+        highlight=False,
+    )
+    with SharedRuns(model, {run.run_id: Configuration(run.method, run.pruning_rate, run.params) for run in todo}) as shared:
+        yield shared
+
+
 def _run_all(sweep: _Sweep, runs: list[Run], todo: set[str], console: Console) -> int:
     failed = 0
     with SweepProgress(console, len(runs)) as progress:
@@ -187,6 +207,8 @@ def _run_one(sweep: _Sweep, run: Run) -> str | None:
     """Evaluate and record one run; returns what went wrong, in one sentence, or None."""
     started, problem, trace, evaluated = time.time(), None, None, {}
     sweep.model.configure(method=run.method, pruning_rate=run.pruning_rate, **run.params)
+    if sweep.shared is not None:
+        sweep.model.source = sweep.shared.source(run.run_id)
     try:
         evaluated = _evaluate(sweep, run)
     except (Exception, SystemExit) as error:  # whatever a task or a model raises costs one run, not the sweep: it is recorded below
@@ -200,6 +222,9 @@ def _run_one(sweep: _Sweep, run: Run) -> str | None:
     elif problem is None:
         problem = " ".join(records.missing_answers(samples, evaluated["logged"])) or None
     benchmarks = evaluated.get("benchmarks", {})
+    is_shared = sweep.shared is not None and run.run_id in sweep.shared.replayed
+    times = records.summarise_times(samples) | {"total_s": time.time() - started}
+    memory = records.summarise_memory(samples, sweep.model.describe())
     record = {
         "run_id": run.run_id,
         "status": FINISHED if problem is None else FAILED,
@@ -210,8 +235,9 @@ def _run_one(sweep: _Sweep, run: Run) -> str | None:
         "tasks": {task: result.record for task, result in benchmarks.items()},
         "documents": documents.fingerprints(evaluated.get("logged", {})),
         "tokens": records.summarise_tokens(samples),
-        "times": records.summarise_times(samples) | {"total_s": time.time() - started},
-        "memory": records.summarise_memory(samples, sweep.model.describe()),
+        "times": records.without_times(times) if is_shared else times,
+        "memory": memory | {"peak_bytes": None} if is_shared else memory,
+        "shared_prefix": is_shared,
         "kept_digest": records.run_digest(samples),
         "n_answers": len(samples),
         "failures": failed[:50],

@@ -46,6 +46,8 @@ def _plain(value: object) -> object:
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
+        if all(type(item) is int for item in value):  # thousands of positions
+            return list(value)
         return [_plain(item) for item in value]
     if isinstance(value, (set, frozenset)):
         return sorted(str(item) for item in value)

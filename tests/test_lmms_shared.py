@@ -1,0 +1,307 @@
+"""Several methods answered together: their answers, records and failures are those of separate runs, and only the times are missing."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import test_lmms_families
+import test_lmms_video_runs
+import torch
+from lmms_eval.models.model_utils import gen_metrics
+from lmms_requests import GREEDY, documents, fresh_model, request, set_batch_size, tiny_llava
+from tiny_checkpoints import PROCESSORS, checkpoint
+
+from vlm_pruner_eval import ConfigError, PruningError, list_pruners
+from vlm_pruner_eval.lmms import PrunedModel, load
+from vlm_pruner_eval.lmms.shared import Configuration, SharedRuns
+from vlm_pruner_eval.prefix import SharedPrefix
+from vlm_pruner_eval.pruners.uniform import Uniform
+
+FAMILIES = sorted(["llava", *PROCESSORS, "llava_video"])
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+NO_RATE = ("none", "blind")
+TIMES = ("prefill_ms", "decode_ms", "peak_bytes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sabotage(Uniform):
+    """Fails on samples whose id holds `on`."""
+
+    name: ClassVar[str] = "sabotage"
+    on: str = ""
+
+    def choose(self, tokens, keep: int) -> torch.Tensor:
+        chosen = super().choose(tokens, keep)
+        return chosen[:1].expand(keep) if self.on in tokens.sample_id else chosen
+
+
+def configurations(*rates: str, skip: tuple[str, ...] = ()) -> dict[str, Configuration]:
+    """Every registered method at every rate."""
+    found = {name: Configuration(name, None) for name in NO_RATE}
+    names = [name for name in list_pruners() if name not in (*NO_RATE, *skip)]
+    return found | {f"{name} {rate}": Configuration(name, rate) for name in names for rate in rates}
+
+
+@functools.cache
+def _loaded(family: str) -> PrunedModel:
+    videos = {} if family in ("llava", "llava_next") else {"max_frames_num": 6}
+    model = load(f"vlmpruner_{family}", pretrained=tiny_llava() if family == "llava" else checkpoint(family), **videos)
+    model.keep_loaded = True
+    return model
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model() -> PrunedModel:
+    return fresh_model()
+
+
+def answer(model: PrunedModel, key: str, chosen: Configuration, requests: list) -> tuple[list, list[dict]]:
+    """Results and records of one run, as a sweep makes it."""
+    model.configure(chosen.method, chosen.pruning_rate, **chosen.params)
+    results = model.generate_until(requests)
+    return results, [found.as_json() for found in model.answers]
+
+
+def separately(model: PrunedModel, chosen: Mapping[str, Configuration], requests: list) -> dict[str, tuple[list, list[dict]]]:
+    assert model.source is None
+    return {key: answer(model, key, one, requests) for key, one in chosen.items()}
+
+
+def together(model: PrunedModel, chosen: Mapping[str, Configuration], requests: list) -> dict[str, tuple[list, list[dict]]]:
+    found = {}
+    with SharedRuns(model, chosen) as runs:
+        for key, one in chosen.items():
+            model.source = runs.source(key)
+            found[key] = answer(model, key, one, requests)
+        assert runs.replayed == set(chosen)
+    return found
+
+
+def timeless(samples: list[dict]) -> list[dict]:
+    """Samples without times, whatever these are."""
+    return [
+        {name: value for name, value in sample.items() if name not in TIMES}
+        | {"record": sample["record"] and {name: value for name, value in sample["record"].items() if name != "selection_ms"}}
+        for sample in samples
+    ]
+
+
+def assert_same(found: dict[str, tuple[list, list[dict]]], expected: dict[str, tuple[list, list[dict]]]) -> None:
+    assert list(found) == list(expected)
+    for key, (results, samples) in found.items():
+        assert results == expected[key][0], key
+        assert timeless(samples) == timeless(expected[key][1]), key
+        assert all(sample[name] is None for sample in samples for name in TIMES)
+        assert all(sample["record"] is None or sample["record"]["selection_ms"] is None for sample in samples)
+
+
+# ---- answers and records
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_all_methods_answer_as_in_runs_of_their_own(family: str, batch_size: int) -> None:
+    model = _loaded(family)
+    model.task_dict = {"first": {"test": test_lmms_families.documents()}}
+    set_batch_size(model, batch_size)
+    requests = [request("first", i) for i in range(len(test_lmms_families.SIZES))]
+    chosen = configurations("1/3", "8/9", skip=() if family in QWEN else ("downsample",))
+    expected = separately(model, chosen, requests)
+    assert len({str(results) for results, _ in expected.values()}) > 3, "methods that all answer the same would prove nothing"
+    assert_same(together(model, chosen, requests), expected)
+
+
+@pytest.mark.parametrize("family", test_lmms_video_runs.FAMILIES, indirect=True)
+def test_videos(family: str) -> None:
+    model = _loaded(family)
+    model.task_dict = {"clips": {"test": test_lmms_video_runs.documents()}}
+    set_batch_size(model, 4)
+    requests = [test_lmms_video_runs.asked(i) for i in range(len(test_lmms_video_runs.LENGTHS))]
+    chosen = configurations("2/3", skip=("downsample",))
+    assert_same(together(model, chosen, requests), separately(model, chosen, requests))
+
+
+def test_beams_and_groups_of_options(model: PrunedModel) -> None:
+    requests = [request("first", i, options=GREEDY | ({"num_beams": 2} if i % 2 else {"until": ["?"]})) for i in range(7)]
+    chosen = configurations("1/2", skip=("downsample",))
+    assert_same(together(model, chosen, requests), separately(model, chosen, requests))
+
+
+def test_pixels_are_read_once_and_the_tower_sees_them_once(model: PrunedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [request("first", i) for i in range(7)]
+    chosen = configurations("1/2", "3/4", skip=("downsample",))
+    calls = {"prompts": 0, "inputs": 0, "tower": 0}
+
+    def counted(name: str, owner: object, method: str) -> None:
+        original = getattr(owner, method)
+
+        def wrapper(*args: object, **kwargs: object) -> object:
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, method, wrapper)
+
+    counted("prompts", model, "_prompt_of")
+    counted("inputs", model, "_inputs")
+    counted("tower", model.model.model.vision_tower, "forward")
+    together(model, chosen, requests)
+    assert calls == {"prompts": 7, "inputs": 2, "tower": 2}
+
+
+def test_one_batch_is_kept_at_a_time(model: PrunedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref] = []
+    keep = SharedPrefix._keep
+
+    def noted(self: SharedPrefix, depth: int, output: torch.Tensor, cache: object) -> None:
+        gc.collect()
+        assert all(ref() is None for ref in held), "the prefix of the batch before is still there"
+        keep(self, depth, output, cache)
+        kept = self._kept[depth]
+        seen.extend(weakref.ref(tensor) for tensor in (kept.states, *kept.cached[0]))
+
+    def entered(self: SharedPrefix) -> SharedPrefix:
+        held.extend(seen)
+        seen.clear()
+        return enter(self)
+
+    seen: list[weakref.ref] = []
+    enter = SharedPrefix.__enter__
+    monkeypatch.setattr(SharedPrefix, "_keep", noted)
+    monkeypatch.setattr(SharedPrefix, "__enter__", entered)
+    set_batch_size(model, 2)
+    together(model, {name: Configuration(name, "1/2") for name in ("fastv", "dart")}, [request("first", i) for i in range(7)])
+    assert len(held) == 3 * 3, "of all batches but the last"
+    gc.collect()
+    assert [ref() for ref in (*held, *seen)] == [None] * 12
+
+
+def test_throughput_has_counts_but_no_times(model: PrunedModel) -> None:
+    gen_metrics.reset_logged_metrics()
+    together(model, {"a": Configuration("fastv", "1/2"), "b": Configuration("uniform", "1/2")}, [request("first", i) for i in range(4)])
+    summary = gen_metrics.summarize_logged_metrics()
+    assert summary["avg_kept_tokens"] == 8
+    assert "avg_prefill_ms" not in summary
+
+
+# ---- what is not shared
+def test_sampled_answers_are_drawn_by_every_run_itself(model: PrunedModel) -> None:
+    requests = [request("first", i, options=GREEDY | ({"temperature": 5.0, "do_sample": True} if i == 3 else {})) for i in range(5)]
+    chosen = {name: Configuration(name, "1/2") for name in ("fastv", "uniform")}
+    torch.manual_seed(3)
+    expected = separately(model, {"fastv": chosen["fastv"]}, requests)
+    found = {}
+    with SharedRuns(model, chosen) as runs:
+        for key, one in chosen.items():
+            model.source = runs.source(key)
+            torch.manual_seed(3)
+            found[key] = answer(model, key, one, requests)
+    assert found["fastv"][0] == expected["fastv"][0]
+    for _, samples in found.values():
+        assert [sample["prefill_ms"] is not None for sample in samples] == [i == 3 for i in range(5)]
+
+
+def test_other_requests_than_the_first_runs_are_refused(model: PrunedModel) -> None:
+    chosen = {name: Configuration(name, "1/2") for name in ("fastv", "uniform")}
+    requests = [request("first", i) for i in range(4)]
+    with SharedRuns(model, chosen) as runs:
+        model.source = runs.source("fastv")
+        answer(model, "fastv", chosen["fastv"], requests)
+        for other in (requests[:3], requests[::-1], [*requests[:3], request("first", 3, options=GREEDY | {"max_new_tokens": 4})]):
+            model.source = runs.source("uniform")
+            with pytest.raises(PruningError, match=r"run 'uniform' got . requests that are not those which were answered for all"):
+                answer(model, "uniform", chosen["uniform"], other)
+
+
+# ---- failures
+@pytest.fixture
+def failing() -> dict[str, Configuration]:
+    sabotage = Configuration(f"{__name__}:Sabotage", "1/2", {"on": "first/test/2"})
+    return {"none": Configuration("none", None), "sabotage": sabotage, "fastv": Configuration("fastv", "1/2")}
+
+
+def test_a_method_that_fails_on_a_sample_harms_no_other(model: PrunedModel, failing: dict[str, Configuration]) -> None:
+    requests = [request("first", i) for i in range(7)]
+    expected = separately(model, failing, requests)
+    found = together(model, failing, requests)
+    assert_same(found, expected)
+    errors = {key: [i for i, sample in enumerate(samples) if sample["error"]] for key, (_, samples) in found.items()}
+    assert errors == {"none": [], "sabotage": [2], "fastv": []}
+    assert "distinct" in found["sabotage"][1][2]["error"]
+
+
+def test_a_method_that_always_fails_ends_its_own_run_only(model: PrunedModel) -> None:
+    model.task_dict["first"]["test"] = documents(24, seed=0)
+    requests = [request("first", i) for i in range(24)]
+    chosen = {"sabotage": Configuration(f"{__name__}:Sabotage", "1/2", {"on": "first"}), "fastv": Configuration("fastv", "1/2")}
+    expected = separately(model, {"fastv": chosen["fastv"]}, requests)
+    with SharedRuns(model, chosen) as runs:
+        model.source = runs.source("sabotage")
+        with pytest.raises(PruningError, match="16 of 16 samples failed"):
+            answer(model, "sabotage", chosen["sabotage"], requests)
+        assert len(model.answers) == 16
+        model.source = runs.source("fastv")
+        assert_same({"fastv": answer(model, "fastv", chosen["fastv"], requests)}, expected)
+
+
+def test_a_document_that_can_not_be_read_fails_in_every_run(model: PrunedModel, failing: dict[str, Configuration]) -> None:
+    def broken(document: dict) -> list[dict]:
+        raise OSError("the image file is truncated")
+
+    requests = [request("first", 0), request("first", 3, messages=broken), request("first", 1)]
+    expected = separately(model, failing, requests)
+    found = together(model, failing, requests)
+    assert_same(found, expected)
+    assert {samples[1]["error"] for _, samples in found.values()} == {"OSError: the image file is truncated"}
+
+
+def test_a_batch_that_can_not_be_prepared_costs_the_broken_sample_only(model: PrunedModel, failing: dict[str, Configuration]) -> None:
+    model.task_dict["first"]["test"][1]["question"] = "long " * 60
+    requests = [request("first", i) for i in (0, 1, 3)]
+    expected = separately(model, failing, requests)
+    found = together(model, failing, requests)
+    assert_same(found, expected)
+    assert all("the model has 256 positions" in samples[1]["error"] for _, samples in found.values())
+
+
+def test_a_rate_that_removes_nothing_is_refused_for_its_run(model: PrunedModel) -> None:
+    chosen = {"fastv": Configuration("fastv", "1/2"), "nothing": Configuration("uniform", 0.01)}
+    requests = [request("first", i) for i in range(3)]
+    with SharedRuns(model, chosen) as runs:
+        model.source = runs.source("fastv")
+        answer(model, "fastv", chosen["fastv"], requests)
+        model.source = runs.source("nothing")
+        with pytest.raises(PruningError, match="none of the 3 samples with images lost a visual token"):
+            answer(model, "nothing", chosen["nothing"], requests)
+
+
+def test_an_interrupt_passes_and_leaves_nothing(model: PrunedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = {name: Configuration(name, "1/2") for name in ("fastv", "uniform")}
+    expected = separately(model, chosen, [request("first", 0)])
+    before = set(model.model.model.__dict__)
+
+    def interrupted(*args: object, **kwargs: object) -> Iterator[None]:
+        raise KeyboardInterrupt
+
+    with SharedRuns(model, chosen) as runs:
+        model.source = runs.source("fastv")
+        with monkeypatch.context() as patch:
+            patch.setattr(model.model, "generate", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                answer(model, "fastv", chosen["fastv"], [request("first", 0)])
+        assert set(model.model.model.__dict__) == before
+        assert_same({"fastv": answer(model, "fastv", chosen["fastv"], [request("first", 0)])}, {"fastv": expected["fastv"]})
+    assert model.source is None
+    assert separately(model, chosen, [request("first", 0)])["uniform"][0] == expected["uniform"][0]
+
+
+def test_unknown_methods_and_wrong_rates_are_refused_at_once(model: PrunedModel) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'fastv'"):
+        SharedRuns(model, {"a": Configuration("fastw", "1/2")})

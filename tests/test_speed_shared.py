@@ -1,0 +1,80 @@
+"""`bench shared`: both ways really run, ratios are of the times beside them, and a difference between the ways would be counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+from lmms_eval.tasks import TaskManager
+from test_cli import clean_surroundings  # noqa: F401  # a fixture that is always on
+from typer.testing import CliRunner
+
+from vlm_pruner_eval.bench import tasks_path
+from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.lmms.log import Answer
+from vlm_pruner_eval.speed.cli import app
+from vlm_pruner_eval.speed.shared import bench_shared
+from vlm_pruner_eval.sweep.config import SweepConfig, validate
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def manager(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        yield TaskManager("ERROR", include_path=str(tasks_path()), include_defaults=False, model_name="vlmpruner_llava")
+
+
+@pytest.fixture(scope="module")
+def config() -> SweepConfig:
+    return validate(
+        {
+            "name": "tiny",
+            "model": {"id": "vlmpruner_llava", "pretrained": "minivlm", "batch_size": 2, "device": "cpu"},
+            "tasks": ["digitscenes_exist"],
+            "pruning_rates": ["2/3"],
+            "methods": ["uniform", "fastv"],
+            "limit": 2,
+        }
+    )
+
+
+def test_both_ways_are_run_and_compared(config: SweepConfig, manager: Any) -> None:
+    lines: list[str] = []
+    result = bench_shared(config, 2, task_manager=manager, progress=lines.append)
+    assert json.loads(json.dumps(result)) == result
+    assert (result["benchmark"], result["dtype"], result["threads"]) == ("shared", "float32", torch.get_num_threads())
+    assert (result["runs"], result["samples"], result["limit"], result["batch_size"]) == (3, 6, 2, 2)
+    assert (result["different"], result["failed"]) == (0, 0)
+    assert [list(timed) for timed in result["rounds"]] == [["separate", "shared"], ["shared", "separate"]]
+    for name, seconds in (("ratio", "wall_s"), ("cpu_ratio", "cpu_s")):
+        ratios = [timed["shared"][seconds] / timed["separate"][seconds] for timed in result["rounds"]]
+        assert result[name] == pytest.approx(median(ratios))
+    assert [line.split(":")[0] for line in lines] == ["round 1", "round 2"]
+
+
+def test_an_answer_that_differs_is_counted(config: SweepConfig, manager: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    untimed = Answer.untimed
+
+    def other(self: Answer) -> Answer:
+        answer = untimed(self)
+        object.__setattr__(answer, "n_new_tokens", 99)
+        return answer
+
+    monkeypatch.setattr(Answer, "untimed", other)
+    assert bench_shared(config, 1, task_manager=manager)["different"] == 6
+
+
+def test_bad_input_is_a_sentence(config: SweepConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--rounds: got 0, expected 1 or more"):
+        bench_shared(config, 0)
+    result = CliRunner().invoke(app, ["shared", "--config", str(tmp_path / "none.yaml")])
+    assert result.exit_code == 2
+    assert "none.yaml: can't be read" in result.output
+    result = CliRunner().invoke(app, ["shared", "--config", str(ROOT / "configs/quickstart.yaml"), "--limit", "0"])
+    assert (result.exit_code, "limit: got 0" in result.output) == (2, True)

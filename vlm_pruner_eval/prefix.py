@@ -1,0 +1,227 @@
+"""One prefix for many methods: what a batch makes of the vision tower and of the layers before the first cut is kept, and given back.
+
+Image features, and the states, keys and values of the layers before a cut, do not depend on the method that cuts. The first
+forward that computes them leaves them here; a later one over the same batch takes them, and everything else (positions, masks,
+the cache, what is added between layers) is done by the model and the hook as ever. Nothing of a batch outlives the context.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from vlm_pruner_eval.cut import LayerLength
+from vlm_pruner_eval.errors import PruningError
+from vlm_pruner_eval.hook import installed_probes
+from vlm_pruner_eval.probe import Probe, Seen
+from vlm_pruner_eval.pruners.base import Pruner
+from vlm_pruner_eval.vlms import family_of
+
+# Of what a vision tower returns, the model reads these; the states of all its layers would fill the memory of a GPU.
+_READ = ("pooler_output", "deepstack_features")
+
+
+def first_cut(pruner: Pruner, n_layers: int) -> int:
+    """Decoder layers that see the whole prompt: K of the first stage, or all of them where nothing is cut."""
+    stages = pruner.stages(n_layers)
+    return stages[0].layer if stages else n_layers
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The first `depth` decoder layers' work on one batch.
+
+    Attributes
+    ----------
+    states : Tensor [B, L, D]
+        Output of layer depth - 1.
+    in_tuple
+        Whether the layers of this model wrap their output in a tuple.
+    cached : list of (keys, values), each Tensor [B, H_kv, L, d]
+        What the layers put into the cache.
+    seen
+        Queries, keys and rotary embeddings of the last of these layers, which methods may ask for.
+    """
+
+    states: Tensor
+    in_tuple: bool
+    cached: list[tuple[Tensor, Tensor]]
+    seen: Seen
+
+
+class SharedPrefix:
+    """A context in which several forwards over ONE batch share what precedes their first cuts.
+
+    ::
+
+        with SharedPrefix(model, [first_cut(pruner, n_layers) for pruner in pruners]) as prefix:
+            for pruner in pruners:
+                with prefix.reading(first_cut(pruner, n_layers)), prune(model, pruner):
+                    model.generate(**inputs)
+
+    The deepest first, so that the others find all that they can take. Layers from the first one with sliding-window attention on are
+    computed anew, as its cache does not hold all that it saw.
+
+    Parameters
+    ----------
+    model
+        A Hugging Face VLM of a known family.
+    depths
+        Of every forward to come, the decoder layers before its first cut.
+    """
+
+    def __init__(self, model: nn.Module, depths: Sequence[int]):
+        self.family, self.core = family_of(model), getattr(model, "model", model)
+        self.layers = self.core.language_model.layers
+        kinds = list(getattr(self.core.language_model.config, "layer_types", None) or ())
+        deepest = kinds.index("sliding_attention") if "sliding_attention" in kinds else len(self.layers)
+        reach = [min(depth, deepest) for depth in depths]
+        self._wanted = sorted({depth for depth in reach if depth and sum(other >= depth for other in reach) > 1})  # by two forwards or more
+        self._replaced: list[tuple[nn.Module, str, object]] = []
+        self._probes: dict[int, Probe] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._depth: int | None = None
+        self._skip = 0
+        self._kept: dict[int, Kept] = {}
+        self._entered: tuple[Tensor, ...] | None = None
+        self._features: list[tuple[str, dict[str, Any], Any]] = []
+
+    # ---- installation
+    def __enter__(self) -> SharedPrefix:
+        try:
+            for kind in self.family.kinds:
+                self._replace(self.core, f"get_{kind}_features", functools.partial(self._encode, kind))
+            for i, layer in enumerate(self.layers[: max(self._wanted, default=0)]):
+                self._replace(layer, "forward", functools.partial(self._run_layer, i))
+            for depth in self._wanted:
+                self._probes[depth] = Probe(self.layers[depth - 1].self_attn, queries=True)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for probe in self._probes.values():
+            for handle in probe.handles:
+                handle.remove()
+        for owner, name, before in reversed(self._replaced):
+            owner.__dict__.pop(name, None)
+            if before is not None:
+                owner.__dict__[name] = before
+        self._probes.clear()
+        self._replaced.clear()
+        self._forget()
+
+    def _replace(self, owner: nn.Module, name: str, function: Callable) -> None:
+        original = getattr(owner, name)
+        self._replaced.append((owner, name, owner.__dict__.get(name)))
+        owner.__dict__[name] = functools.wraps(original)(functools.partial(function, original))
+
+    @contextmanager
+    def reading(self, depth: int) -> Iterator[None]:
+        """One forward over the batch, whose first cut is in front of decoder layer `depth`."""
+        self._depth, self._skip = depth, max((kept for kept in self._kept if kept <= depth), default=0)
+        try:
+            yield
+        finally:
+            self._depth = None
+            for probe in self._probes.values():
+                probe.clear()
+
+    # ---- the vision tower
+    def _encode(self, kind: str, original: Callable, *args: object, **kwargs: object) -> object:
+        """The features of these very pixels, computed once."""
+        if self._depth is None:
+            return original(*args, **kwargs)
+        bound = inspect.signature(original).bind(*args, **kwargs).arguments
+        call = {name: value for name, value in bound.items() if name != "kwargs"} | bound.get("kwargs", {})
+        for known_kind, known, features in self._features:
+            if known_kind == kind and _equal(known, call):
+                return _copied(features)
+        output = original(*args, **kwargs)
+        self._features.append((kind, call, _copied(output)))
+        return output
+
+    # ---- the decoder
+    def _run_layer(self, i: int, original: Callable, *args: object, **kwargs: object) -> object:
+        """Layer `i`: skipped where its work is kept, kept where it is wanted, and left alone while decoding."""
+        cache = kwargs.get("past_key_values", kwargs.get("past_key_value"))
+        if not self._depth or LayerLength(cache, i).length:
+            return original(*args, **kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if i == 0:
+            self._check(hidden, kwargs["position_embeddings"], cache)
+        if i < self._skip:
+            return self._give_back(i, hidden, cache)
+        output = original(*args, **kwargs)
+        if i + 1 in self._wanted and i + 1 <= self._depth:
+            self._keep(i + 1, output, cache)
+        return output
+
+    def _check(self, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: object) -> None:
+        """Refuse to answer one batch with another one's prefix."""
+        if cache is None:
+            raise PruningError("shared prefix: got a forward without a cache, expected generate() with use_cache=True.")
+        entered = (hidden, *rope)
+        if self._entered is None:
+            self._entered = entered
+        elif not _equal(self._entered, entered):
+            raise PruningError(
+                f"shared prefix: got embeddings of shape {tuple(hidden.shape)} that are not those whose prefix is kept (shape "
+                f"{tuple(self._entered[0].shape)}), expected the same batch in every forward; open a new context for each batch."
+            )
+
+    def _keep(self, depth: int, output: Tensor | tuple, cache: Any) -> None:
+        in_tuple = isinstance(output, tuple)
+        states = (output[0] if in_tuple else output).clone()  # some models add to it in place before the next layer
+        cached = [(layer.keys, layer.values) for layer in cache.layers[:depth]]
+        self._kept[depth] = Kept(states, in_tuple, cached, self._probes[depth].seen())
+
+    def _give_back(self, i: int, hidden: Tensor, cache: Any) -> Tensor | tuple:
+        kept = self._kept[self._skip]
+        cache.update(*kept.cached[i], i)
+        if i + 1 < self._skip:
+            states = hidden  # nobody reads it: the layers up to the last one pass it on
+        else:
+            states = kept.states.clone()
+            probe = installed_probes(self.core).get(self._skip)
+            if probe is not None:
+                probe.show(kept.seen)
+        return (states,) if kept.in_tuple else states
+
+
+def _equal(one: object, other: object) -> bool:
+    """Whether two nested structures hold the same values; of tensors, bit by bit."""
+    if one is other:
+        return True
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        alike = isinstance(one, Tensor) and isinstance(other, Tensor) and one.device == other.device and one.dtype == other.dtype
+        return alike and torch.equal(one, other)
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_equal(value, other[name]) for name, value in one.items())
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return bool(one == other)
+
+
+def _copied(features: Any) -> Any:
+    """The same tensors in containers of their own, which the model may change, without what it does not read."""
+    if isinstance(features, ModelOutput):
+        held = {field.name: getattr(features, field.name) for field in dataclasses.fields(features) if field.name in _READ}
+        return type(features)(**{name: _copied(value) for name, value in held.items()})
+    if isinstance(features, (list, tuple)):
+        return type(features)(map(_copied, features))
+    return features
