@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from lmms_eval.api.instance import GenerationResult, TokenCounts
-from lmms_eval.api.model import lmms
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.tasks import TaskManager
 
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.ledger import SampleRecord
+from vlm_pruner_eval.lmms.answering import Answering
+from vlm_pruner_eval.lmms.log import Answer
+from vlm_pruner_eval.lmms.plan import Batch, Done, Part
+from vlm_pruner_eval.lmms.prompts import Request
 from vlm_pruner_eval.sweep.config import SweepConfig, validate
 
 N_VISUAL, N_LAYERS = 36, 4
+TIMES = {"prefill_ms": 20.0, "decode_ms": 2.0, "n_prompt_tokens": 50, "n_new_tokens": 1, "batch_size": 1}
 RIGHT_PERCENT = {"none": 100, "vlmpruner": 80, "fastv": 60, "random": 50, "uniform": 40, "blind": 20}
 
 UTILS = """
@@ -93,25 +98,6 @@ def task_manager(folder: Path) -> TaskManager:
 
 
 @dataclass
-class Answer:
-    task: str
-    split: str
-    doc_id: int
-    answer: str
-    error: str | None
-    record: SampleRecord | None
-    prefill_ms: float = 20.0
-    decode_ms: float = 2.0
-    n_prompt_tokens: int = 50
-    n_new_tokens: int = 1
-    batch_size: int = 1
-    images: tuple[str, ...] = ()
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"record": self.record and self.record.as_json()}
-
-
-@dataclass
 class Behaviour:
     """How the stand-in misbehaves: samples that fail, methods that raise or forget to answer, methods that it can't run.
 
@@ -128,25 +114,29 @@ class Behaviour:
     questions_an_image: int = 1
 
 
-class StandIn(lmms):
-    """Answers right as often as RIGHT_PERCENT says, the same way every time."""
+class StandIn(Answering):
+    """Answers right as often as RIGHT_PERCENT says, the same way every time, in batches of `size`."""
 
     is_simple = False
 
-    def __init__(self, behaviour: Behaviour | None = None):
+    def __init__(self, behaviour: Behaviour | None = None, size: int = 1):
         super().__init__()
         self.behaviour = behaviour or Behaviour()
-        self.answers: list[Answer] = []
-        self.keep_loaded = False
+        self.size = size
         self.exit_on_failure = True
         self.cleaned = 0
         self.evaluated: list[str] = []
+        self.answered: list[tuple[str, int]] = []
+
+    @property
+    def full_batch_size(self) -> int:
+        return self.size
 
     def configure(self, method: str = "none", pruning_rate: object = None, **params: object) -> None:
         if method in self.behaviour.refuse:
             raise ConfigError(f"layer: got 99, expected 0 to {N_LAYERS - 1}.")
         self.method, self.rate, self.params = method, pruning_rate, params
-        self.answers = []
+        self.forget_answers()
 
     def describe(self) -> dict[str, object]:
         return {"device": "cpu", "dtype": "float32"}
@@ -158,20 +148,23 @@ class StandIn(lmms):
     def generate_until(self, requests: list[Any]) -> list[GenerationResult]:
         assert not self.exit_on_failure
         self.evaluated.append(self.method)
-        if self.method in self.behaviour.explode:
-            raise RuntimeError("the device is gone")
-        results = [self._answer(*request.args[3:]) for request in requests]
+        results = super().generate_until(requests)
         if self.method in self.behaviour.forget:
             self.answers.pop()
         return results
 
-    def loglikelihood(self, requests: list[Any]) -> list[Any]:
-        raise NotImplementedError
+    def batches_of(self, asked: Sequence[Request], done: Done, part: Part) -> Iterator[Batch]:
+        if self.method in self.behaviour.explode:
+            raise RuntimeError("the device is gone")
+        for number, start in enumerate(range(0, len(asked), self.batch_size)):
+            batch = asked[start : start + self.batch_size]
+            if part.has(number) and not done.has([request.index for request in batch]):
+                yield [(request, self._answer(request.doc_id, request.task, request.split)) for request in batch]
 
-    def generate_until_multi_round(self, requests: list[Any]) -> list[Any]:
-        raise NotImplementedError
+    def no_op_sentence(self, answers: Sequence[Answer]) -> str | None:
+        return None
 
-    def _answer(self, doc_id: int, task: str, split: str) -> GenerationResult:
+    def _answer(self, doc_id: int, task: str, split: str) -> Answer:
         gold = self.task_dict[task][split][doc_id]["answer"]
         draw = random.Random(f"{task} {doc_id} {self.params.get('seed', 0)}")
         right = draw.random() * 100 < RIGHT_PERCENT[self.method] and doc_id >= self.behaviour.flip
@@ -179,8 +172,8 @@ class StandIn(lmms):
         text = "" if failed else (gold if right else "perhaps")
         error = "PruningError: kept 3 tokens, expected 12." if failed else None
         images = (f"{doc_id // self.behaviour.questions_an_image:016x}",)
-        self.answers.append(Answer(task, split, doc_id, text, error, None if failed else self._record(doc_id, draw), images=images))
-        return GenerationResult(text, TokenCounts(output_tokens=1))
+        self.answered.append((task, doc_id))
+        return Answer(task, split, doc_id, text, error, None if failed else self._record(doc_id, draw), **TIMES, images=images)
 
     def _record(self, doc_id: int, draw: random.Random) -> SampleRecord:
         share = {"none": 1.0, "blind": 0.0}.get(self.method, 1 / 3)

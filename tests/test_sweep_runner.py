@@ -34,7 +34,7 @@ class Sweep:
         self.loaded: list[StandIn] = []
         self.log = ""
 
-    def __call__(self, config: SweepConfig, behaviour: Behaviour | None = None) -> Outcome:
+    def __call__(self, config: SweepConfig, behaviour: Behaviour | None = None, **options: Any) -> Outcome:
         def load(model_id: str, **args: object) -> StandIn:
             assert model_id == "vlmpruner_llava"
             assert args == {
@@ -49,7 +49,7 @@ class Sweep:
 
         console = Console(file=io.StringIO(), record=True, width=200)
         try:
-            return run_sweep(config, self.output, console=console, load=load, task_manager=self.tasks)
+            return run_sweep(config, self.output, console=console, load=load, task_manager=self.tasks, **options)
         finally:
             self.log = console.export_text()
 
@@ -142,8 +142,20 @@ def test_a_failed_sample_fails_its_run_and_the_others_go_on(sweep: Sweep) -> Non
     assert [failure["doc_id"] for failure in record["failures"]] == [3, 3]
     assert sweep.record(config, "blind")["status"] == "finished"
     assert "vlmpruner-2of3: FAILED: 2 of 24 samples failed" in sweep.log
-    assert sweep(config) == Outcome(runs=6, skipped=5, failed=0)
+    assert sweep(config) == Outcome(runs=6, skipped=5, failed=1), "a failure stays one until it is asked to be tried again"
+    assert "1 of 6 runs failed; --retry-failed repeats only those" in sweep.log
+    assert sweep(config, retry_failed=True) == Outcome(runs=6, skipped=5, failed=0)
     assert sweep.record(config, "vlmpruner-2of3")["status"] == "finished"
+    assert sweep.loaded[-1].evaluated == ["vlmpruner"]
+
+
+def test_only_failed_runs_are_tried_again(sweep: Sweep) -> None:
+    sweep(make_config(), Behaviour(explode={"random"}))
+    more = make_config(methods=["vlmpruner", {"name": "random", "seeds": [0, 1, 2]}, "blind", "uniform"])
+    assert sweep(more, retry_failed=True) == Outcome(runs=7, skipped=3, failed=0)
+    assert sweep.loaded[-1].evaluated == ["random"] * 3
+    assert "1 of 7 runs are left; without --retry-failed they are run" in sweep.log
+    assert sweep(more) == Outcome(runs=7, skipped=6, failed=0)
 
 
 def test_an_exception_fails_its_run_with_a_traceback(sweep: Sweep) -> None:

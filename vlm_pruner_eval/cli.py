@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.errors import ConfigError, StoppedError
 from vlm_pruner_eval.speed.cli import app as bench_app
 from vlm_pruner_eval.sweep.config import SweepConfig
 
@@ -47,6 +47,9 @@ def _sentences(command: Callable[P, None]) -> Callable[P, None]:
             for problem in error.problems:
                 print(f"vlm-pruner-eval: {problem}", file=sys.stderr)
             raise typer.Exit(BAD_INPUT) from None
+        except StoppedError as error:
+            print(f"vlm-pruner-eval: {error}", file=sys.stderr)
+            raise typer.Exit(FAILED_RUNS) from None
 
     return run
 
@@ -61,8 +64,9 @@ def sweep(
     share_prefix: Annotated[
         bool, typer.Option("--share-prefix", help="Compute what precedes the cuts once for all runs: same answers, sooner, without times.")
     ] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run those that failed, and only those.")] = False,
 ) -> None:
-    """Run a sweep, skip what is finished, write and print the report. Exit code 1 if a run failed, 2 for bad input."""
+    """Run a sweep, go on where it stopped, write and print the report. Exit code 1 if a run failed, 2 for bad input."""
     from vlm_pruner_eval.sweep.progress import quieten
 
     quieten()  # first: progress bars read the environment when their library is imported, which torch does
@@ -75,7 +79,7 @@ def sweep(
     if dry_run:
         _print_grid(loaded)
         return
-    _run(loaded, output or Path(loaded.output or Path("output") / loaded.name))
+    _run(loaded, output or Path(loaded.output or Path("output") / loaded.name), retry_failed)
 
 
 @app.command()
@@ -223,10 +227,10 @@ def _print_grid(config: SweepConfig) -> None:
     print(json.dumps({"runs": len(runs), "tasks": len(config.tasks), "dry_run": True}))
 
 
-def _run(config: SweepConfig, output: Path) -> None:
+def _run(config: SweepConfig, output: Path, retry_failed: bool) -> None:
     from vlm_pruner_eval.sweep.runner import run_sweep
 
-    outcome = run_sweep(config, output)
+    outcome = run_sweep(config, output, retry_failed=retry_failed)
     paths = _report(output)
     summary = {"runs": outcome.runs, "skipped": outcome.skipped, "failed": outcome.failed, "report": str(paths["md"])}
     print(json.dumps(summary), flush=True)

@@ -1,4 +1,4 @@
-"""The two exceptions that users meet. Every message is a sentence: what was got, what was expected, what to do."""
+"""The exceptions that users meet. Every message is a sentence: what was got, what was expected, what to do."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ class ConfigError(ValueError):
 
 class PruningError(RuntimeError):
     """What the tensors hold differs from what was asked, or a method can't answer (NaN, duplicates, wrong count)."""
+
+
+class OutOfMemoryError(PruningError):
+    """A batch did not fit into the memory; the run has to begin anew with smaller batches, as answers must not mix batch sizes."""
+
+
+class StoppedError(RuntimeError):
+    """A sweep can't go on for a reason outside of it, such as a full disk; the same command continues it when that is mended."""
 
 
 def closest(name: object, known: Iterable[str]) -> str:

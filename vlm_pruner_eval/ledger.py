@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from vlm_pruner_eval.budget import layer_average
 
@@ -73,6 +74,12 @@ class SampleRecord:
         """Plain types only, quirks sorted."""
         # not dataclasses.asdict, which takes milliseconds to copy hundreds of positions one by one
         return vars(self) | {"quirks": sorted(self.quirks), "layer_averaged": self.layer_averaged}
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> SampleRecord:
+        """The inverse of `as_json`."""
+        fields = {name: value for name, value in plain.items() if name != "layer_averaged"}
+        return cls(**fields | {"quirks": frozenset(plain["quirks"])})
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,6 +79,12 @@ class Answer:
     def as_json(self) -> dict:
         """Plain types only."""
         return vars(self) | {"record": self.record and self.record.as_json()}
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Answer:
+        """The inverse of `as_json`."""
+        record = plain["record"] and SampleRecord.from_json(plain["record"])
+        return cls(**dict(plain) | {"record": record, "images": tuple(plain["images"])})
 
 
 @dataclass(frozen=True)

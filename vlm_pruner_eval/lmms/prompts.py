@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +53,20 @@ class Request:
     def sample_id(self) -> str:
         """``task/split/doc_id``."""
         return f"{self.task}/{self.split}/{self.doc_id}"
+
+    @property
+    def identity(self) -> tuple:
+        """What tells requests of two evaluations apart, in plain types."""
+        options = json.dumps(self.options, sort_keys=True, default=str)
+        return self.index, self.task, self.split, self.doc_id, options, self.length, self.is_padding
+
+
+def digest_of(asked: Iterable[Request]) -> str:
+    """First 16 hexadecimal digits of a SHA-256 of all that is asked, in order."""
+    digest = hashlib.sha256()
+    for request in asked:
+        digest.update(json.dumps(request.identity).encode())
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import functools
 import json
-import pickle
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO
 
 from loguru import logger
 
@@ -21,8 +19,10 @@ from vlm_pruner_eval.budget import Rate
 from vlm_pruner_eval.errors import PruningError
 from vlm_pruner_eval.lmms import prompts
 from vlm_pruner_eval.lmms.checks import Tally
+from vlm_pruner_eval.lmms.journal import Journal, Source
 from vlm_pruner_eval.lmms.log import Answer
-from vlm_pruner_eval.lmms.prompts import Generation, Prompt, Request
+from vlm_pruner_eval.lmms.plan import WHOLE, Batch, BatchSize, Compute, Done
+from vlm_pruner_eval.lmms.prompts import Generation, Prompt, Request, digest_of
 from vlm_pruner_eval.lmms.settings import build_pruner
 from vlm_pruner_eval.lmms.wrapper import PrunedModel
 from vlm_pruner_eval.prefix import SharedPrefix, first_cut
@@ -40,83 +40,65 @@ class Configuration:
 
 @dataclass
 class _Run:
-    """One configuration on its way through the requests; its answers lie in a file, as those of many runs would fill the memory."""
+    """One configuration on its way through the requests; its answers lie in its journal, as those of many runs would fill the memory."""
 
     method: str
     pruner: Pruner
-    file: IO[bytes]
+    journal: Journal
+    done: Done
     tally: Tally
 
-    def add(self, index: int, answer: Answer) -> None:
-        pickle.dump((index, answer), self.file)
-        self.tally.add(answer)
-
-    def answers(self) -> Iterator[tuple[int, Answer]]:
-        self.file.seek(0)
-        for _ in range(self.tally.done):
-            yield pickle.load(self.file)
+    def add(self, call: str, batch: Batch, seconds: float) -> None:
+        self.journal.append(call, batch, seconds)
+        for _, answer in batch:
+            self.tally.add(answer)
 
 
 class SharedRuns:
-    """Computes the answers of all `configurations` when the first of them is asked for; use as a context manager.
+    """Computes the answers of all `configurations` when the first of them is asked for.
 
     ::
 
-        with SharedRuns(model, {"a": Configuration("fastv", "2/3"), "b": Configuration("dart", "2/3")}) as shared:
-            for key, configuration in shared.configurations.items():
-                model.configure(configuration.method, configuration.pruning_rate, **configuration.params)
-                model.source = shared.source(key)
-                model.generate_until(requests)        # the same requests every time
+        shared = SharedRuns(model, {"a": Configuration("fastv", "2/3"), "b": Configuration("dart", "2/3")}, journals)
+        for key, configuration in shared.configurations.items():
+            model.configure(configuration.method, configuration.pruning_rate, **configuration.params)
+            model.source = shared.source(key)
+            model.generate_until(requests)        # the same requests every time
 
-    Requests that ask for sampling are not shared: each run draws its own answers. Neither are requests for log-likelihoods.
+    All answers go into the runs' journals, and every run reads its own from there, so what is killed on the way goes on like any
+    other run. Requests that ask for sampling are not shared: each run draws its own answers. Neither are requests for log-likelihoods.
 
     Parameters
     ----------
     model
         Loaded; its own method and answers stay as they are.
+    journals
+        By the keys of `configurations`.
     """
 
-    def __init__(self, model: PrunedModel, configurations: Mapping[str, Configuration]):
-        self.model, self.configurations = model, dict(configurations)
+    def __init__(self, model: PrunedModel, configurations: Mapping[str, Configuration], journals: Mapping[str, Journal]):
+        self.model, self.configurations, self.journals = model, dict(configurations), journals
         self._pruners = {key: build_pruner(c.method, c.pruning_rate, c.params) for key, c in self.configurations.items()}
-        self._asked: list[tuple] | None = None
+        self._computed: tuple[str, BatchSize] | None = None
         self._runs: dict[str, _Run] = {}
-        self.replayed: set[str] = set()
 
-    def __enter__(self) -> SharedRuns:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Let go of the answers, and let the model answer by itself again."""
-        self._forget()
-        self.model.source = None
-
-    def _forget(self) -> None:
-        for run in self._runs.values():
-            run.file.close()
-        self._runs, self._asked = {}, None
-
-    def source(self, key: str) -> Callable[[list[Request]], Iterable[tuple[Request, Answer]]]:
-        """The answers of one configuration, in the form that `PrunedModel.source` takes."""
+    def source(self, key: str) -> Source:
+        """The answers of one configuration, in the form that `Answering.source` takes."""
         return functools.partial(self._answers, key)
 
-    def _answers(self, key: str, asked: list[Request]) -> Iterator[tuple[Request, Answer]]:
-        sampled = self._sampled(asked)
-        shared = [request for request in asked if request.index not in sampled]
-        if self._asked is None and shared:
-            self._compute(shared)
-        if shared and self._asked != [_identity(request) for request in shared]:
-            raise PruningError(
-                f"share_prefix: run {key!r} got {len(shared)} requests that are not those which were answered for all runs together "
-                f"({len(self._asked)}), expected the same ones; a task that asks something else every time needs share_prefix: false."
-            )
-        if shared:
-            self.replayed.add(key)
-            of_index = {request.index: request for request in shared}
-            for index, answer in self._runs[key].answers():
-                yield of_index[index], answer
-        if sampled:
-            yield from self.model.answers_of([request for request in asked if request.index in sampled])
+    def _answers(self, key: str, call: str, asked: Sequence[Request], compute: Compute, size: BatchSize) -> Iterator[Batch]:
+        if call == "generate_until":
+            sampled = self._sampled(asked)
+            shared = [request for request in asked if request.index not in sampled]
+            if shared and self._computed is None:
+                self._compute(call, asked, shared, size)
+                self._computed = digest_of(asked), size
+            if shared and self._computed != (digest_of(asked), size):
+                raise PruningError(
+                    f"share_prefix: run {key!r} got {len(asked)} requests that are not those which were answered for all runs together, "
+                    "expected the same ones; a task that asks something else every time needs share_prefix: false."
+                )
+        yield from self.journals[key](call, asked, compute, size)
 
     def _sampled(self, asked: Iterable[Request]) -> set[int]:
         """Indices of the requests whose answers are drawn at random."""
@@ -131,28 +113,34 @@ class SharedRuns:
         return found
 
     # ---- computing
-    def _compute(self, asked: list[Request]) -> None:
-        """Answer all requests by all configurations; what stops half way leaves nothing behind."""
-        try:
-            for key, configuration in self.configurations.items():
-                file = tempfile.TemporaryFile()  # noqa: SIM115  # closed by _forget
-                self._runs[key] = _Run(configuration.method, self._pruners[key], file, Tally(len(asked)))
-            for request, found in self.model.answers_of(asked, self._of_batch):
-                if not self._alive():
-                    break
-                for key, run in self._alive():
-                    run.add(request.index, found if isinstance(found, Answer) else found[key])
-        except BaseException:
-            self._forget()
-            raise
-        self._asked = [_identity(request) for request in asked]
+    def _compute(self, call: str, asked: Sequence[Request], shared: Sequence[Request], size: BatchSize) -> None:
+        """Answer `shared` by all configurations that have not answered them yet."""
+        for key, configuration in self.configurations.items():
+            journal = self.journals[key]
+            done = journal.done(call, asked, size)
+            self._runs[key] = _Run(configuration.method, self._pruners[key], journal, done, Tally(len(shared)))
+        everywhere = Done(
+            set.intersection(*(run.done.indices for run in self._runs.values())),
+            set.intersection(*(run.done.alone for run in self._runs.values())),
+        )
+        clock = time.monotonic()
+        for batch in self.model.batches_of(shared, everywhere, WHOLE, self._of_batch):
+            now = time.monotonic()
+            alive = self._alive([request for request, _ in batch])
+            for key, run in alive:
+                answers = [(request, found if isinstance(found, Answer) else found[key]) for request, found in batch]
+                run.add(call, answers, (now - clock) / len(alive))
+            clock = now
+            if not self._alive():
+                break
 
-    def _alive(self) -> list[tuple[str, _Run]]:
-        """Runs that go on: one whose first samples all failed will be refused when its answers are asked for."""
-        return [(key, run) for key, run in self._runs.items() if not run.tally.is_hopeless]
+    def _alive(self, batch: Sequence[Request] = ()) -> list[tuple[str, _Run]]:
+        """Runs that go on and have not answered `batch`; one whose first samples all failed will be refused when it is asked for."""
+        indices = [request.index for request in batch]
+        return [(key, run) for key, run in self._runs.items() if not run.tally.is_hopeless and not (indices and run.done.has(indices))]
 
     def _of_batch(self, batch: list[Prompt], options: Generation) -> Iterator[tuple[Request, dict[str, Answer]]]:
-        alive = self._alive()
+        alive = self._alive([prompt.request for prompt in batch])
         found = self._together(batch, options, [run for run in alive if not run[1].pruner.before_model])
         for key, run in alive:
             if key not in found:
@@ -186,9 +174,3 @@ class SharedRuns:
 
 def _warn(batch: Sequence[Prompt], who: str, error: Exception) -> None:
     logger.warning(f"A shared batch of {len(batch)} failed for {who} ({type(error).__name__}: {error}); it is tried again separately.")
-
-
-def _identity(request: Request) -> tuple:
-    """What tells requests of two evaluations apart."""
-    options = json.dumps(request.options, sort_keys=True, default=str)
-    return request.index, request.task, request.split, request.doc_id, options, request.length, request.is_padding

@@ -9,34 +9,31 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
-from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
-from lmms_eval.api.model import lmms
-from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
-from tqdm import tqdm
 from transformers import BatchFeature
 
 from vlm_pruner_eval.budget import Rate
 from vlm_pruner_eval.cost import DecoderShape
-from vlm_pruner_eval.errors import ConfigError, PruningError
+from vlm_pruner_eval.errors import ConfigError, OutOfMemoryError
 from vlm_pruner_eval.hook import prune
 from vlm_pruner_eval.lmms import prompts, settings
+from vlm_pruner_eval.lmms.answering import Answering, is_out_of_memory
 from vlm_pruner_eval.lmms.checkpoint import load_checkpoint
-from vlm_pruner_eval.lmms.checks import Tally, check_prompt_lengths, check_records, no_op_sentence
+from vlm_pruner_eval.lmms.checks import check_prompt_lengths, check_records, no_op_sentence
 from vlm_pruner_eval.lmms.device import pick_device
 from vlm_pruner_eval.lmms.downsampling import as_planned, hooked, sized
 from vlm_pruner_eval.lmms.geometry import describe_geometry
 from vlm_pruner_eval.lmms.inputs import Prepared, bound_pixels, build_inputs
-from vlm_pruner_eval.lmms.log import Answer, Reading, pruning_metrics
+from vlm_pruner_eval.lmms.log import Answer, Reading
 from vlm_pruner_eval.lmms.loglikelihood import PREFILL, Target, by_prompt, continuation_ids, score
+from vlm_pruner_eval.lmms.plan import Batch, Done, Part
 from vlm_pruner_eval.lmms.plugin import exit_with
 from vlm_pruner_eval.lmms.prompts import Defaults, Generation, Prompt, Request
 from vlm_pruner_eval.lmms.protocols import HF, Protocol
@@ -45,10 +42,10 @@ from vlm_pruner_eval.pruners import Pruner
 from vlm_pruner_eval.timing import time_forwards
 from vlm_pruner_eval.vlms import family_of
 
-OfBatch = Callable[[list[Prompt], Generation], Iterator[tuple[Request, Any]]]
+OfBatch = Callable[[list[Prompt], Generation], Iterable[tuple[Request, Any]]]
 
 
-class PrunedModel(lmms):
+class PrunedModel(Answering):
     """A VLM of one family, answering lmms-eval's requests while its visual tokens are pruned.
 
     Parameters
@@ -56,21 +53,6 @@ class PrunedModel(lmms):
     model_args
         The fields of `settings.Settings`, `method` (default "none", the plain model), `pruning_rate`, and the
         parameters of the method.
-
-    Attributes
-    ----------
-    answers : list of Answer
-        Every sample answered since the method was last configured, in the order of the requests.
-    keep_loaded
-        Whether the weights survive `clean`, which lmms-eval calls after every evaluation.
-    exit_on_failure
-        Whether failed samples end the process; True when lmms-eval's command line built the model.
-    show_progress
-        Whether a progress bar is drawn.
-    on_prompt
-        Called with every prompt on its way to the model; a sweep keeps pictures with it.
-    source
-        Finds the answers of `generate_until` in place of the model; a sweep hands on what it computed for several methods together.
 
     Raises
     ------
@@ -101,10 +83,8 @@ class PrunedModel(lmms):
         self.protocol.prepare(self.config, self.processor)
         bound_pixels(self.processor, self.settings)
         self.dtype, self._family, self._n_layers = self._model.dtype, family_of(self._model), len(self._model.model.language_model.layers)
-        self.answers: list[Answer] = []
-        self.keep_loaded = self.exit_on_failure = self.show_progress = False
-        self.on_prompt: Callable[[Prompt], None] | None = None
-        self.source: Callable[[list[Request]], Iterable[tuple[Request, Answer]]] | None = None
+        # under torchrun the other ranks would go on with larger batches; the paper's protocol fixes the batch
+        self.may_shrink = self.settings.protocol != "paper" and self._world_size == 1
         self._use(method, pruner)
 
     @classmethod
@@ -132,7 +112,7 @@ class PrunedModel(lmms):
         inside = hooked(pruner, self.processor, self.model_id)
         prune(self.model, inside)  # not entered: refuses layers and positions that this model does not have
         self.method, self.pruner, self._hooked = method, pruner, inside
-        self.answers = []  # not cleared: the former list may be in use
+        self.forget_answers()
 
     @contextmanager
     def using(self, method: str, pruner: Pruner) -> Iterator[None]:
@@ -177,8 +157,8 @@ class PrunedModel(lmms):
         return self.processor.tokenizer
 
     @property
-    def batch_size(self) -> int:
-        """Prompts per generate call."""
+    def full_batch_size(self) -> int:
+        """Prompts per generate call, as asked."""
         return self.settings.batch_size
 
     @property
@@ -186,89 +166,49 @@ class PrunedModel(lmms):
         ids = self.model.generation_config.eos_token_id
         return set(ids) if isinstance(ids, (list, tuple)) else {ids}
 
-    def clean(self) -> None:
-        """Free the weights, as lmms-eval asks after every evaluation, unless `keep_loaded`."""
-        if not self.keep_loaded:
-            super().clean()
-
-    def generate_until_multi_round(self, requests: list[Instance]) -> NoReturn:
-        """Not offered: an image of a later round would meet a pruned cache."""
-        raise NotImplementedError(f"{self.model_id} answers in one round; choose tasks with output_type generate_until.")
-
     # ---- answering
-    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Score the continuation of every request behind its pruned prompt, in order; failures are as in `generate_until`.
+    def no_op_sentence(self, answers: Sequence[Answer]) -> str | None:
+        """Why these can't be answers of a method that pruned; None where they can."""
+        return no_op_sentence(answers, self.pruner, self._n_layers)
 
-        Returns
-        -------
-        list of (value, is_greedy)
-            What the metrics of the request's task want, see `Target.result`; and whether greedy decoding would have written it.
-        """
-        targets = [Target.of(index, instance) for index, instance in enumerate(requests)]
-        answers = self._collect([target.request for target in targets], self._answers_of_targets(targets))
-        return [target.result(answer) for target, answer in zip(targets, answers, strict=True)]
+    @property
+    def title(self) -> str:
+        """Of the progress bar."""
+        return f"{self.model_id} {self.method}"
 
-    def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-        """Answer every request, in order.
-
-        A sample that fails is answered with "" and recorded with its error, and the run goes on.
-
-        Raises
-        ------
-        PruningError
-            The first 16 samples all failed, or nothing was pruned though the method should have pruned.
-        SystemExit
-            With `exit_on_failure`: in those cases, and at the end of a run in which any sample failed.
-        """
-        asked = [Request.of(index, instance) for index, instance in enumerate(requests)]
-        answers = self._collect(asked, (self.source or self.answers_of)(asked))
-        return [GenerationResult(answer.answer, TokenCounts(answer.n_prompt_tokens, answer.n_new_tokens)) for answer in answers]
-
-    def _collect(self, asked: Sequence[Request], found: Iterable[tuple[Request, Answer]]) -> list[Answer]:
-        """The answers in the order of the requests, after recording them, counting failures, and refusing a run that did not prune."""
-        answers: list[Answer | None] = [None] * len(asked)
-        tally, started = Tally(len(asked)), time.perf_counter()
-        try:
-            with tqdm(total=len(asked), disable=not self.show_progress or self.rank != 0, desc=f"{self.model_id} {self.method}") as bar:
-                for request, answer in found:
-                    answers[request.index] = answer
-                    tally.add(answer)
-                    bar.update()
-                    if tally.is_hopeless:
-                        self._fail(tally.sentence())
-        finally:
-            done = [answer for request, answer in zip(asked, answers, strict=True) if answer is not None and not request.is_padding]
-            self.answers.extend(done)
-        self._log(done, time.perf_counter() - started)
-        if tally.failed and self.exit_on_failure:
-            self._fail(tally.sentence())
-        if sentence := no_op_sentence(done, self.pruner, self._n_layers):
-            self._fail(sentence)
-        return answers
-
-    def answers_of(self, asked: list[Request], of_batch: OfBatch | None = None) -> Iterator[tuple[Request, Any]]:
+    def batches_of(self, asked: Sequence[Request], done: Done, part: Part, of_batch: OfBatch | None = None) -> Iterator[Batch]:
         """Requests with their answers, batch by batch; `of_batch` in place of `answers_of_batch` may find something else for them.
 
-        A request that can't be made a prompt has a failed Answer in any case.
+        A request that can't be made a prompt is a batch of its own, with a failed Answer in any case. Batches are planned with all
+        requests, those in `done` included, so that they are the same after a restart.
         """
         of_batch = of_batch or self.answers_of_batch
-        for options, window in prompts.windows(asked, self.batch_size, self.defaults):
+        windows = prompts.windows(asked, self.batch_size, self.defaults)
+        for options, window in (planned for number, planned in enumerate(windows) if part.has(number)):
+            if done.has([request.index for request in window]):
+                continue
             ready = []
             for request in window:
+                if request.index in done.alone:
+                    continue
                 try:
                     ready.append(self._prompt_of(request))
                 except Exception as error:  # a document can be broken in any way; it is recorded, and the run ends in failure
-                    yield request, self._failed(request, error)
+                    yield [(request, self._failed(request, error))]
             for batch in prompts.batches(ready, self.batch_size):
-                yield from of_batch(batch, options)
+                if not done.has([prompt.request.index for prompt in batch]):
+                    yield list(of_batch(batch, options))
 
-    def _answers_of_targets(self, targets: Sequence[Target]) -> Iterator[tuple[Request, Answer]]:
-        for same_prompt in by_prompt(targets):
+    def scored_batches_of(self, targets: Sequence[Target], done: Done, part: Part) -> Iterator[Batch]:
+        """Targets with their answers, one prompt after the other."""
+        for number, same_prompt in enumerate(by_prompt(targets)):
+            if not part.has(number) or done.has([target.request.index for target in same_prompt]):
+                continue
             try:
                 answers = self._score(self._prompt_of(same_prompt[0].request), same_prompt)
             except Exception as error:  # as for generated answers: it is recorded, and the run ends in failure
                 answers = [target.failed(self._failed(target.request, error)) for target in same_prompt]
-            yield from zip((target.request for target in same_prompt), answers, strict=True)
+            yield list(zip((target.request for target in same_prompt), answers, strict=True))
 
     def _score(self, prompt: Prompt, targets: Sequence[Target]) -> list[Answer]:
         texts = [target.text(self.task_dict) for target in targets]
@@ -289,6 +229,8 @@ class PrunedModel(lmms):
         try:
             answers = self.answer(self.prepare(batch), options)
         except Exception as error:  # whatever it is, it must cost its own sample only, and be recorded as that sample's failure
+            if self.batch_size > 1 and is_out_of_memory(error):
+                raise OutOfMemoryError(f"A batch of {len(batch)} does not fit into the memory ({error}).") from error
             answers = None
             if len(batch) == 1:
                 answers = [self._failed(batch[0].request, error)]
@@ -336,16 +278,6 @@ class PrunedModel(lmms):
     def _failed(self, request: Request, error: Exception) -> Answer:
         logger.error("Sample {} failed:\n{}", request.sample_id, "".join(traceback.format_exception(error)))
         return Answer(request.task, request.split, request.doc_id, "", error=f"{type(error).__name__}: {error}")
-
-    def _fail(self, sentence: str) -> NoReturn:
-        if self.exit_on_failure:
-            exit_with(sentence, code=1)
-        raise PruningError(sentence)
-
-    def _log(self, answers: list[Answer], elapsed_s: float) -> None:
-        """Hand token counts and times to lmms-eval, which prints them below its table of scores."""
-        n_tokens = sum(answer.n_new_tokens or 0 for answer in answers)
-        log_metrics(elapsed_s, n_tokens, n_tokens / elapsed_s if elapsed_s > 0 else 0.0, additional_metrics=pruning_metrics(answers))
 
 
 def load(model_id: str, **model_args: object) -> PrunedModel:

@@ -22,7 +22,8 @@ from vlm_pruner_eval.report.paper import PaperTable, paper_for
 from vlm_pruner_eval.report.sheets import sheets
 from vlm_pruner_eval.report.strata import Stratum, strata
 from vlm_pruner_eval.report.tables import PLUMBING, Row, is_plumbing, rows_of
-from vlm_pruner_eval.sweep.store import to_json, write_atomic
+from vlm_pruner_eval.sweep.files import write_atomic
+from vlm_pruner_eval.sweep.store import to_json
 
 
 @dataclass(frozen=True)

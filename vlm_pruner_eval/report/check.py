@@ -9,8 +9,9 @@ from typing import Any
 
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.load import Results, load_results
+from vlm_pruner_eval.sweep.files import write_atomic
 from vlm_pruner_eval.sweep.records import answer_digest, kept_digest
-from vlm_pruner_eval.sweep.store import to_json, write_atomic
+from vlm_pruner_eval.sweep.store import to_json
 
 _DIGITS = 8  # 32 bits a document: a chance match is no worry, and the file stays small
 _SETTINGS = ("id", "pretrained", "revision", "dtype", "protocol", "attn_implementation")

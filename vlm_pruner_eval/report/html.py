@@ -22,7 +22,7 @@ from vlm_pruner_eval.report.markdown import facts
 from vlm_pruner_eval.report.paper import PaperTable
 from vlm_pruner_eval.report.strata import Stratum
 from vlm_pruner_eval.report.tables import PLUMBING, Row, is_plumbing
-from vlm_pruner_eval.sweep.store import write_atomic
+from vlm_pruner_eval.sweep.files import write_atomic
 
 _SIGNATURES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 

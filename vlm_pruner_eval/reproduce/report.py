@@ -22,7 +22,8 @@ from vlm_pruner_eval.report.terminal import WIDTH, print_tables
 from vlm_pruner_eval.reproduce.noise import Flips, Noise
 from vlm_pruner_eval.reproduce.rows import ReproducedRow, as_json
 from vlm_pruner_eval.reproduce.run import Reproduction
-from vlm_pruner_eval.sweep.store import to_json, write_atomic
+from vlm_pruner_eval.sweep.files import write_atomic
+from vlm_pruner_eval.sweep.store import to_json
 
 _NOISE_LEGEND = (
     "The unpruned model answered the same questions under every variant. Spread: largest minus smallest score. Answers flipped: "

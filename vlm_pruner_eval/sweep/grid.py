@@ -63,6 +63,11 @@ class Run:
     asked_rate: str | float | None
     iso_layer: int | None = None
 
+    def line(self) -> dict[str, Any]:
+        """What the report needs to know of a run that may not have happened."""
+        fields = ("key", "run_id", "label", "method", "pruning_rate", "seed", "changed", "asked_rate", "iso_layer")
+        return {name: getattr(self, name) for name in fields} | {"parameters": self.config["parameters"]}
+
 
 def expand(config: SweepConfig) -> list[Run]:
     """All runs of a sweep: the unpruned one first, then methods x rates x seeds.

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.sweep.files import write_atomic
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,17 +87,7 @@ class ImageStore:
         """In one step: another process never reads half a file."""
         content = io.BytesIO()
         image.save(content, "JPEG", quality=QUALITY, comment=json.dumps(facts).encode())
-        path = self.path(digest)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content.getvalue())
-            os.chmod(name, 0o644)  # mkstemp makes files that only their owner can read
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        write_atomic(self.path(digest), content.getvalue())
 
     def read(self, digest: str) -> Picture:
         """A kept picture.

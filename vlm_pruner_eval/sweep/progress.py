@@ -49,11 +49,15 @@ class SweepProgress:
 
     def start(self, key: str) -> None:
         """A run begins."""
-        self._since = time.monotonic()
+        self._since, self._answers = time.monotonic(), 0
         if self._bar:
             self._bar.update(self._task, description=escape(key))
         else:
             self._line(f"{key}: started")
+
+    def answered(self, count: int) -> None:
+        """So many more answers of the run."""
+        self._answers += count
 
     def end(self, key: str, outcome: str) -> None:
         """A run ended, or was skipped."""

@@ -66,6 +66,11 @@ def summarise_times(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def is_untimed(samples: Iterable[dict[str, Any]]) -> bool:
+    """Whether any answer was computed together with other runs', so that its time is unknown."""
+    return any(sample["prefill_ms"] is None and sample["error"] is None for sample in samples)
+
+
 def without_times(times: dict[str, Any]) -> dict[str, Any]:
     """The summary of a run that shared work with others: its times are no measure of anything, only its batches are its own."""
     return dict.fromkeys(times) | {"batch_sizes": times["batch_sizes"]}

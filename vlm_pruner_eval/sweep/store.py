@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,26 +14,11 @@ from typing import Any
 import numpy as np
 
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.sweep.files import write_atomic
 
 FINISHED, FAILED = "finished", "failed"
 # Their lists are most of a line. Inside the text of an answer the quotes would be escaped, so this can't match there.
 _POSITIONS = re.compile(rb'("(?:kept_positions|order)": )\[[\d, ]*\]')
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a file by new text in one step: a crash leaves the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def to_json(value: object, *, indent: int | None = 1) -> str:
@@ -108,17 +92,25 @@ class Store:
             return None
         return record if isinstance(record, dict) and record.get("run_id") == run_id else None
 
-    def is_finished(self, run_id: str, checkpoint: dict[str, Any] | None = None) -> bool:
-        """Whether a run has a complete record, of the same checkpoint files where they are given."""
+    def status(self, run_id: str, checkpoint: dict[str, Any] | None = None) -> str | None:
+        """`FINISHED` or `FAILED` of a run with a complete record, of the same checkpoint files where they are given; else None."""
         record = self.read(run_id)
-        if record is None or record.get("status") != FINISHED or not (self.run_dir(run_id) / "samples.jsonl").is_file():
-            return False
-        return checkpoint is None or record["provenance"]["checkpoint"] == checkpoint
+        if record is None or record.get("status") not in (FINISHED, FAILED) or not (self.run_dir(run_id) / "samples.jsonl").is_file():
+            return None
+        return record["status"] if checkpoint is None or record["provenance"]["checkpoint"] == checkpoint else None
+
+    def is_finished(self, run_id: str, checkpoint: dict[str, Any] | None = None) -> bool:
+        """Whether a run has a complete record that counts."""
+        return self.status(run_id, checkpoint) == FINISHED
+
+    def forget(self, run_id: str) -> None:
+        """Remove a run's record: it is to be run again."""
+        (self.run_dir(run_id) / "run.json").unlink(missing_ok=True)
 
     def write_run(self, record: dict[str, Any], samples: Iterable[dict[str, Any]], draws: Mapping[str, np.ndarray] | None = None) -> None:
         """Write a run's samples and the resampled values of its scores, then its record: the record is what makes the run exist."""
         folder = self.run_dir(record["run_id"])
-        (folder / "run.json").unlink(missing_ok=True)  # an old record must not vouch for new samples
+        self.forget(record["run_id"])  # an old record must not vouch for new samples
         write_atomic(folder / "samples.jsonl", "".join(to_json(sample, indent=None) + "\n" for sample in samples))
         short = {task: [float(f"{value:.9g}") for value in values] for task, values in (draws or {}).items()}
         write_atomic(folder / "draws.json", to_json(short, indent=None) + "\n")

@@ -1,0 +1,207 @@
+"""What answering lmms-eval's requests is whatever answers them: order, records, failures, memory, and a run that can be resumed."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NoReturn
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from loguru import logger
+from tqdm import tqdm
+
+from vlm_pruner_eval.errors import OutOfMemoryError, PruningError
+from vlm_pruner_eval.lmms.checks import Tally
+from vlm_pruner_eval.lmms.journal import Source
+from vlm_pruner_eval.lmms.log import Answer, pruning_metrics
+from vlm_pruner_eval.lmms.loglikelihood import Target
+from vlm_pruner_eval.lmms.plan import WHOLE, Batch, BatchSize, Compute, Done, Part
+from vlm_pruner_eval.lmms.plugin import exit_with
+from vlm_pruner_eval.lmms.prompts import Prompt, Request
+
+
+class Answering(lmms):
+    """A model of lmms-eval whose answers are recorded one by one; what makes the answers is up to the class below.
+
+    Attributes
+    ----------
+    answers : list of Answer
+        Every sample answered since the method was last configured, in the order of the requests.
+    keep_loaded
+        Whether the weights survive `clean`, which lmms-eval calls after every evaluation.
+    exit_on_failure
+        Whether failed samples end the process; True when lmms-eval's command line built the model.
+    show_progress
+        Whether a progress bar is drawn.
+    on_prompt
+        Called with every prompt on its way to the model; a sweep keeps pictures with it.
+    on_answers
+        Called with the number of answers of every batch, as they come; a sweep shows its speed with it.
+    source
+        Finds the answers in place of the model, or lets it compute them; a sweep puts its journal here.
+    may_shrink
+        Whether a run may begin anew with half the batch size when memory does not suffice.
+    """
+
+    may_shrink = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keep_loaded = self.exit_on_failure = self.show_progress = False
+        self.on_prompt: Callable[[Prompt], None] | None = None
+        self.on_answers: Callable[[int], None] | None = None
+        self.source: Source | None = None
+        self.forget_answers()
+
+    def forget_answers(self) -> None:
+        """Before another method or another run."""
+        self.answers: list[Answer] = []  # not cleared: the former list may be in use
+        self._reduced: BatchSize | None = None
+
+    # ---- what a class below says
+    @property
+    def full_batch_size(self) -> int:
+        """Prompts per batch, as asked."""
+        raise NotImplementedError
+
+    @property
+    def title(self) -> str:
+        """Of the progress bar."""
+        return type(self).__name__
+
+    def batches_of(self, asked: Sequence[Request], done: Done, part: Part) -> Iterator[Batch]:
+        """Answers to all requests of a part but those in `done`, batch by batch."""
+        raise NotImplementedError
+
+    def scored_batches_of(self, targets: Sequence[Target], done: Done, part: Part) -> Iterator[Batch]:
+        """The same of continuations to be scored."""
+        raise NotImplementedError
+
+    def no_op_sentence(self, answers: Sequence[Answer]) -> str | None:
+        """Why these answers are not those of a method that pruned; None where they are."""
+        raise NotImplementedError
+
+    # ---- batch size
+    @property
+    def batch_size(self) -> int:
+        """Prompts per batch; less than asked for where the memory did not suffice."""
+        return self.working_size.size
+
+    @property
+    def working_size(self) -> BatchSize:
+        """The batch size, and those that were tried before it."""
+        return self._reduced or BatchSize(self.full_batch_size)
+
+    def resume_at(self, size: BatchSize | None) -> None:
+        """Go on with the batch size that an earlier process was left with."""
+        self._reduced = size if size is not None and size.exhausted else None
+
+    # ---- lmms-eval's calls
+    def clean(self) -> None:
+        """Free the weights, as lmms-eval asks after every evaluation, unless `keep_loaded`."""
+        if not self.keep_loaded:
+            super().clean()
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        """Score the continuation of every request behind its pruned prompt, in order; failures are as in `generate_until`.
+
+        Returns
+        -------
+        list of (value, is_greedy)
+            What the metrics of the request's task want, see `Target.result`; and whether greedy decoding would have written it.
+        """
+        targets = [Target.of(index, instance) for index, instance in enumerate(requests)]
+        compute = functools.partial(self.scored_batches_of, targets)
+        answers = self._answers("loglikelihood", [target.request for target in targets], compute)
+        return [target.result(answer) for target, answer in zip(targets, answers, strict=True)]
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
+        """Answer every request, in order.
+
+        A sample that fails is answered with "" and recorded with its error, and the run goes on. Where a batch does not fit into
+        the memory, all answers begin anew with half the batch size, unless `may_shrink` is False.
+
+        Raises
+        ------
+        PruningError
+            The first 16 samples all failed, nothing was pruned though the method should have pruned, or the memory did not suffice.
+        SystemExit
+            With `exit_on_failure`: in those cases, and at the end of a run in which any sample failed.
+        """
+        asked = [Request.of(index, instance) for index, instance in enumerate(requests)]
+        answers = self._answers("generate_until", asked, functools.partial(self.batches_of, asked))
+        return [GenerationResult(answer.answer, TokenCounts(answer.n_prompt_tokens, answer.n_new_tokens)) for answer in answers]
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> NoReturn:
+        """Not offered: an image of a later round would meet a pruned cache."""
+        raise NotImplementedError(f"{self.title} answers in one round; choose tasks with output_type generate_until.")
+
+    # ---- collecting
+    def _answers(self, call: str, asked: Sequence[Request], compute: Compute) -> list[Answer]:
+        before = list(self.answers)
+        while True:
+            found = compute(Done(), WHOLE) if self.source is None else self.source(call, asked, compute, self.working_size)
+            try:
+                return self._collect(asked, found)
+            except OutOfMemoryError as error:
+                sentence = str(error)
+            self.answers = before  # outside the except clause, which would keep the failed batch's tensors alive
+            self._shrink(sentence)
+
+    def _shrink(self, sentence: str) -> None:
+        if not self.may_shrink:
+            self._fail(f"{sentence} Smaller batches can change answers here, so none were tried; set a smaller batch_size.")
+        self._reduced = self.working_size.halved()
+        logger.warning(f"{sentence} The run begins anew with batches of {self.batch_size}.")
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _collect(self, asked: Sequence[Request], found: Iterable[Batch]) -> list[Answer]:
+        """The answers in the order of the requests, after recording them, counting failures, and refusing a run that did not prune."""
+        answers: list[Answer | None] = [None] * len(asked)
+        tally, started = Tally(len(asked)), time.perf_counter()
+        try:
+            with tqdm(total=len(asked), disable=not self.show_progress or self.rank != 0, desc=self.title) as bar:
+                for batch in found:
+                    self._take(batch, answers, tally)
+                    bar.update(len(batch))
+        finally:
+            done = [answer for request, answer in zip(asked, answers, strict=True) if answer is not None and not request.is_padding]
+            self.answers = [*self.answers, *done]
+        self._log(done, time.perf_counter() - started)
+        if tally.failed and self.exit_on_failure:
+            self._fail(tally.sentence())
+        if sentence := self.no_op_sentence(done):
+            self._fail(sentence)
+        return answers
+
+    def _take(self, batch: Batch, answers: list[Answer | None], tally: Tally) -> None:
+        for request, answer in batch:
+            answers[request.index] = answer
+            tally.add(answer)
+            if tally.is_hopeless:
+                self._fail(tally.sentence())
+        if self.on_answers is not None:
+            self.on_answers(len(batch))
+
+    def _fail(self, sentence: str) -> NoReturn:
+        if self.exit_on_failure:
+            exit_with(sentence, code=1)
+        raise PruningError(sentence)
+
+    def _log(self, answers: list[Answer], elapsed_s: float) -> None:
+        """Hand token counts and times to lmms-eval, which prints them below its table of scores."""
+        n_tokens = sum(answer.n_new_tokens or 0 for answer in answers)
+        log_metrics(elapsed_s, n_tokens, n_tokens / elapsed_s if elapsed_s > 0 else 0.0, additional_metrics=pruning_metrics(answers))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether smaller batches may help."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or should_reduce_batch_size(error)

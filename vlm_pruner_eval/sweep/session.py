@@ -1,0 +1,128 @@
+"""A loaded model that makes runs: each is answered into its journal, evaluated, and recorded."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vlm_pruner_eval.errors import StoppedError
+from vlm_pruner_eval.lmms.journal import Journal, Source
+from vlm_pruner_eval.lmms.plan import WHOLE, Part
+from vlm_pruner_eval.sweep import documents, provenance, records
+from vlm_pruner_eval.sweep.config import SweepConfig
+from vlm_pruner_eval.sweep.evaluate import Evaluated, evaluate, samples_of
+from vlm_pruner_eval.sweep.files import is_disk_full
+from vlm_pruner_eval.sweep.grid import Run
+from vlm_pruner_eval.sweep.store import FAILED, FINISHED, Store, to_json
+
+
+@dataclass(frozen=True)
+class Session:
+    """What all runs of a sweep have in common.
+
+    Attributes
+    ----------
+    model
+        Loaded, see `lmms.answering.Answering`.
+    checkpoint
+        Identity of its files, see `provenance.checkpoint_files`.
+    part
+        The share of every run that this process answers; the first part also records.
+    sources
+        Of runs whose answers are computed together, by run id, see `lmms.shared`.
+    """
+
+    config: SweepConfig
+    store: Store
+    model: Any
+    task_manager: Any
+    checkpoint: Mapping[str, Any]
+    part: Part = WHOLE
+    sources: Mapping[str, Source] | None = None
+
+    def journal(self, run: Run) -> Journal:
+        """Where a run's answers are written as they come."""
+        digest = hashlib.sha256(to_json(dict(self.checkpoint)).encode()).hexdigest()[:16]
+        return Journal(self.store.run_dir(run.run_id), {"run_id": run.run_id, "checkpoint": digest}, self.part)
+
+    def run(self, run: Run) -> str | None:
+        """Answer what is left of a run, and record it; returns what went wrong, in a sentence, or None.
+
+        Raises
+        ------
+        StoppedError
+            The disk is full.
+        ConfigError
+            The run's journal was changed or damaged.
+        """
+        try:
+            with self.journal(run) as journal:
+                return self._record(run, journal, time.time())
+        except OSError as error:
+            if is_disk_full(error):
+                raise _stopped(error) from error
+            raise
+
+    def _record(self, run: Run, journal: Journal, started: float) -> str | None:
+        self.model.configure(method=run.method, pruning_rate=run.pruning_rate, **run.params)
+        self.model.resume_at(journal.batch_size())
+        self.model.source = (self.sources or {}).get(run.run_id, journal)
+        evaluated, problem, trace = Evaluated(), None, None
+        try:
+            evaluated = evaluate(self.model, self.config, self.task_manager, self.store.run_dir(run.run_id))
+        except (Exception, SystemExit) as error:  # whatever a task or a model raises costs one run, not the sweep: it is recorded below
+            if is_disk_full(error):
+                raise _stopped(error) from error
+            problem, trace = f"{type(error).__name__}: {error}".strip(), traceback.format_exc()
+        finally:
+            self.model.source = None
+        if self.part.index:
+            return problem
+        samples = samples_of(self.model.answers, evaluated)
+        problem = _problem(samples, evaluated, problem)
+        record = self._describe(run, samples, evaluated, journal.earlier_s + time.time() - started)
+        record |= {"status": FINISHED if problem is None else FAILED, "problem": problem, "traceback": trace}
+        draws = {task: result.draws for task, result in evaluated.benchmarks.items() if result.draws is not None}
+        self.store.write_run(record, samples, draws)
+        if problem is None or record["failures"]:
+            journal.delete()  # of a run that failed after all was answered, the answers are used again
+        return problem
+
+    def _describe(self, run: Run, samples: list[dict[str, Any]], evaluated: Evaluated, total_s: float) -> dict[str, Any]:
+        described, is_shared = self.model.describe(), records.is_untimed(samples)
+        times = records.summarise_times(samples) | {"total_s": total_s}
+        memory = records.summarise_memory(samples, described)
+        return {
+            "run_id": run.run_id,
+            **run.line(),
+            "config": run.config,
+            "tasks": {task: result.record for task, result in evaluated.benchmarks.items()},
+            "documents": documents.fingerprints(evaluated.logged),
+            "tokens": records.summarise_tokens(samples),
+            "times": records.without_times(times) if is_shared else times,
+            "memory": memory | {"peak_bytes": None} if is_shared else memory,
+            "shared_prefix": is_shared,
+            "parts": self.part.count,
+            **self.model.working_size.as_json(),
+            "kept_digest": records.run_digest(samples),
+            "n_answers": len(samples),
+            "failures": records.failures(samples)[:50],
+            "provenance": provenance.collect(described, self.checkpoint),
+        }
+
+
+def _problem(samples: list[dict[str, Any]], evaluated: Evaluated, raised: str | None) -> str | None:
+    """Why a run does not count: failed samples before what was raised, as the one often follows from the other."""
+    failed = records.failures(samples)
+    if failed:
+        first = failed[0]
+        return f"{len(failed)} of {len(samples)} samples failed (first: {first['task']}, document {first['doc_id']}: {first['error']})"
+    return raised or " ".join(records.missing_answers(samples, evaluated.logged)) or None
+
+
+def _stopped(error: BaseException) -> StoppedError:
+    return StoppedError(f"The disk is full ({error}). Nothing that was answered is lost: make room, then run the same command again.")
