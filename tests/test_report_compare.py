@@ -13,11 +13,12 @@ import pytest
 from rich.console import Console
 from sweep_standin import Behaviour, StandIn, make_config, task_manager, write_tasks
 
-from vlm_pruner_eval.report import stats
-from vlm_pruner_eval.report.answers import DocumentAnswer, document_answer, flips
-from vlm_pruner_eval.report.compare import AVERAGE, Comparison, Comparisons, compare
 from vlm_pruner_eval.report.load import Results, load_results
-from vlm_pruner_eval.report.tables import rows_of
+from vlm_pruner_eval.report.rows import rows_of
+from vlm_pruner_eval.report.stats import paired
+from vlm_pruner_eval.report.stats.answers import DocumentAnswer, document_answer, flips
+from vlm_pruner_eval.report.stats.compare import compare
+from vlm_pruner_eval.report.stats.comparisons import AVERAGE, Comparison, Comparisons
 from vlm_pruner_eval.sweep.runner import run_sweep
 from vlm_pruner_eval.sweep.scores import percentile_interval
 
@@ -82,7 +83,7 @@ def test_a_difference_has_the_interval_of_paired_draws(plain: tuple[Results, Com
         assert cell.difference.value == pytest.approx(cell.score.value - reference.score.value)
         draws = ours[task] - theirs[task]
         assert (cell.difference.low, cell.difference.high) == percentile_interval(draws)
-        assert cell.p == stats.p_of_no_difference(cell.difference.value, draws, 48)
+        assert cell.p == paired.p_of_no_difference(cell.difference.value, draws, 48)
         assert (reference.difference, reference.p, reference.flip_rate, reference.gain_kept) == (None, None, None, None)
     cell = known(comparisons, "fastv", "tiny_mean")
     alone = np.std(ours["tiny_mean"]) ** 2 + np.std(theirs["tiny_mean"]) ** 2
@@ -113,7 +114,9 @@ def test_the_average_is_resampled_with_its_denominators(plain: tuple[Results, Co
     cell = known(comparisons, "vlmpruner", AVERAGE)
     assert (cell.score.low, cell.score.high) == pytest.approx(percentile_interval(draws))
     assert cell.score.value == pytest.approx(rows_of(results)[1].relative.value)
-    assert cell.difference == stats.Estimate(*(pytest.approx(value - 100) for value in (cell.score.value, cell.score.low, cell.score.high)))
+    assert cell.difference == paired.Estimate(
+        *(pytest.approx(value - 100) for value in (cell.score.value, cell.score.low, cell.score.high))
+    )
     whole = known(comparisons, "unpruned", AVERAGE, None).score
     assert (whole.value, whole.low, whole.high) == (100.0, 100.0, 100.0)
 
@@ -143,7 +146,7 @@ def test_holm_goes_over_the_whole_table(plain: tuple[Results, Comparisons]) -> N
     _, comparisons = plain
     tested = [cell for cell in comparisons.cells if cell.p is not None]
     assert len(tested) == 5 * 3  # rows but the unpruned one; two tasks and their average
-    assert [cell.p_holm for cell in tested] == stats.holm([cell.p for cell in tested])
+    assert [cell.p_holm for cell in tested] == paired.holm([cell.p for cell in tested])
     smallest = min(tested, key=lambda cell: cell.p)
     assert smallest.p_holm == pytest.approx(15 * smallest.p)
 
@@ -162,7 +165,7 @@ def test_the_best_is_bold_only_where_the_data_decide_it(plain: tuple[Results, Co
     assert {contest.decided for contest in comparisons.contests} == {True, False} or all(one.decided for one in comparisons.contests)
     pairs = [pair for pair in comparisons.pairs if pair.task == AVERAGE]
     assert len(pairs) == 6
-    assert [pair.p_holm for pair in pairs] == stats.holm([pair.p for pair in pairs])
+    assert [pair.p_holm for pair in pairs] == paired.holm([pair.p for pair in pairs])
     twin = dataclasses.replace(rows_of(results)[1], label="twin")
     tied = compare(results, [*rows_of(results)[:2], twin, *rows_of(results)[2:]])
     assert not any(cell.bold for cell in tied.cells)
@@ -189,12 +192,12 @@ def test_the_power_is_that_of_the_observed_spread(plain: tuple[Results, Comparis
     results, comparisons = plain
     reference = run_of(results, "unpruned")[0]["tiny_mean"]
     errors = [
-        stats.standard_error(run_of(results, f"{key}-2of3")[0]["tiny_mean"] - reference, 48) for key in ("vlmpruner", "fastv", "uniform")
+        paired.standard_error(run_of(results, f"{key}-2of3")[0]["tiny_mean"] - reference, 48) for key in ("vlmpruner", "fastv", "uniform")
     ]
     seeds = [run_of(results, f"random-2of3-seed{seed}")[0]["tiny_mean"] for seed in range(3)]
-    errors.append(stats.standard_error(np.mean(seeds, axis=0) - reference, 48))
+    errors.append(paired.standard_error(np.mean(seeds, axis=0) - reference, 48))
     power = {entry.task: entry for entry in comparisons.power}
-    assert power["tiny_mean"].smallest == pytest.approx(stats.smallest_difference(np.median(errors)))
+    assert power["tiny_mean"].smallest == pytest.approx(paired.smallest_difference(np.median(errors)))
     assert [(power[task].n_documents, power[task].n_clusters) for task in TASKS] == [(96, 48), (96, 48)]
 
 

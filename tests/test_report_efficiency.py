@@ -20,7 +20,7 @@ from vlm_pruner_eval.cost import DecoderShape, kv_bytes, literature_flops, prefi
 from vlm_pruner_eval.ledger import SampleRecord
 from vlm_pruner_eval.report.efficiency import EfficiencyRow, efficiency
 from vlm_pruner_eval.report.load import load_results
-from vlm_pruner_eval.report.tables import rows_of
+from vlm_pruner_eval.report.rows import rows_of
 from vlm_pruner_eval.sweep import records
 from vlm_pruner_eval.sweep.runner import run_sweep
 from vlm_pruner_eval.timing import time_forwards

@@ -11,13 +11,14 @@ from xml.etree import ElementTree as ET
 import pytest
 from PIL import Image
 
-from vlm_pruner_eval.report import figure_pareto, figure_radar, figure_rates, figure_svg, figures
-from vlm_pruner_eval.report import figure_style as style
-from vlm_pruner_eval.report.comparisons import AVERAGE, Comparison, Comparisons
-from vlm_pruner_eval.report.figure_pareto import Cost, front, points_of
+from vlm_pruner_eval.report.figures import pareto, radar, rates, style
+from vlm_pruner_eval.report.figures.all import WORDS, costs, draw_all
+from vlm_pruner_eval.report.figures.pareto import Cost, front, points_of
+from vlm_pruner_eval.report.html.svg import inline
 from vlm_pruner_eval.report.load import Results
-from vlm_pruner_eval.report.stats import Estimate
-from vlm_pruner_eval.report.tables import Cell, Row
+from vlm_pruner_eval.report.rows import Cell, Row
+from vlm_pruner_eval.report.stats.comparisons import AVERAGE, Comparison, Comparisons
+from vlm_pruner_eval.report.stats.paired import Estimate
 from vlm_pruner_eval.sweep.store import Store
 
 TASKS = ["gqa", "mme", "pope", "ocrbench"]
@@ -51,7 +52,7 @@ def texts(path: Path) -> list[str]:
 
 # ---- accuracy against rate
 def test_every_benchmark_has_a_panel_and_every_method_a_line(rows: list[Row], tmp_path: Path) -> None:
-    png, svg = figure_rates.draw(rows, TASKS, tmp_path / "rates")
+    png, svg = rates.draw(rows, TASKS, tmp_path / "rates")
     found = texts(svg)
     assert {style.AVERAGE, *TASKS, "VLM-Pruner", "_$odd{<&>", "unpruned", "66.7", "88.9"} <= set(found)
     assert found.count("VLM-Pruner") == 1, "one legend for all panels"
@@ -61,19 +62,19 @@ def test_every_benchmark_has_a_panel_and_every_method_a_line(rows: list[Row], tm
 
 
 def test_the_same_rows_give_the_same_bytes_and_other_rows_do_not(rows: list[Row], tmp_path: Path) -> None:
-    first = [path.read_bytes() for path in figure_rates.draw(rows, TASKS, tmp_path / "a")]
-    assert [path.read_bytes() for path in figure_rates.draw(rows, TASKS, tmp_path / "a")] == first
+    first = [path.read_bytes() for path in rates.draw(rows, TASKS, tmp_path / "a")]
+    assert [path.read_bytes() for path in rates.draw(rows, TASKS, tmp_path / "a")] == first
     wider = dataclasses.replace(rows[1], cells=rows[1].cells | {"gqa": dataclasses.replace(rows[1].cells["gqa"], low=40.0)})
-    changed = figure_rates.draw([rows[0], wider, *rows[2:]], TASKS, tmp_path / "b")
+    changed = rates.draw([rows[0], wider, *rows[2:]], TASKS, tmp_path / "b")
     assert changed[1].read_bytes() != first[1], "an interval is part of the picture"
 
 
 def test_a_row_far_below_is_named_instead_of_flattening_the_others(rows: list[Row], tmp_path: Path) -> None:
-    _, svg = figure_rates.draw(rows, TASKS, tmp_path / "rates")
+    _, svg = rates.draw(rows, TASKS, tmp_path / "rates")
     assert "↓ blind 24.0" in texts(svg)
     assert "↓ blind 40.0" in texts(svg), "the panel of averages too"
     near = [*rows[:-1], row("blind", None, 86.0, method="blind", by=0.86)]
-    _, svg = figure_rates.draw(near, TASKS, tmp_path / "near")
+    _, svg = rates.draw(near, TASKS, tmp_path / "near")
     assert not any("↓" in found for found in texts(svg))
     assert "blind" in texts(svg)
 
@@ -87,7 +88,7 @@ def test_ends_of_an_interval_always_hold_the_score() -> None:
 
 def test_an_iso_compute_row_stands_at_its_own_rate_without_a_tick(rows: list[Row], tmp_path: Path) -> None:
     iso = row("iso", 0.5, 97.0, by=0.97, asked_rate="8/9", iso_layer=2)
-    _, svg = figure_rates.draw([*rows, iso], TASKS, tmp_path / "rates")
+    _, svg = rates.draw([*rows, iso], TASKS, tmp_path / "rates")
     found = texts(svg)
     assert "iso" in found
     assert "50.0" not in found
@@ -119,38 +120,38 @@ def test_ties_are_all_on_the_front_and_a_dearer_equal_is_not() -> None:
 
 
 def test_pareto_has_a_panel_for_each_cost_that_is_known(rows: list[Row], tmp_path: Path) -> None:
-    known = {figure_pareto.key(item): cost for item, cost in zip(rows, (10.0, 6.0, 6.0, 4.0, 4.0, 1.0), strict=True)}
-    paths = figure_pareto.draw(rows, [Cost("time, ms", known), Cost("GFLOPs", {})], TASKS, tmp_path / "pareto")
+    known = {pareto.key(item): cost for item, cost in zip(rows, (10.0, 6.0, 6.0, 4.0, 4.0, 1.0), strict=True)}
+    paths = pareto.draw(rows, [Cost("time, ms", known), Cost("GFLOPs", {})], TASKS, tmp_path / "pareto")
     found = texts(paths[1])
-    assert {"time, ms", style.AVERAGE, figure_pareto.FRONT, "88.9 %"} <= set(found)
+    assert {"time, ms", style.AVERAGE, pareto.FRONT, "88.9 %"} <= set(found)
     assert "GFLOPs" not in found
-    assert figure_pareto.draw(rows, [Cost("GFLOPs", {})], TASKS, tmp_path / "none") == []
+    assert pareto.draw(rows, [Cost("GFLOPs", {})], TASKS, tmp_path / "none") == []
     assert not (tmp_path / "none.svg").exists()
 
 
 def test_times_of_other_machines_or_batches_are_no_axis(rows: list[Row], tmp_path: Path) -> None:
     results = stand_in(tmp_path)
-    assert [cost.label for cost in figures.costs(results)] == ["prefill of a batch, ms (median)", "prefill of a prompt, GFLOPs (mean)"]
+    assert [cost.label for cost in costs(results)] == ["prefill of a batch, ms (median)", "prefill of a prompt, GFLOPs (mean)"]
     results.runs[0].record["provenance"]["processor"] = "Abacus"
-    assert [cost.label for cost in figures.costs(results)] == ["prefill of a prompt, GFLOPs (mean)"]
+    assert [cost.label for cost in costs(results)] == ["prefill of a prompt, GFLOPs (mean)"]
 
 
 # ---- the radar
 def test_the_radar_shows_percent_of_unpruned_on_every_axis(rows: list[Row], tmp_path: Path) -> None:
-    assert figure_radar.relative_scores(rows[3], rows[0], TASKS) == pytest.approx([94.0] * 4)
-    _, svg = figure_radar.draw(rows, TASKS, tmp_path / "radar")
+    assert radar.relative_scores(rows[3], rows[0], TASKS) == pytest.approx([94.0] * 4)
+    _, svg = radar.draw(rows, TASKS, tmp_path / "radar")
     found = texts(svg)
     assert {*TASKS, "66.7 % removed (2/3)", "88.9 % removed (8/9)", "VLM-Pruner", "unpruned"} <= set(found)
     assert "blind" not in found
-    assert figure_radar._rings([84.0, 98.0]) == [80, 85, 90, 95, 100]
-    assert figure_radar._rings([0.0, 120.0]) == [0, 25, 50, 75, 100, 125]
+    assert radar._rings([84.0, 98.0]) == [80, 85, 90, 95, 100]
+    assert radar._rings([0.0, 120.0]) == [0, 25, 50, 75, 100, 125]
 
 
 def test_a_radar_needs_three_benchmarks_and_whole_rows(rows: list[Row], tmp_path: Path) -> None:
-    assert figure_radar.draw(rows, TASKS[:2], tmp_path / "two") == []
-    assert figure_radar.draw(rows[1:], TASKS, tmp_path / "no_unpruned") == []
+    assert radar.draw(rows, TASKS[:2], tmp_path / "two") == []
+    assert radar.draw(rows[1:], TASKS, tmp_path / "no_unpruned") == []
     hollow = dataclasses.replace(rows[1], cells=rows[1].cells | {"gqa": Cell(None)}, label="hollow")
-    _, svg = figure_radar.draw([*rows, hollow], TASKS, tmp_path / "hollow")
+    _, svg = radar.draw([*rows, hollow], TASKS, tmp_path / "hollow")
     assert "hollow" not in texts(svg)
 
 
@@ -171,25 +172,25 @@ def stand_in(root: Path) -> Results:
 
 def test_all_figures_are_drawn_and_old_ones_are_removed(rows: list[Row], tmp_path: Path) -> None:
     results = stand_in(tmp_path)
-    drawn = figures.draw_all(rows, results, tmp_path / "out")
-    assert set(drawn) == set(figures.WORDS) == {"accuracy_vs_rate", "pareto", "radar"}
+    drawn = draw_all(rows, results, tmp_path / "out")
+    assert set(drawn) == set(WORDS) == {"accuracy_vs_rate", "pareto", "radar"}
     assert {path.name for paths in drawn.values() for path in paths} == {path.name for path in (tmp_path / "out").iterdir()}
-    again = figures.draw_all(rows[:1], results, tmp_path / "out")
+    again = draw_all(rows[:1], results, tmp_path / "out")
     assert set(again) == {"accuracy_vs_rate"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"accuracy_vs_rate.png", "accuracy_vs_rate.svg"}
 
 
 def test_intervals_of_averages_come_from_the_comparisons(rows: list[Row], tmp_path: Path) -> None:
     results = stand_in(tmp_path)
-    plain = figures.draw_all(rows, results, tmp_path / "a")["accuracy_vs_rate"][1].read_bytes()
+    plain = draw_all(rows, results, tmp_path / "a")["accuracy_vs_rate"][1].read_bytes()
     compared = Comparisons((Comparison("VLM-Pruner", "2/3", AVERAGE, Estimate(98.0, 80.0, 99.0)),))
-    assert figures.draw_all(rows, results, tmp_path / "b", compared)["accuracy_vs_rate"][1].read_bytes() != plain
+    assert draw_all(rows, results, tmp_path / "b", compared)["accuracy_vs_rate"][1].read_bytes() != plain
 
 
 # ---- in a page
 def test_an_inlined_figure_keeps_its_references_and_takes_the_pages_colours(rows: list[Row], tmp_path: Path) -> None:
-    _, svg = figure_rates.draw(rows, TASKS, tmp_path / "rates")
-    page = figure_svg.inline(svg, name="one", title="A <title>", description="Told & shown")
+    _, svg = rates.draw(rows, TASKS, tmp_path / "rates")
+    page = inline(svg, name="one", title="A <title>", description="Told & shown")
     root = ET.fromstring(page)
     ids = [element.attrib["id"] for element in root.iter() if "id" in element.attrib]
     assert len(ids) == len(set(ids))

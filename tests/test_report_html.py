@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -18,19 +19,20 @@ from rich.console import Console
 from sweep_standin import Behaviour, StandIn, make_config, task_manager, write_tasks
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.report import html_tables, printed
 from vlm_pruner_eval.report.build import build, report_of
-from vlm_pruner_eval.report.comparisons import Comparison, Comparisons, Contest
-from vlm_pruner_eval.report.figures import draw_all
-from vlm_pruner_eval.report.gallery import Picture
-from vlm_pruner_eval.report.html import data_uri, write_html
-from vlm_pruner_eval.report.html_layout import NO_NUMBER, Entry, Group, Line, Table, without_empty_columns
+from vlm_pruner_eval.report.figures.all import draw_all
+from vlm_pruner_eval.report.html.page import data_uri, write_html
 from vlm_pruner_eval.report.load import Results, load_results
-from vlm_pruner_eval.report.paper import paper_for
-from vlm_pruner_eval.report.printed import Erratum, Number, PrintedNumbers
-from vlm_pruner_eval.report.stats import Estimate
-from vlm_pruner_eval.report.strata import CAPABILITIES, Stratum
-from vlm_pruner_eval.report.tables import rows_of
+from vlm_pruner_eval.report.paper import printed
+from vlm_pruner_eval.report.paper.beside import paper_for
+from vlm_pruner_eval.report.paper.printed import Erratum, Number, PrintedNumbers
+from vlm_pruner_eval.report.rows import rows_of
+from vlm_pruner_eval.report.sheets import scores
+from vlm_pruner_eval.report.sheets.table import NO_NUMBER, Entry, Group, Line, Table, without_empty_columns
+from vlm_pruner_eval.report.show.gallery import Picture
+from vlm_pruner_eval.report.stats.comparisons import Comparison, Comparisons, Contest
+from vlm_pruner_eval.report.stats.paired import Estimate
+from vlm_pruner_eval.report.stats.strata import CAPABILITIES, Stratum
 from vlm_pruner_eval.sweep.config import validate
 from vlm_pruner_eval.sweep.runner import run_sweep
 from vlm_pruner_eval.sweep.scores import MAIN_METRICS, Main
@@ -304,15 +306,15 @@ def test_bold_is_what_the_comparison_decided_and_nothing_on_the_embedded_benchma
         lines = [line for group in table.groups for line in group.lines]
         return [(line.head, i) for line in lines for i, entry in enumerate(line.entries) if entry.best]
 
-    found = html_tables.scores(rows, results, Comparisons((winner,), (contest,)))
+    found = scores.scores(rows, results, Comparisons((winner,), (contest,)))
     assert bold(found) == [(RELEASE, 0)]
-    shown = html_tables.contests(results, Comparisons((winner,), (contest,)))
+    shown = scores.contests(results, Comparisons((winner,), (contest,)))
     assert [entry.text for entry in shown.groups[0].lines[0].entries] == [RELEASE, "random", "+4.0", "yes"]
     plumbing = dataclasses.replace(
         results, runs=tuple(run for run in results.runs if run.record is None), config=results.config | {"tasks": ["digitscenes_x"]}
     )
-    assert bold(html_tables.scores(rows, plumbing, Comparisons((dataclasses.replace(winner, task="digitscenes_x"),)))) == []
-    assert html_tables.contests(plumbing, Comparisons((), (contest,))) is None
+    assert bold(scores.scores(rows, plumbing, Comparisons((dataclasses.replace(winner, task="digitscenes_x"),)))) == []
+    assert scores.contests(plumbing, Comparisons((), (contest,))) is None
 
 
 def test_columns_without_a_number_are_named_instead_of_shown() -> None:
@@ -325,7 +327,7 @@ def test_columns_without_a_number_are_named_instead_of_shown() -> None:
 
 def test_colours_have_contrast_in_light_and_dark() -> None:
     """WCAG 2.2, 1.4.3: 4.5 : 1 for text."""
-    style = (Path(html_tables.__file__).parent / "templates" / "style.css.jinja").read_text()
+    style = (files("vlm_pruner_eval.report.html.templates") / "style.css.jinja").read_text()
     blocks = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
     assert len(blocks) == 3, "light, dark and print"
     for block in blocks:

@@ -16,7 +16,7 @@ from sweep_standin import StandIn, make_config, task_manager, write_tasks
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.build import build
 from vlm_pruner_eval.report.load import SAMPLES_MISSING, load_results
-from vlm_pruner_eval.report.tables import rows_of
+from vlm_pruner_eval.report.rows import rows_of
 from vlm_pruner_eval.sweep import documents
 from vlm_pruner_eval.sweep.runner import run_sweep
 

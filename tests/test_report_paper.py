@@ -17,14 +17,14 @@ from typer.testing import CliRunner
 
 from vlm_pruner_eval.cli import app
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.report import printed
 from vlm_pruner_eval.report.build import build, report_of
-from vlm_pruner_eval.report.gate import FAILS, INCOMPARABLE, REPRODUCES
 from vlm_pruner_eval.report.load import load_results
-from vlm_pruner_eval.report.paper import EQUIVALENT, NO_CLAIM, NOT_RUN, OUTSIDE, Compared, PaperTable, paper_for
-from vlm_pruner_eval.report.printed import Erratum, Number, PrintedNumbers, read_printed
-from vlm_pruner_eval.report.recompute import recompute_averages, recompute_lines
-from vlm_pruner_eval.report.tables import rows_of
+from vlm_pruner_eval.report.paper import printed
+from vlm_pruner_eval.report.paper.beside import EQUIVALENT, NO_CLAIM, NOT_RUN, OUTSIDE, Compared, PaperTable, paper_for
+from vlm_pruner_eval.report.paper.gate import FAILS, INCOMPARABLE, REPRODUCES
+from vlm_pruner_eval.report.paper.printed import Erratum, Number, PrintedNumbers, read_printed
+from vlm_pruner_eval.report.paper.recompute import recompute_averages, recompute_lines
+from vlm_pruner_eval.report.rows import rows_of
 from vlm_pruner_eval.report.terminal import print_paper
 from vlm_pruner_eval.sweep.runner import run_sweep
 from vlm_pruner_eval.sweep.scores import MAIN_METRICS, Main

@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 
 from vlm_pruner_eval import ConfigError
 from vlm_pruner_eval.cli import app
-from vlm_pruner_eval.report.gallery import disagreement, gallery
-from vlm_pruner_eval.report.geometry import Medium, View, views
+from vlm_pruner_eval.report.geometry.views import Medium, View, views
 from vlm_pruner_eval.report.load import Results, load_results
-from vlm_pruner_eval.report.show_draw import LARGE, SMALL, draw, geometry_of
-from vlm_pruner_eval.report.show_flips import Flip, drawable_first, find_flips
-from vlm_pruner_eval.report.show_panel import BORDER, DIMMED, font, panel, turn_colour, wrapped
-from vlm_pruner_eval.report.show_records import Document, Place, Reply, find_place, pick_runs, read_documents
+from vlm_pruner_eval.report.show.draw import LARGE, SMALL, draw, geometry_of
+from vlm_pruner_eval.report.show.flips import Flip, drawable_first, find_flips
+from vlm_pruner_eval.report.show.gallery import disagreement, gallery
+from vlm_pruner_eval.report.show.panel import BORDER, DIMMED, font, panel, turn_colour, wrapped
+from vlm_pruner_eval.report.show.records import Document, Place, Reply, find_place, pick_runs, read_documents
 from vlm_pruner_eval.sweep.config import validate
 from vlm_pruner_eval.sweep.images import ImageStore
 from vlm_pruner_eval.sweep.runner import run_sweep
@@ -345,7 +345,7 @@ def test_bad_requests_are_sentences_and_exit_code_2(swept: Path, tmp_path: Path)
 def test_no_model_is_needed(swept: Path, tmp_path: Path) -> None:
     arguments = ["show", str(swept), "--doc", "digitscenes_read/test/1", "--out", str(tmp_path / "a.png")]
     code = (
-        "import sys; from vlm_pruner_eval.cli import main; from vlm_pruner_eval.report import gallery, show_flips\n"
+        "import sys; from vlm_pruner_eval.cli import main; from vlm_pruner_eval.report.show import flips, gallery\n"
         f"sys.argv[1:] = {arguments!r}\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code, end.code\n"

@@ -10,7 +10,7 @@ from lmms_eval.api.metrics import clustered_stderr, paired_ttest, power_analysis
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from vlm_pruner_eval.report.stats import (
+from vlm_pruner_eval.report.stats.paired import (
     Estimate,
     estimate,
     holm,
@@ -135,5 +135,5 @@ def test_an_interval_that_touches_zero_does_not_exclude_it() -> None:
 
 
 def test_comparisons_do_not_load_torch() -> None:
-    code = "import sys, vlm_pruner_eval.report.compare; sys.exit(bool({'torch', 'lmms_eval', 'transformers'} & set(sys.modules)))"
+    code = "import sys, vlm_pruner_eval.report.stats.compare; sys.exit(bool({'torch', 'lmms_eval', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from vlm_pruner_eval.report.load import load_results
-from vlm_pruner_eval.report.stats import Estimate
-from vlm_pruner_eval.report.strata import CAPABILITIES, CONTROLS, OF_CATEGORY, OF_TASK, Stratum, capability_of, strata
+from vlm_pruner_eval.report.stats.paired import Estimate
+from vlm_pruner_eval.report.stats.strata import CAPABILITIES, CONTROLS, OF_CATEGORY, OF_TASK, Stratum, capability_of, strata
 from vlm_pruner_eval.sweep.store import Store
 
 Score = Callable[[str, int], float | None]

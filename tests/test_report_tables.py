@@ -17,10 +17,10 @@ from sweep_standin import Behaviour, StandIn, make_config, task_manager, write_t
 
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.build import build, report_of
-from vlm_pruner_eval.report.html_layout import Entry, Group, Line, Table
 from vlm_pruner_eval.report.latex import latex
 from vlm_pruner_eval.report.load import load_results
-from vlm_pruner_eval.report.tables import PLUMBING, is_plumbing, relative_average, rows_of
+from vlm_pruner_eval.report.rows import PLUMBING, is_plumbing, relative_average, rows_of
+from vlm_pruner_eval.report.sheets.table import Entry, Group, Line, Table
 from vlm_pruner_eval.report.terminal import WIDTH, print_tables
 from vlm_pruner_eval.sweep.runner import run_sweep
 

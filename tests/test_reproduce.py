@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 from vlm_pruner_eval.cli import app
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.report import printed
-from vlm_pruner_eval.report.gate import IMPOSSIBLE, INSIDE, OUTSIDE
 from vlm_pruner_eval.report.load import load_results
+from vlm_pruner_eval.report.paper import printed
+from vlm_pruner_eval.report.paper.gate import IMPOSSIBLE, INSIDE, OUTSIDE
 from vlm_pruner_eval.reproduce import plan
 from vlm_pruner_eval.reproduce.plan import make_plan
 from vlm_pruner_eval.sweep.scores import MAIN_METRICS, Main

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.report.gate import IMPOSSIBLE, INSIDE, NO_NUMBER, NO_SCORE, OUTSIDE, tolerance, within
-from vlm_pruner_eval.report.printed import BENCHMARKS, METHODS, PAPER_MODELS, Number, PrintedNumbers, is_whole_paper, read_printed
+from vlm_pruner_eval.report.paper.gate import IMPOSSIBLE, INSIDE, NO_NUMBER, NO_SCORE, OUTSIDE, tolerance, within
+from vlm_pruner_eval.report.paper.printed import BENCHMARKS, METHODS, PAPER_MODELS, Number, PrintedNumbers, is_whole_paper, read_printed
 from vlm_pruner_eval.reproduce import noise
 from vlm_pruner_eval.reproduce.gate import judge
 from vlm_pruner_eval.reproduce.noise import Flips, Noise, TaskNoise

@@ -127,7 +127,7 @@ def show(
     out: Annotated[Path | None, typer.Option(help="The picture (with --flips: the folder); default: in DIRECTORY/show.")] = None,
 ) -> None:
     """Draw what each method kept of a document, in the order of selection, with its answers. Reads records; needs no model."""
-    from vlm_pruner_eval.report import show_cli
+    from vlm_pruner_eval.report.show import cli as show_cli
 
     console = Console(width=show_cli.WIDTH)
     if (doc is None) == (flips is None):
@@ -254,8 +254,8 @@ def _report(directory: Path) -> dict[str, Path]:
 
 
 def _recompute() -> None:
-    from vlm_pruner_eval.report.printed import read_printed
-    from vlm_pruner_eval.report.recompute import recompute_averages, recompute_lines
+    from vlm_pruner_eval.report.paper.printed import read_printed
+    from vlm_pruner_eval.report.paper.recompute import recompute_averages, recompute_lines
 
     printed = read_printed()
     for line in recompute_lines(printed):

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from vlm_pruner_eval.report import tidy
-from vlm_pruner_eval.report.compare import Comparisons, compare
 from vlm_pruner_eval.report.efficiency import EfficiencyRow, efficiency
-from vlm_pruner_eval.report.figures import draw_all
-from vlm_pruner_eval.report.gallery import gallery
-from vlm_pruner_eval.report.html import write_html
-from vlm_pruner_eval.report.html_layout import Table
+from vlm_pruner_eval.report.figures.all import draw_all
+from vlm_pruner_eval.report.html.page import write_html
 from vlm_pruner_eval.report.latex import latex
 from vlm_pruner_eval.report.load import Results, load_results
 from vlm_pruner_eval.report.markdown import markdown
-from vlm_pruner_eval.report.paper import PaperTable, paper_for
-from vlm_pruner_eval.report.sheets import sheets
-from vlm_pruner_eval.report.strata import Stratum, strata
-from vlm_pruner_eval.report.tables import PLUMBING, Row, is_plumbing, rows_of
+from vlm_pruner_eval.report.paper.beside import PaperTable, paper_for
+from vlm_pruner_eval.report.rows import PLUMBING, Row, is_plumbing, rows_of
+from vlm_pruner_eval.report.sheets.all import sheets
+from vlm_pruner_eval.report.sheets.table import Table
+from vlm_pruner_eval.report.show.gallery import gallery
+from vlm_pruner_eval.report.stats.compare import compare
+from vlm_pruner_eval.report.stats.comparisons import Comparisons
+from vlm_pruner_eval.report.stats.strata import Stratum, strata
 from vlm_pruner_eval.sweep.files import write_atomic
 from vlm_pruner_eval.sweep.store import to_json
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_pruner_eval.report.load import Results
-from vlm_pruner_eval.report.tables import Row, rows_of
+from vlm_pruner_eval.report.rows import Row, rows_of
 from vlm_pruner_eval.sweep.grid import UNPRUNED
 
 LITERATURE_FORMULA = "4nd² + 2n²d + 2ndm per layer (FastV, arXiv 2403.06764)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vlm_pruner_eval.report.html_layout import Entry, Line, Table
+from vlm_pruner_eval.report.sheets.table import Entry, Line, Table
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",

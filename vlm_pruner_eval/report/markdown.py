@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from vlm_pruner_eval.report.comparisons import Comparisons
-from vlm_pruner_eval.report.figures import WORDS
-from vlm_pruner_eval.report.html_layout import Entry, Table
+from vlm_pruner_eval.report.figures.all import WORDS
 from vlm_pruner_eval.report.load import NOT_RUN, Results
-from vlm_pruner_eval.report.paper import PaperTable
-from vlm_pruner_eval.report.tables import PLUMBING, Row, is_plumbing
+from vlm_pruner_eval.report.paper.beside import PaperTable
+from vlm_pruner_eval.report.rows import PLUMBING, Row, is_plumbing
+from vlm_pruner_eval.report.sheets.facts import facts
+from vlm_pruner_eval.report.sheets.table import Entry, Table
+from vlm_pruner_eval.report.stats.comparisons import Comparisons
 
 _SCORES = "scores"
 _LEGEND = (
@@ -32,9 +33,9 @@ def markdown(
     Parameters
     ----------
     tables
-        Of `sheets.sheets`; each gets a section of its own.
+        Of `sheets.all.sheets`; each gets a section of its own.
     figures
-        Of `figures.draw_all`, in the folder of the report.
+        Of `figures.all.draw_all`, in the folder of the report.
     """
     parts = [f"# {results.name}", *([f"**{PLUMBING}**"] if is_plumbing(results.tasks) else []), *_remarks(results, rows)]
     parts += paper_sentences(paper)
@@ -83,33 +84,6 @@ def _remarks(results: Results, rows: Sequence[Row]) -> Iterator[str]:
     problems = [problem for row in rows for problem in row.problems]
     if problems:
         yield "Failed runs (nothing of them is in an average):\n\n" + "\n".join(f"- {_one_line(problem)}" for problem in problems)
-
-
-def facts(results: Results) -> Iterator[list[str]]:
-    """Lines of a table about where the numbers come from: model, settings, versions, device; the first is its head."""
-    config, model = results.config, results.config["model"]
-    yield ["what", "value"]
-    yield ["model", f"{model['id']}, {model['pretrained']}" + (f" @ {model['revision']}" if model["revision"] else "")]
-    yield ["protocol", model["protocol"]]
-    yield ["dtype, attention, batch size", f"{model['dtype']}, {model['attn_implementation']}, {model['batch_size']}"]
-    yield ["tasks", ", ".join(config["tasks"])]
-    yield ["questions a task", "all" if config["limit"] is None else f"the first {config['limit']}"]
-    yield ["seed", str(config["seed"])]
-    if not results.records:
-        return
-    record = results.records[0]
-    where = record["provenance"]
-    metrics = {task: (scores["main"], scores.get("note", "none")) for task, scores in record["tasks"].items()}
-    yield [
-        "metric (documents)",
-        ", ".join(f"{task}: {main['metric']} ({main['n']})" if main else f"{task}: {note}" for task, (main, note) in metrics.items()),
-    ]
-    yield ["processor", where["processor"]]
-    loaded = {name: value for name, value in where["model"].items() if name in ("device", "dtype", "commit") and value is not None}
-    yield ["as loaded", ", ".join(f"{name} {value}" for name, value in loaded.items()) + f", {where['threads']} CPU threads"]
-    yield ["versions", ", ".join(f"{name} {version}" for name, version in where["versions"].items())]
-    yield ["code", record["config"]["code"] + (f", commit {where['git_commit']}" if where["git_commit"] else "")]
-    yield ["made", f"{where['time']}, by `{where['command']}`"]
 
 
 def table(lines: Iterable[list[str]]) -> str:

@@ -13,8 +13,8 @@ from rich.text import Text
 from vlm_pruner_eval.report import text
 from vlm_pruner_eval.report.load import Results
 from vlm_pruner_eval.report.markdown import paper_sentences
-from vlm_pruner_eval.report.paper import Compared, PaperTable, said
-from vlm_pruner_eval.report.tables import PLUMBING, Row, is_plumbing
+from vlm_pruner_eval.report.paper.beside import Compared, PaperTable, said
+from vlm_pruner_eval.report.rows import PLUMBING, Row, is_plumbing
 
 WIDTH = 100
 _TASKS_A_TABLE = 6

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlm_pruner_eval.report.tables import Cell, Row
+from vlm_pruner_eval.report.rows import Cell, Row
 
 NOTHING = "n/a"
 

@@ -8,9 +8,10 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from vlm_pruner_eval.report.compare import AVERAGE, Comparisons, Estimate
-from vlm_pruner_eval.report.paper import Compared, PaperTable
-from vlm_pruner_eval.report.tables import Row
+from vlm_pruner_eval.report.paper.beside import Compared, PaperTable
+from vlm_pruner_eval.report.rows import Row
+from vlm_pruner_eval.report.stats.comparisons import AVERAGE, Comparisons
+from vlm_pruner_eval.report.stats.paired import Estimate
 
 _ROW = ("method", "label", "pruning_rate", "asked_rate", "removed_percent", "status")
 _SCORE = ("task", "score", "low_95", "high_95", "sd_over_seeds", "seeds", "n_documents", "relative_avg")

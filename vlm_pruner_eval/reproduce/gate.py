@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlm_pruner_eval.report.gate import FAILS, Gate, judge_scores
-from vlm_pruner_eval.report.printed import PrintedNumbers
+from vlm_pruner_eval.report.paper.gate import FAILS, Gate, judge_scores
+from vlm_pruner_eval.report.paper.printed import PrintedNumbers
 from vlm_pruner_eval.reproduce.noise import Noise
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.report.answers import document_answer
 from vlm_pruner_eval.report.load import Results, RunResult, load_results
-from vlm_pruner_eval.report.tables import relative_average
+from vlm_pruner_eval.report.rows import relative_average
+from vlm_pruner_eval.report.stats.answers import document_answer
 from vlm_pruner_eval.reproduce.plan import Plan, Variant
 
 Documents = dict[tuple[str, int], list[dict[str, Any]]]  # the samples of a document: one, or one a choice that was scored

@@ -13,11 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from vlm_pruner_eval.report import text
-from vlm_pruner_eval.report.gate import RULE, TaskVerdict
 from vlm_pruner_eval.report.load import load_results
-from vlm_pruner_eval.report.markdown import facts, table
-from vlm_pruner_eval.report.paper import Compared, said
-from vlm_pruner_eval.report.tables import PLUMBING, is_plumbing
+from vlm_pruner_eval.report.markdown import table
+from vlm_pruner_eval.report.paper.beside import Compared, said
+from vlm_pruner_eval.report.paper.gate import RULE, TaskVerdict
+from vlm_pruner_eval.report.rows import PLUMBING, is_plumbing
+from vlm_pruner_eval.report.sheets.facts import facts
 from vlm_pruner_eval.report.terminal import WIDTH, print_tables
 from vlm_pruner_eval.reproduce.noise import Flips, Noise
 from vlm_pruner_eval.reproduce.rows import ReproducedRow, as_json

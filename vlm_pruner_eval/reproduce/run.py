@@ -9,10 +9,10 @@ from typing import Any
 
 from rich.console import Console
 
-from vlm_pruner_eval.report.gate import Gate
 from vlm_pruner_eval.report.load import Results, load_results
-from vlm_pruner_eval.report.paper import Reference
-from vlm_pruner_eval.report.printed import read_printed
+from vlm_pruner_eval.report.paper.beside import Reference
+from vlm_pruner_eval.report.paper.gate import Gate
+from vlm_pruner_eval.report.paper.printed import read_printed
 from vlm_pruner_eval.reproduce.gate import judge
 from vlm_pruner_eval.reproduce.noise import Noise, measure_noise
 from vlm_pruner_eval.reproduce.plan import Plan

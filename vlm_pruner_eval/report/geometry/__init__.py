@@ -1,0 +1,1 @@
+"""Which part of an image each visual token shows: arithmetic, no model."""

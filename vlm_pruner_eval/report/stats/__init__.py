@@ -1,0 +1,1 @@
+"""Statistics of the rows: against one another, and by parts of the documents."""
