@@ -21,7 +21,10 @@ from torch import Tensor, nn
 from vlm_pruner_eval import ConfigError, get_pruner, prune
 from vlm_pruner_eval.lmms.geometry import describe_geometry
 from vlm_pruner_eval.lmms.protocols import HF, LLAVA_PAPER, Protocol
-from vlm_pruner_eval.report.geometry.views import Box, Medium, best_pinpoint, tile_arrangement, views
+from vlm_pruner_eval.report.geometry.anyres import best_pinpoint
+from vlm_pruner_eval.report.geometry.boxes import Box, Medium
+from vlm_pruner_eval.report.geometry.internvl import tile_arrangement
+from vlm_pruner_eval.report.geometry.views import views
 from vlm_pruner_eval.vlms import family_of
 
 MIXERS = re.compile(r"(attn|attention)\.(out_proj|proj|projection_layer)\.|(mlp|ffn)\.(fc2|down_proj|linear_fc2)\.")

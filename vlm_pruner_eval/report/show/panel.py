@@ -8,7 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vlm_pruner_eval.report.geometry.views import Box, View
+from vlm_pruner_eval.report.geometry.boxes import Box
+from vlm_pruner_eval.report.geometry.views import View
 
 Colour = tuple[int, int, int]
 

@@ -1,0 +1,104 @@
+"""LLaVA-NeXT, LLaVA-OneVision and LLaVA-Video: a base view, tiles of an image in the shape that suits it, and pooled frames."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.report.geometry.boxes import (
+    Fit,
+    Layout,
+    Medium,
+    Picture,
+    box_around,
+    edges,
+    expect_tokens,
+    frame_of,
+    grid_boxes,
+    whole_box,
+)
+
+
+def anyres(geometry: Mapping[str, Any], medium: Medium, layouts: list[Layout]) -> tuple[int, list[Picture]]:
+    """A base view, then tiles whose rows end in a newline token; or the base view alone, padded, with one newline token."""
+    if medium.is_video:
+        return 1, _pooled_frames(geometry, medium, layouts[0])
+    _, rows, cols, n_views = layouts[0]
+    tile, patch = geometry["tile"], geometry["patch"]
+    side = tile // patch
+    square = edges(side, side=side, patch=patch, tile=tile)
+    if n_views == 1:
+        expect_tokens(layouts[0], side * side + 1, "one of several images")
+        boxes = grid_boxes(Fit.padded(medium, tile), square, square, side)
+        return 1, [("", 0, box_around(medium, boxes), boxes)]
+    base = grid_boxes(Fit.stretched(medium, tile, tile), square, square, side)
+    fit, (top, n_rows), (left, n_cols) = _tiled(geometry, medium)
+    expected = _shrunk(geometry, n_rows, n_cols, side)
+    if (rows, cols) != expected:
+        expect_tokens(layouts[0], side * side + expected[0] * (expected[1] + 1), f"an image of {medium.width} x {medium.height} pixels")
+    expect_tokens(layouts[0], side * side + rows * (cols + 1), "its grid")
+    along = {"side": side, "patch": patch, "tile": tile}
+    fine = grid_boxes(fit, edges(rows, **along, first=top, span=n_rows), edges(cols, **along, first=left, span=n_cols), cols + 1)
+    tiles = {side * side + token: box for token, box in fine.items()}
+    return 1, [("base view", 0, whole_box(medium), base), ("tiles", 0, box_around(medium, tiles), tiles)]
+
+
+def _tiled(geometry: Mapping[str, Any], medium: Medium) -> tuple[Fit, tuple[int, int], tuple[int, int]]:
+    """How the image lies on its tiles, and (first, number) of the rows and columns of patches that are not border.
+
+    Paper: arXiv 2310.03744 (LLaVA-1.5-HD), as LLaVA-NeXT's and LLaVA-OneVision's processors do it.
+    """
+    tile = geometry["tile"]
+    side = tile // geometry["patch"]
+    height, width = best_pinpoint((medium.height, medium.width), geometry["pinpoints"])
+    across, down = width / medium.width, height / medium.height
+    size = (
+        (width, min(math.ceil(medium.height * across), height)) if across < down else (min(math.ceil(medium.width * down), width), height)
+    )
+    fit = Fit((size[0] / medium.width, size[1] / medium.height), ((width - size[0]) // 2, (height - size[1]) // 2))
+    rows, cols = height // tile * side, width // tile * side
+    top = left = 0
+    if medium.width / medium.height > cols / rows:
+        top = (rows - int(round(medium.height * (cols / medium.width), 7))) // 2
+    else:
+        left = (cols - int(round(medium.width * (rows / medium.height), 7))) // 2
+    return fit, (top, rows - 2 * top), (left, cols - 2 * left)
+
+
+def best_pinpoint(size: tuple[int, int], pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """The shape (height, width), in pixels, that keeps most of an image of `size` (height, width) and, of those, wastes least."""
+
+    def merit(shape: Sequence[int]) -> tuple[int, int]:
+        scale = min(shape[1] / size[1], shape[0] / size[0])
+        used = min(int(size[1] * scale) * int(size[0] * scale), size[0] * size[1])
+        return used, used - shape[0] * shape[1]
+
+    height, width = max(pinpoints, key=merit)
+    return height, width
+
+
+def _shrunk(geometry: Mapping[str, Any], rows: int, cols: int, side: int) -> tuple[int, int]:
+    """(rows, cols) of tokens: LLaVA-OneVision shrinks more than `max_tiles` tiles' worth of patches to about that many.
+
+    Paper: arXiv 2408.03326 (Higher AnyRes).
+    """
+    if geometry["max_tiles"] is None:
+        return rows, cols
+    ratio = math.sqrt(rows * cols / (geometry["max_tiles"] * side**2))
+    return (int(rows // ratio), int(cols // ratio)) if ratio > 1.1 else (rows, cols)
+
+
+def _pooled_frames(geometry: Mapping[str, Any], medium: Medium, layout: Layout) -> list[Picture]:
+    """Frames that are stretched to a tile and pooled; one newline token behind the video, or one behind every row."""
+    n_tokens, rows, cols, frames = layout
+    tile, patch = geometry["tile"], geometry["patch"]
+    stride = cols + 1 if n_tokens == frames * rows * (cols + 1) else cols
+    expect_tokens(layout, frames * rows * stride + (stride == cols), f"a video of {frames} frames")
+    if frames != medium.n_frames:
+        raise ConfigError(f"geometry: the record has {frames} frames, but the video {medium.n_frames}.")
+    side = tile // patch
+    along = {"side": side, "patch": patch, "tile": tile, "span": side}
+    boxes = grid_boxes(Fit.stretched(medium, tile, tile), edges(rows, **along), edges(cols, **along), stride)
+    return [frame_of(medium, t, {t * rows * stride + i: box for i, box in boxes.items()}) for t in range(frames)]
