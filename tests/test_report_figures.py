@@ -120,7 +120,7 @@ def test_ties_are_all_on_the_front_and_a_dearer_equal_is_not() -> None:
 
 
 def test_pareto_has_a_panel_for_each_cost_that_is_known(rows: list[Row], tmp_path: Path) -> None:
-    known = {pareto.key(item): cost for item, cost in zip(rows, (10.0, 6.0, 6.0, 4.0, 4.0, 1.0), strict=True)}
+    known = {item.key: cost for item, cost in zip(rows, (10.0, 6.0, 6.0, 4.0, 4.0, 1.0), strict=True)}
     paths = pareto.draw(rows, [Cost("time, ms", known), Cost("GFLOPs", {})], TASKS, tmp_path / "pareto")
     found = texts(paths[1])
     assert {"time, ms", style.AVERAGE, pareto.FRONT, "88.9 %"} <= set(found)

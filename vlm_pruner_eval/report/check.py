@@ -138,7 +138,7 @@ def _measured(results: Results) -> dict[str, dict[str, Any]]:
     return {
         run.key: {
             **{name: (run.record["tokens"][name] or {}).get("mean") for name in ("asked", "kept")},
-            "scores": {task: held["main"]["value"] if held["main"] else None for task, held in run.record["tasks"].items()},
+            "scores": run.scores,
         }
         for run in results.runs
         if run.finished

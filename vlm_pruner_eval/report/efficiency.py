@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_pruner_eval.report.load import Results
-from vlm_pruner_eval.report.rows import Row, rows_of
+from vlm_pruner_eval.report.rows import Key, Row, rows_of, time_over_seeds
 from vlm_pruner_eval.sweep.grid import UNPRUNED
 
 LITERATURE_FORMULA = "4nd² + 2n²d + 2ndm per layer (FastV, arXiv 2403.06764)"
@@ -61,6 +61,11 @@ class EfficiencyRow:
     prefill_speedup: float | None = None
     batch_sizes: tuple[int, ...] = ()
 
+    @property
+    def key(self) -> Key:
+        """That of the line of the table."""
+        return self.label, self.pruning_rate
+
 
 def efficiency(results: Results) -> list[EfficiencyRow]:
     """One row for every row of the main table that has a finished run, in its order.
@@ -89,10 +94,10 @@ def _row(row: Row, records: Sequence[dict[str, Any]], unpruned: Sequence[dict[st
         kv_bytes_counted=_mean(records, "kv_bytes_counted"),
         kv_bytes_measured=_mean(records, "kv_bytes_measured"),
         peak_bytes=max(peaks, default=None),
-        prefill_ms=_time(records, "prefill_ms"),
-        decode_ms=_time(records, "decode_ms"),
-        selection_ms=_time(records, "selection_ms"),
-        decoded_tokens_per_s=_time(records, "decoded_tokens_per_s"),
+        prefill_ms=time_over_seeds(records, "prefill_ms"),
+        decode_ms=time_over_seeds(records, "decode_ms"),
+        selection_ms=time_over_seeds(records, "selection_ms"),
+        decoded_tokens_per_s=time_over_seeds(records, "decoded_tokens_per_s"),
         prefill_speedup=_speedup(records, unpruned),
         batch_sizes=tuple(sorted({size for record in records for size in record["times"]["batch_sizes"]})),
     )
@@ -103,13 +108,12 @@ def _mean(records: Sequence[dict[str, Any]], name: str) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def _time(records: Sequence[dict[str, Any]], name: str) -> dict[str, float] | None:
-    """Median over the seeds of their medians and of their interquartile ranges."""
-    known = [found for record in records if (found := record["times"].get(name)) is not None]
-    return {key: statistics.median(found[key] for found in known) for key in ("median", "iqr")} if known else None
-
-
 def _speedup(records: Sequence[dict[str, Any]], unpruned: Sequence[dict[str, Any]]) -> float | None:
-    mine, full = _time(records, "prefill_ms"), _time(unpruned, "prefill_ms")
-    conditions = {(record["provenance"]["processor"], str(record["times"]["batch_sizes"])) for record in [*records, *unpruned]}
-    return full["median"] / mine["median"] if mine and full and len(conditions) == 1 and mine["median"] > 0 else None
+    mine, full = time_over_seeds(records, "prefill_ms"), time_over_seeds(unpruned, "prefill_ms")
+    comparable = has_one_condition([*records, *unpruned])
+    return full["median"] / mine["median"] if mine and full and comparable and mine["median"] > 0 else None
+
+
+def has_one_condition(records: Sequence[dict[str, Any]]) -> bool:
+    """Whether the times of these runs (one or more) may be compared: one processor, the same batch sizes."""
+    return len({(record["provenance"]["processor"], str(record["times"]["batch_sizes"])) for record in records}) == 1

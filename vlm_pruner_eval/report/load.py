@@ -52,6 +52,11 @@ class RunResult:
         """Whether its numbers may be used."""
         return self.status == FINISHED
 
+    @property
+    def scores(self) -> dict[str, float | None]:
+        """Of a run with a record: by task the score, None where the task can't be scored here."""
+        return {task: held["main"]["value"] if held["main"] else None for task, held in self.record["tasks"].items()}
+
 
 @dataclass(frozen=True)
 class Results:
@@ -68,6 +73,11 @@ class Results:
     def records(self) -> list[dict[str, Any]]:
         """Records of the finished runs."""
         return [run.record for run in self.runs if run.finished]
+
+    @property
+    def not_run(self) -> list[str]:
+        """Keys of the runs that did not happen yet."""
+        return [run.key for run in self.runs if run.status == NOT_RUN]
 
     @property
     def tasks(self) -> list[str]:

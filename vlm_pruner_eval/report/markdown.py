@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from vlm_pruner_eval.report.figures.all import WORDS
-from vlm_pruner_eval.report.load import NOT_RUN, Results
+from vlm_pruner_eval.report.load import Results
 from vlm_pruner_eval.report.paper.beside import PaperTable
 from vlm_pruner_eval.report.rows import PLUMBING, Row, is_plumbing
 from vlm_pruner_eval.report.sheets.facts import facts
@@ -38,7 +38,7 @@ def markdown(
         Of `figures.all.draw_all`, in the folder of the report.
     """
     parts = [f"# {results.name}", *([f"**{PLUMBING}**"] if is_plumbing(results.tasks) else []), *_remarks(results, rows)]
-    parts += paper_sentences(paper)
+    parts.append(_of_the_paper(paper))
     for shown in tables:
         parts += [f"## {shown.caption}", table(_lines(shown)), *shown.legend]
         if shown.id == _SCORES:
@@ -49,12 +49,11 @@ def markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def paper_sentences(paper: PaperTable | None) -> list[str]:
+def _of_the_paper(paper: PaperTable | None) -> str:
     """Whether the unpruned row reproduces the paper, in what setting, and what that allows to say of the pruned rows."""
     if paper is None:
-        return ["Printed numbers: none for this checkpoint."]
-    refusal = " Nothing is claimed about pruned rows." if paper.gate.stops else ""
-    return [f"**{paper.gate.sentence}{refusal}** {paper.setting} {paper.noise}"]
+        return "Printed numbers: none for this checkpoint."
+    return f"**{paper.verdict}** {paper.setting} {paper.noise}"
 
 
 def _lines(shown: Table) -> Iterator[list[str]]:
@@ -78,9 +77,8 @@ def _entry(entry: Entry) -> str:
 def _remarks(results: Results, rows: Sequence[Row]) -> Iterator[str]:
     for note in results.notes:
         yield f"Note: {note}"
-    missing = [run.key for run in results.runs if run.status == NOT_RUN]
-    if missing:
-        yield f"Not run yet: {', '.join(missing)}."
+    if results.not_run:
+        yield f"Not run yet: {', '.join(results.not_run)}."
     problems = [problem for row in rows for problem in row.problems]
     if problems:
         yield "Failed runs (nothing of them is in an average):\n\n" + "\n".join(f"- {_one_line(problem)}" for problem in problems)

@@ -15,6 +15,8 @@ from vlm_pruner_eval.sweep.store import FINISHED
 
 PLUMBING = "The embedded benchmark (digitscenes) checks the plumbing; it is no evidence about which method is better. No winner is marked."
 
+Key = tuple[str, str | float | None]  # label and rate
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -76,6 +78,11 @@ class Row:
     iso_layer: int | None = None
 
     @property
+    def key(self) -> Key:
+        """What tells it from the other rows of its table."""
+        return self.label, self.pruning_rate
+
+    @property
     def release(self) -> bool:
         """Whether it runs with the misbehaviours of the authors' release."""
         return bool(self.params.get("official_quirks"))
@@ -132,6 +139,12 @@ def relative_average(scores: dict[str, float | None], reference: dict[str, float
     return 100.0 * statistics.fmean(scores[task] / reference[task] for task in scores)
 
 
+def time_over_seeds(records: Sequence[dict[str, Any]], name: str) -> dict[str, float] | None:
+    """Median over the records of their `median` and of their `iqr`, in their unit; None where none of them has such a time."""
+    known = [found for record in records if (found := record["times"].get(name)) is not None]
+    return {key: statistics.median(found[key] for found in known) for key in ("median", "iqr")} if known else None
+
+
 def is_plumbing(tasks: Sequence[str]) -> bool:
     """Whether a table shows the embedded benchmark."""
     return any(task.startswith("digitscenes") for task in tasks)
@@ -153,8 +166,8 @@ def _row(runs: list[RunResult], tasks: list[str], unpruned: RunResult | None) ->
         asked=_merged([record["tokens"]["asked"] for record in records]),
         kept=_merged([record["tokens"]["kept"] for record in records]),
         layer_averaged=_mean([(record["tokens"]["layer_averaged"] or {}).get("mean") for record in records]),
-        prefill_ms=_time(records, "prefill_ms"),
-        selection_ms=_time(records, "selection_ms"),
+        prefill_ms=time_over_seeds(records, "prefill_ms"),
+        selection_ms=time_over_seeds(records, "selection_ms"),
         quirks=dict(sum((Counter(record["tokens"]["quirks"]) for record in records), Counter())),
         problems=tuple(f"{run.key}: {run.record['problem']}" for run in runs if run.record is not None and not run.finished),
         params={name: value for name, value in runs[0].params.items() if name != "seed" or len(runs) == 1},
@@ -173,11 +186,7 @@ def _status(runs: list[RunResult], finished: list[RunResult]) -> str:
 def _average(run: RunResult, unpruned: RunResult | None) -> float | None:
     if unpruned is None:
         return None
-    return relative_average(_values(run), _values(unpruned))
-
-
-def _values(run: RunResult) -> dict[str, float | None]:
-    return {task: scores["main"]["value"] if scores["main"] else None for task, scores in run.record["tasks"].items()}
+    return relative_average(run.scores, unpruned.scores)
 
 
 def _cell(mains: list[dict[str, Any] | None]) -> Cell:
@@ -204,10 +213,3 @@ def _merged(spreads: list[dict[str, float] | None]) -> dict[str, float] | None:
         return None
     low, high = min(spread["min"] for spread in known), max(spread["max"] for spread in known)
     return {"mean": statistics.fmean(spread["mean"] for spread in known), "min": low, "max": high}
-
-
-def _time(records: list[dict[str, Any]], name: str) -> dict[str, float] | None:
-    known = [record["times"][name] for record in records if record["times"][name] is not None]
-    if not known:
-        return None
-    return {key: statistics.median(time[key] for time in known) for key in ("median", "iqr")}

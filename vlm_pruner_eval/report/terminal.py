@@ -12,8 +12,7 @@ from rich.text import Text
 
 from vlm_pruner_eval.report import text
 from vlm_pruner_eval.report.load import Results
-from vlm_pruner_eval.report.markdown import paper_sentences
-from vlm_pruner_eval.report.paper.beside import Compared, PaperTable, said
+from vlm_pruner_eval.report.paper.beside import PaperRow, PaperTable, said
 from vlm_pruner_eval.report.rows import PLUMBING, Row, is_plumbing
 
 WIDTH = 100
@@ -43,17 +42,18 @@ def print_paper(console: Console, paper: PaperTable | None) -> None:
     if paper is None:
         return
     for item in paper.rows:
-        for name, compared in [*item.cells.items(), ("relative Avg", item.average)]:
-            if compared.verdict is not None:
-                ours, printed = (text.NOTHING if value is None else f"{value:.2f}" for value in _both(compared))
-                line = f"{item.row.label}, {item.row.heading}, {name}: {ours}, printed {printed}: {said(compared)}"
-                console.print(Text(line), width=WIDTH)
-    for sentence in paper_sentences(paper):
-        console.print(Text(sentence.replace("**", ""), style="bold red" if paper.gate.stops else "bold"), width=WIDTH)
+        print_verdicts(console, item)
+    sentence = f"{paper.verdict} {paper.setting} {paper.noise}"
+    console.print(Text(sentence, style="bold red" if paper.gate.stops else "bold"), width=WIDTH)
 
 
-def _both(compared: Compared) -> tuple[float | None, float | None]:
-    return compared.cell.value, None if compared.printed is None else compared.printed.value
+def print_verdicts(console: Console, item: PaperRow) -> None:
+    """Print a line for every cell of a row that has a verdict."""
+    for name, compared in [*item.cells.items(), ("relative Avg", item.average)]:
+        if compared.verdict is not None:
+            ours, printed = text.exact(compared.cell.value), text.exact(None if compared.printed is None else compared.printed.value)
+            line = f"{item.row.label}, {item.row.heading}, {name}: {ours}, printed {printed}: {said(compared)}"
+            console.print(Text(line), width=WIDTH)
 
 
 def _table(results: Results, rows: list[Row], tasks: list[str], names: dict[str, str], *, last: bool) -> Table:

@@ -14,6 +14,11 @@ def number(value: float | None) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.1f}"
 
 
+def exact(value: float | None) -> str:
+    """Two decimals, as papers print them."""
+    return NOTHING if value is None else f"{value:.2f}"
+
+
 def cell_lines(row: Row, cell: Cell | None) -> tuple[str, str]:
     """A score and the line under it: its interval, or the deviation over seeds; the row's status where there is no score."""
     if cell is None:
@@ -38,13 +43,6 @@ def spread(values: dict[str, float] | None) -> str:
         return NOTHING
     mean = f"{values['mean']:.0f}" if float(values["mean"]).is_integer() else f"{values['mean']:.1f}"
     return mean if values["min"] == values["max"] else f"{mean} ({values['min']:.0f}–{values['max']:.0f})"
-
-
-def time_ms(value: dict[str, float] | None, *, iqr: bool = True) -> str:
-    """A median in milliseconds, with its interquartile range."""
-    if value is None:
-        return NOTHING
-    return f"{value['median']:.1f}" + (f" ({value['iqr']:.1f})" if iqr else "")
 
 
 def quirks(counts: dict[str, int]) -> str:

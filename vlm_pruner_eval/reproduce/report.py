@@ -19,7 +19,8 @@ from vlm_pruner_eval.report.paper.beside import Compared, said
 from vlm_pruner_eval.report.paper.gate import RULE, TaskVerdict
 from vlm_pruner_eval.report.rows import PLUMBING, is_plumbing
 from vlm_pruner_eval.report.sheets.facts import facts
-from vlm_pruner_eval.report.terminal import WIDTH, print_tables
+from vlm_pruner_eval.report.terminal import WIDTH, print_tables, print_verdicts
+from vlm_pruner_eval.report.text import exact
 from vlm_pruner_eval.reproduce.noise import Flips, Noise
 from vlm_pruner_eval.reproduce.rows import ReproducedRow, as_json
 from vlm_pruner_eval.reproduce.run import Reproduction
@@ -176,11 +177,6 @@ def flips(counted: Flips | None) -> str:
     return text.NOTHING if counted is None else f"{counted.changed} of {counted.documents} ({100 * counted.share:.2f} %)"
 
 
-def exact(value: float | None) -> str:
-    """Two decimals, as papers print them."""
-    return text.NOTHING if value is None else f"{value:.2f}"
-
-
 def signed(value: float | None) -> str:
     """Two decimals with a sign."""
     return text.NOTHING if value is None else f"{value:+.2f}"
@@ -193,11 +189,7 @@ def print_summary(console: Console, done: Reproduction) -> None:
     if done.rows is not None:
         print_tables(console, done.results, [item.row for item in done.rows])
         for item in done.rows:
-            for name, compared in [*item.cells.items(), ("relative Avg", item.average)]:
-                if compared.verdict is not None:
-                    printed = exact(None if compared.printed is None else compared.printed.value)
-                    shown = f"{exact(compared.cell.value)}, printed {printed}: {said(compared)}"
-                    console.print(Text(f"{item.row.label}, {item.row.heading}, {name}: {shown}"), width=WIDTH)
+            print_verdicts(console, item)
             if item.quirks:
                 console.print(Text(f"quirk rates, {item.row.label}, {item.row.heading}: {quirk_rates(item)}"), width=WIDTH)
     for line in _failures(done):

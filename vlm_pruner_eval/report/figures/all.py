@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vlm_pruner_eval.report.efficiency import efficiency
+from vlm_pruner_eval.report.efficiency import efficiency, has_one_condition
 from vlm_pruner_eval.report.figures import pareto, radar, rates
 from vlm_pruner_eval.report.figures.pareto import Cost
 from vlm_pruner_eval.report.load import Results
@@ -80,10 +80,9 @@ def draw_all(rows: Sequence[Row], results: Results, folder: Path, comparisons: C
 def costs(results: Results) -> list[Cost]:
     """Prefill time and FLOPs of every row; times of different processors or batch sizes are no common axis, and left out."""
     found = efficiency(results)
-    conditions = {(record["provenance"]["processor"], str(record["times"]["batch_sizes"])) for record in results.records}
-    times = {(row.label, row.pruning_rate): row.prefill_ms["median"] for row in found if row.prefill_ms is not None}
-    flops = {(row.label, row.pruning_rate): row.flops / 1e9 for row in found if row.flops is not None}
-    axes = [Cost("prefill of a batch, ms (median)", times)] if len(conditions) == 1 else []
+    times = {row.key: row.prefill_ms["median"] for row in found if row.prefill_ms is not None}
+    flops = {row.key: row.flops / 1e9 for row in found if row.flops is not None}
+    axes = [Cost("prefill of a batch, ms (median)", times)] if has_one_condition(results.records) else []
     return [*axes, Cost("prefill of a prompt, GFLOPs (mean)", flops)]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import matplotlib
 
 from vlm_pruner_eval.report.figures import style
-from vlm_pruner_eval.report.rows import Row
+from vlm_pruner_eval.report.rows import Key, Row
 from vlm_pruner_eval.sweep.grid import RATELESS, UNPRUNED
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 FRONT = "non-dominated front"
 _PANEL = (5.2, 3.8)
-Key = tuple[str, str | float | None]
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,6 @@ class Point:
     row: Row
     cost: float
     score: float
-
-
-def key(row: Row) -> Key:
-    """What tells a row from the others of its table."""
-    return row.label, row.pruning_rate
 
 
 def draw(rows: Sequence[Row], costs: Sequence[Cost], tasks: Sequence[str], stem: Path) -> list[Path]:
@@ -66,7 +60,7 @@ def points_of(rows: Sequence[Row], cost: Cost) -> list[Point]:
     """Rows that have both a relative average and a cost; the blind row is no method and stays out."""
     found = []
     for row in rows:
-        value, score = cost.values.get(key(row)), style.score(row, style.AVERAGE)
+        value, score = cost.values.get(row.key), style.score(row, style.AVERAGE)
         if value is not None and value > 0 and score is not None and row.method not in RATELESS:
             found.append(Point(row, value, score.value))
     return found

@@ -14,7 +14,7 @@ from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.efficiency import EfficiencyRow
 from vlm_pruner_eval.report.figures.all import WORDS
 from vlm_pruner_eval.report.html import svg
-from vlm_pruner_eval.report.load import NOT_RUN, Results
+from vlm_pruner_eval.report.load import Results
 from vlm_pruner_eval.report.paper.beside import PaperTable
 from vlm_pruner_eval.report.rows import PLUMBING, Row, is_plumbing
 from vlm_pruner_eval.report.sheets.all import scores
@@ -132,12 +132,8 @@ def write_html(
         Section("gallery", "What was kept", pictures=tuple(map(_shown, pictures))),
         _provenance(results),
     )
-    page = Page(
-        title=results.name,
-        summary=_summary(results),
-        notices=tuple(_notices(results, rows, paper)),
-        sections=tuple(section for section in sections if not section.empty),
-    )
+    notices = tuple(_notices(results, rows, paper))
+    page = Page(results.name, _summary(results), notices, tuple(section for section in sections if not section.empty))
     path = results.store.root / "report.html"
     write_atomic(path, render(page))
     return path
@@ -168,9 +164,8 @@ def _summary(results: Results) -> str:
 def _notices(results: Results, rows: Sequence[Row], paper: PaperTable | None) -> Iterator[Notice]:
     if is_plumbing(results.tasks):
         yield Notice(PLUMBING)
-    missing = [run.key for run in results.runs if run.status == NOT_RUN]
-    if missing:
-        yield Notice(f"Not run yet: {', '.join(missing)}.", bad=True)
+    if results.not_run:
+        yield Notice(f"Not run yet: {', '.join(results.not_run)}.", bad=True)
     for problem in (problem for row in rows for problem in row.problems):
         yield Notice(f"Failed, and in no average: {problem}", bad=True)
     for note in results.notes:
@@ -178,8 +173,7 @@ def _notices(results: Results, rows: Sequence[Row], paper: PaperTable | None) ->
     if paper is None:
         yield Notice("No numbers are printed for this checkpoint, so nothing is held against the paper.")
     else:
-        refusal = " Nothing is claimed about pruned rows." if paper.gate.stops else ""
-        yield Notice(f"{paper.gate.sentence}{refusal} {paper.setting}", bad=paper.gate.stops)
+        yield Notice(f"{paper.verdict} {paper.setting}", bad=paper.gate.stops)
 
 
 def _scores(results: Results, rows: Sequence[Row], comparisons: Comparisons) -> Section:
@@ -201,7 +195,7 @@ def _there(*tables: Table | None) -> tuple[Table, ...]:
 
 def _paper(results: Results, paper: PaperTable | None) -> Section:
     table = None if paper is None else beside_the_paper(paper, results.tasks)
-    notes = () if paper is None else tuple(f"Note {note.number}: {note.text}" for note in paper.footnotes)
+    notes = () if paper is None else tuple(map(str, paper.footnotes))
     return Section("paper", "Beside the paper", tables=_there(table), notes=notes)
 
 

@@ -88,6 +88,9 @@ class Footnote:
     number: int
     text: str
 
+    def __str__(self) -> str:
+        return f"Note {self.number}: {self.text}"
+
 
 @dataclass(frozen=True)
 class PaperTable:
@@ -114,6 +117,11 @@ class PaperTable:
     rows: tuple[PaperRow, ...]
     footnotes: tuple[Footnote, ...]
     rule: str = gates.RULE
+
+    @property
+    def verdict(self) -> str:
+        """Whether the unpruned row reproduces the paper, and what is not claimed if it doesn't."""
+        return f"{self.gate.sentence} Nothing is claimed about pruned rows." if self.gate.stops else self.gate.sentence
 
     def of(self, row: Row) -> PaperRow | None:
         """The comparison of one row."""

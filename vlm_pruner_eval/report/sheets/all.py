@@ -77,4 +77,4 @@ def _with_notes(table: Table | None, paper: PaperTable) -> Table | None:
     """The errata as the last lines of the legend."""
     if table is None:
         return None
-    return dataclasses.replace(table, legend=(*table.legend, *(f"Note {note.number}: {note.text}" for note in paper.footnotes)))
+    return dataclasses.replace(table, legend=(*table.legend, *map(str, paper.footnotes)))

@@ -42,13 +42,13 @@ def tokens(rows: Sequence[Row]) -> Table:
 
 def costs(rows: Sequence[Row], found: Sequence[EfficiencyRow]) -> Table | None:
     """Arithmetic, memory and time of the rows that have run; None where none has."""
-    of_rows = {(cost.label, cost.pruning_rate): cost for cost in found}
-    shown = [row for row in rows if (row.label, row.pruning_rate) in of_rows]
+    of_rows = {cost.key: cost for cost in found}
+    shown = [row for row in rows if row.key in of_rows]
     if not shown:
         return None
 
     def entries(row: Row) -> Iterator[Entry]:
-        cost = of_rows[row.label, row.pruning_rate]
+        cost = of_rows[row.key]
         yield _scaled(cost.flops, 1e9, small=_percent(cost.flops_share))
         yield _scaled(cost.literature_flops, 1e9)
         yield _scaled(cost.kv_bytes_counted, _MIB)

@@ -132,10 +132,7 @@ def _block(reply: Reply, geometry: Mapping[str, Any], pictures: Sequence[Picture
         (reply.verdict, colour, False),
     ]
     head = _text_image(caption, body.width, sheet.text, 2)
-    block = Image.new("RGB", (body.width, head.height + body.height), PAPER)
-    block.paste(head, (0, 0))
-    block.paste(body, (0, head.height))
-    return block
+    return _over(head, body)
 
 
 def _media(pictures: Sequence[Picture]) -> list[Medium]:
@@ -172,9 +169,14 @@ def _titled(view: View, image: Image.Image, sheet: Sheet) -> Image.Image:
     if not view.title:
         return image
     head = _text_image([(view.title, MUTED, False)], image.width, sheet.text - 2, 1)
-    both = Image.new("RGB", (image.width, head.height + image.height), PAPER)
+    return _over(head, image)
+
+
+def _over(head: Image.Image, body: Image.Image) -> Image.Image:
+    """One on top of the other, as wide as `body`."""
+    both = Image.new("RGB", (body.width, head.height + body.height), PAPER)
     both.paste(head, (0, 0))
-    both.paste(image, (0, head.height))
+    both.paste(body, (0, head.height))
     return both
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.load import Results, RunResult
-from vlm_pruner_eval.report.show.records import RIGHT, Place, pick_runs
+from vlm_pruner_eval.report.show.records import Place, pick_runs, task_order
+from vlm_pruner_eval.report.stats.answers import RIGHT
 from vlm_pruner_eval.sweep.grid import UNPRUNED
 
 
@@ -69,8 +70,8 @@ def find_flips(results: Results, first: str, second: str, rate: str | None = Non
         for place in shared
         if (ours[place][1] >= RIGHT) != (theirs[place][1] >= RIGHT)
     ]
-    order = {name: index for index, name in enumerate(results.splits or results.tasks)}
-    flips.sort(key=lambda flip: (not flip.to_wrong, order.get(flip.place.task, len(order)), flip.place.doc_id))
+    order = task_order(results)
+    flips.sort(key=lambda flip: (not flip.to_wrong, order(flip.place.task), flip.place.doc_id))
     return Flips(before, after, tuple(flips), len(shared))
 
 
@@ -83,7 +84,7 @@ def _run(results: Results, name: str, rate: str | None) -> RunResult:
 def _scores(results: Results, run: RunResult) -> dict[Place, tuple[str, float]]:
     """Answer and score by document; choices of a document share its score, so the last of them stands for it."""
     return {
-        Place(sample["task"], sample.get("split") or "", sample["doc_id"]): (sample["answer"], sample["score"])
+        Place.of(sample): (sample["answer"], sample["score"])
         for sample in results.store.each_sample(run.run_id, positions=False)
         if sample.get("score") is not None
     }

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from vlm_pruner_eval.budget import parse_rate
 from vlm_pruner_eval.errors import ConfigError, closest
 from vlm_pruner_eval.report.load import Results, RunResult
-from vlm_pruner_eval.report.stats.answers import document_answer
+from vlm_pruner_eval.report.stats.answers import RIGHT, document_answer
 from vlm_pruner_eval.sweep.grid import RATELESS, UNPRUNED, rate_percent
 
 _DOC_ID = re.compile(rb'"doc_id": (\d+), ')
 _SAME_RATE = 5e-4  # 0.889 means 8/9
-RIGHT = 0.5  # a score from here on counts as right
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,11 @@ class Place:
     task: str
     split: str
     doc_id: int
+
+    @classmethod
+    def of(cls, sample: Mapping[str, Any]) -> Place:
+        """Where the document of a logged sample is."""
+        return cls(sample["task"], sample.get("split") or "", sample["doc_id"])
 
     def __str__(self) -> str:
         return f"{self.task}/{self.split}/{self.doc_id}"
@@ -184,8 +188,14 @@ def read_documents(results: Results, runs: Sequence[RunResult], wanted: Collecti
             if not document.question and listed[0].get("question"):  # the run before failed here
                 found[key] = document = Document(**vars(_document(listed[0])) | {"replies": document.replies})
             document.replies[run.key] = _reply(run, listed)
+    order = task_order(results)
+    return [found[key] for key in sorted(found, key=lambda key: (order(key[0]), key))]
+
+
+def task_order(results: Results) -> Callable[[str], int]:
+    """Sort key of tasks: as the answers hold them, others last."""
     order = {task: index for index, task in enumerate(results.splits or results.tasks)}
-    return [found[key] for key in sorted(found, key=lambda key: (order.get(key[0], len(order)), key))]
+    return lambda task: order.get(task, len(order))
 
 
 def _samples(results: Results, run: RunResult, last: int) -> Iterator[dict[str, Any]]:
@@ -198,8 +208,7 @@ def _samples(results: Results, run: RunResult, last: int) -> Iterator[dict[str, 
 
 
 def _document(sample: dict[str, Any]) -> Document:
-    place = Place(sample["task"], sample.get("split") or "", sample["doc_id"])
-    return Document(place, sample.get("question") or "", _text(sample.get("target")), tuple(sample.get("images") or ()))
+    return Document(Place.of(sample), sample.get("question") or "", _text(sample.get("target")), tuple(sample.get("images") or ()))
 
 
 def _reply(run: RunResult, samples: list[dict[str, Any]]) -> Reply:

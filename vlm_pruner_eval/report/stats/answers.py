@@ -8,6 +8,8 @@ from typing import Any
 from vlm_pruner_eval.report.stats.paired import mcnemar
 from vlm_pruner_eval.sweep.store import Store
 
+RIGHT = 0.5  # a document counts as right from this score on; most scores are 0 or 1
+
 
 @dataclass(frozen=True)
 class DocumentAnswer:

@@ -40,7 +40,7 @@ def compare(results: Results, rows: Sequence[Row] | None = None) -> Comparisons:
     pairs = tuple(pair for group, task in table.fields(lines) for pair in table.pairs(group, task))
     contests = tuple(contest for group, task in table.fields(lines) if (contest := table.contest(group, task)) is not None)
     won = {(contest.best, contest.pruning_rate, contest.task) for contest in contests if contest.decided}
-    listed = {(row.label, row.pruning_rate): row.asked_rate for row in rows}
+    listed = {row.key: row.asked_rate for row in rows}
     cells = [dataclasses.replace(cell, bold=(cell.label, listed[cell.label, cell.pruning_rate], cell.task) in won) for cell in cells]
     power = tuple(found for task in results.tasks if (found := table.power(lines, task)) is not None)
     return Comparisons(tuple(cells), contests, pairs, power, tuple(table.notes(lines)))

@@ -11,6 +11,7 @@ import numpy as np
 
 from vlm_pruner_eval.report.load import Results
 from vlm_pruner_eval.report.rows import Row, rows_of
+from vlm_pruner_eval.report.stats.answers import RIGHT
 from vlm_pruner_eval.report.stats.paired import Estimate, estimate
 from vlm_pruner_eval.sweep.clusters import Clusters, connected
 from vlm_pruner_eval.sweep.grid import RATELESS, UNPRUNED
@@ -19,7 +20,6 @@ from vlm_pruner_eval.sweep.scores import wilson_interval
 OCR, RECOGNITION, ATTRIBUTE, SPATIAL, COUNTING = CAPABILITIES = ("OCR", "recognition", "attribute", "spatial", "counting")
 CONTROLS = frozenset({"pool", "downsample"})
 ENOUGH = 0.975  # share of the resamples that must have a value: those left out can only lie beyond the ends of the interval
-RIGHT = 0.5  # a document counts as right from this score on; most scores are 0 or 1
 CAPABILITY_NOTE = (
     "Percent of the unpruned model's document scores, averaged over the tasks (or parts of tasks) of a capability; 95 % intervals resample "
     "images. Tasks that mix capabilities and don't log which are left out."
@@ -132,7 +132,7 @@ def strata(results: Results) -> list[Stratum]:
     if unpruned is None:
         return []
     facts = _facts(results, next(run_id for run_id in unpruned.runs if run_id in finished))
-    scores = {_key(row): _scores(results, [run_id for run_id in row.runs if run_id in finished]) for row in rows}
+    scores = {row.key: _scores(results, [run_id for run_id in row.runs if run_id in finished]) for row in rows}
     found = [stratum for name in CAPABILITIES for stratum in _capability(name, rows, unpruned, scores, facts)]
     controls = [row for row in rows if row.method in CONTROLS]
     return found + [stratum for control in controls for stratum in _hard(control, rows, unpruned, scores, facts)]
@@ -163,10 +163,6 @@ def _of_prefix(table: Mapping[str, Any], task: str) -> Any:
     return table[max(names, key=len)] if names else None
 
 
-def _key(row: Row) -> tuple[str, str | float | None]:
-    return row.label, row.pruning_rate
-
-
 def _facts(results: Results, run_id: str) -> dict[Document, _Facts]:
     facts = {}
     for sample in results.store.each_sample(run_id, positions=False):
@@ -192,9 +188,9 @@ def _clusters(name: str, documents: Sequence[Document], facts: Mapping[Document,
 def _capability(
     name: str, rows: Sequence[Row], unpruned: Row, scores: Mapping[tuple, dict[Document, float]], facts: Mapping[Document, _Facts]
 ) -> Iterator[Stratum]:
-    full = scores[_key(unpruned)]
+    full = scores[unpruned.key]
     for row in rows:
-        own = scores[_key(row)]
+        own = scores[row.key]
         documents = sorted(document for document in full.keys() & own.keys() if facts[document].capability == name)
         parts = sorted({facts[document].part for document in documents})
         parts = [part for part in parts if sum(full[document] for document in documents if facts[document].part == part) > 0]
@@ -211,13 +207,13 @@ def _capability(
 def _hard(
     control: Row, rows: Sequence[Row], unpruned: Row, scores: Mapping[tuple, dict[Document, float]], facts: Mapping[Document, _Facts]
 ) -> Iterator[Stratum]:
-    full, coarse = scores[_key(unpruned)], scores[_key(control)]
+    full, coarse = scores[unpruned.key], scores[control.key]
     hard = sorted(document for document in full.keys() & coarse.keys() if full[document] >= RIGHT > coarse[document])
     name = f"hard: {control.label} fails"
     for row in rows:
-        own = scores[_key(row)]
+        own = scores[row.key]
         documents = [document for document in hard if document in own]
-        is_rival = row.group == control.group and _key(row) != _key(control)
+        is_rival = row.group == control.group and row.key != control.key
         if not documents or not (is_rival or row.method in RATELESS):
             continue
         columns = np.array([[own[document], 1.0] for document in documents])
