@@ -11,6 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "vlm_pruner_eval"
 NAME = "vlm_pruner_eval"
+MOST_LINES = 350
 # what a part may import of this package, and which outside packages it must not know
 ALLOWED = {
     "errors": set(),
@@ -32,6 +33,31 @@ ALLOWED = {
     "speed": {"speed", "bench", "budget", "cost", "errors", "hook", "ledger", "lmms", "pruners", "sweep", "timing", "types", "vlms", ""},
     "report": {"report", "sweep", "budget", "cost", "errors", ""},
     "reproduce": {"reproduce", "report", "sweep", "lmms", "pruners", "errors", ""},
+}
+# what a part of report may import of report: from reading over numbers to tables and pictures, and from those to formats
+INSIDE_REPORT = {
+    "documents": set(),
+    "load": {"documents"},
+    "rows": {"load"},
+    "text": {"rows"},
+    "efficiency": {"load", "rows"},
+    "stats": {"stats", "load", "rows"},
+    "paper": {"paper", "load", "rows"},
+    "geometry": {"geometry"},
+    "sheets": {"sheets", "stats", "paper", "efficiency", "load", "rows", "text"},
+    "figures": {"figures", "stats", "efficiency", "load", "rows", "text"},
+    "show": {"show", "geometry", "stats", "load"},
+    "html": {"html", "sheets", "figures", "show", "stats", "paper", "efficiency", "load", "rows"},
+    "markdown": {"sheets", "figures", "stats", "paper", "load", "rows"},
+    "latex": {"sheets"},
+    "tidy": {"stats", "paper", "rows"},
+    "terminal": {"paper", "load", "rows", "text"},
+    "check": {"load"},
+    "build": {
+        *("html", "markdown", "latex", "tidy"),
+        *("sheets", "figures", "show", "stats", "paper", "efficiency", "load", "rows"),
+    },
+    "__init__": {"build", "check"},
 }
 FORBIDDEN = {
     "errors": {"torch", "transformers", "lmms_eval"},
@@ -58,7 +84,8 @@ def imported(path: Path, *, lazy: bool) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import; spell it out"
-            found |= {node.module} if node.module != NAME else {f"{NAME}.{alias.name}" for alias in node.names}
+            in_package = (PACKAGE.parent / node.module.replace(".", "/")).is_dir()
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} if in_package else {node.module}
     return found
 
 
@@ -76,7 +103,26 @@ def test_no_arrow_points_up(path):
 
 def test_the_table_would_notice(tmp_path):
     (tmp_path / "bad.py").write_text("import transformers\nfrom vlm_pruner_eval.sweep import grid\nfrom vlm_pruner_eval import hook\n")
-    assert imported(tmp_path / "bad.py", lazy=True) == {"transformers", "vlm_pruner_eval.sweep", "vlm_pruner_eval.hook"}
+    assert imported(tmp_path / "bad.py", lazy=True) == {"transformers", "vlm_pruner_eval.sweep.grid", "vlm_pruner_eval.hook"}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "report").rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_arrow_points_up_inside_report(path):
+    part = path.relative_to(PACKAGE / "report").with_suffix("").parts[0]
+    assert part in INSIDE_REPORT, f"{part} is not in report: say in this table what it may import"
+    ours = {name.split(".")[2] for name in imported(path, lazy=True) if name.startswith(f"{NAME}.report.")}
+    assert ours <= INSIDE_REPORT[part], f"{path}: imports {sorted(ours - INSIDE_REPORT[part])}"
+
+
+def test_every_part_of_report_has_a_name_of_its_own():
+    """What was a file and is a package now must not be both: the package would hide the file."""
+    names = [path.stem for path in (PACKAGE / "report").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
+    assert sorted(names) == sorted(INSIDE_REPORT)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_are_short_enough_to_be_read_in_one_go(path):
+    assert len(path.read_text().splitlines()) <= MOST_LINES, f"{path}: longer than {MOST_LINES} lines; split it"
 
 
 @pytest.mark.parametrize("module", [NAME, f"{NAME}.budget", f"{NAME}.cost", f"{NAME}.lmms.plugin", f"{NAME}.sweep.config", f"{NAME}.cli"])
