@@ -17,12 +17,11 @@ from typer.testing import CliRunner
 from vlm_pruner_eval import ConfigError
 from vlm_pruner_eval.cli import app
 from vlm_pruner_eval.report.geometry.boxes import Medium
-from vlm_pruner_eval.report.geometry.views import View, views
+from vlm_pruner_eval.report.geometry.views import views
 from vlm_pruner_eval.report.load import Results, load_results
 from vlm_pruner_eval.report.show.draw import LARGE, SMALL, draw, geometry_of
 from vlm_pruner_eval.report.show.flips import Flip, drawable_first, find_flips
 from vlm_pruner_eval.report.show.gallery import disagreement, gallery
-from vlm_pruner_eval.report.show.panel import BORDER, DIMMED, font, panel, turn_colour, wrapped
 from vlm_pruner_eval.report.show.records import Document, Place, Reply, find_place, pick_runs, read_documents
 from vlm_pruner_eval.sweep.config import validate
 from vlm_pruner_eval.sweep.images import ImageStore
@@ -130,49 +129,6 @@ def test_choices_of_one_document_are_one_answer(results: Results, swept: Path, t
 
 
 # ---- pictures
-VIEW = View(
-    "",
-    0,
-    0,
-    (0.0, -20.0, 80.0, 60.0),
-    {row * 4 + col: (20 * col, 20 * row - 20, 20 * col + 20, 20 * row) for row in range(4) for col in range(4)},
-)
-
-
-def test_kept_patches_stay_bright_in_a_frame_of_their_turns_colour() -> None:
-    drawn = panel(Image.new("RGB", (80, 40), "white"), (80, 40), VIEW, {5: 0, 10: 1}, 2, 400)
-    assert drawn.size == (400, 400)
-    dim = int(255 * DIMMED)
-    assert drawn.getpixel((110, 110)) == drawn.getpixel((290, 290)) == (255, 255, 255)  # corners of cells 5 and 10, inside their frames
-    assert drawn.getpixel((150, 250)) == drawn.getpixel((350, 150)) == (dim, dim, dim)
-    assert drawn.getpixel((100, 100)) == turn_colour(0, 2) and drawn.getpixel((200, 200)) == turn_colour(1, 2)
-    assert drawn.getpixel((350, 50)) == tuple(int(value * DIMMED) for value in BORDER)  # padding, dropped
-    numbers = drawn.crop((120, 120, 180, 180)).convert("L")
-    assert numbers.getextrema()[0] < 30, "the turn is written in the cell"
-
-
-def test_without_ranks_the_image_is_left_as_it_is_and_a_cropped_part_is_lined_off() -> None:
-    cropped = View("", 0, 0, (0.0, 0.0, 100.0, 50.0), {0: (25.0, 0.0, 75.0, 50.0)})
-    drawn = panel(Image.new("RGB", (100, 50), "blue"), (100, 50), cropped, None, 1, 200)
-    found = {drawn.getpixel((x, 50)) for x in range(200)}
-    assert found == {(0, 0, 255), (235, 235, 235)}
-    assert [x for x in range(200) if drawn.getpixel((x, 50)) != (0, 0, 255)] == [50, 149]
-
-
-def test_colours_of_turns_differ_and_are_brighter_than_what_is_dropped() -> None:
-    colours = [turn_colour(rank, 64) for rank in range(64)]
-    assert len(set(colours)) == 64 and min(max(colour) for colour in colours) > 255 * DIMMED + 60
-
-
-def test_long_text_is_cut_in_lines_that_fit() -> None:
-    letters = font(15)
-    lines = wrapped("a question of many words " * 20 + "x" * 200, letters, 200, 4)
-    assert len(lines) == 4 and lines[-1].endswith(" …")
-    assert all(letters.getlength(line) <= 200 for line in lines)
-    assert len(wrapped("x" * 200, letters, 200, 99)) > 5
-    assert wrapped("two\nlines", letters, 200, 4) == ["two", "lines"]
-
-
 def test_a_sheet_has_a_panel_a_method_and_a_small_one_leaves_the_words_out(results: Results) -> None:
     large, small = (Image.open(io.BytesIO(draw(results, one(results), sheet))) for sheet in (LARGE, SMALL))
     assert large.format == "PNG" and large.width > 2 * LARGE.panel and small.width < LARGE.across

@@ -3,113 +3,32 @@
 from __future__ import annotations
 
 import json
-import os
-import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
-from click.testing import Result
-from loguru import logger
-from sweep_standin import Behaviour, StandIn, task_manager, write_tasks
+from reproduce_standin import GOOD, N_DOCS, RELEASE, VARIANTS, Loads, call, empty_folder, install_loads, last_json, printing, read, write
+from sweep_standin import Behaviour
 from typer.testing import CliRunner
 
 from vlm_pruner_eval.cli import app
-from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.load import load_results
-from vlm_pruner_eval.report.paper import printed
 from vlm_pruner_eval.report.paper.gate import IMPOSSIBLE, INSIDE, OUTSIDE
-from vlm_pruner_eval.reproduce import plan
-from vlm_pruner_eval.reproduce.plan import make_plan
-from vlm_pruner_eval.sweep.scores import MAIN_METRICS, Main
-
-RELEASE = {"name": "vlmpruner", "official_quirks": True, "label": "VLM-Pruner (release)"}
-GOOD = {
-    "name": "tiny",
-    "model": {"id": "vlmpruner_llava", "pretrained": "liuhaotian/llava-v1.5-7b", "protocol": "paper", "visual_tokens": 36},
-    "tasks": ["tiny_mean"],
-    "pruning_rates": ["2/3", "8/9"],
-    "methods": [RELEASE, "vlmpruner", "fastv"],
-}
-VARIANTS = ["batch1-sdpa", "batch16-sdpa", "batch1-eager", "batch16-eager"]
-HEADER = "paper,table,vlm,method,retained_tokens,pruning_rate_percent,benchmark,metric,value,read_from\n"
-N_DOCS = 24  # of write_tasks
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Commands run in an empty folder, and what they set in the environment is undone."""
-    for name in ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY"):
-        monkeypatch.setenv(name, os.environ.get(name, ""))
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    yield tmp_path / "here"
-    logger.remove()
-
-
-class Loads:
-    """Stands for the loader: a stand-in per variant, misbehaving as `behaviours` says, and never two of them alive."""
-
-    def __init__(self) -> None:
-        self.behaviours: dict[str, Behaviour] = {}
-        self.names: list[str] = []
-        self._last: weakref.ref[StandIn] | None = None
-
-    def __call__(self, model_id: str, *, batch_size: int, attn_implementation: str, **_: object) -> StandIn:
-        assert self._last is None or self._last() is None, "the former model is still in memory"
-        self.names.append(f"batch{batch_size}-{attn_implementation}")
-        model = StandIn(self.behaviours.get(self.names[-1]))
-        self._last = weakref.ref(model)
-        return model
+    yield from empty_folder(tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loads:
-    tasks, loads = task_manager(write_tasks(tmp_path / "tasks", N_DOCS)), Loads()
-    monkeypatch.setattr("vlm_pruner_eval.lmms.wrapper.load", loads)
-    for task, metric in (("tiny_mean", "right"), ("tiny_pairs", "both")):
-        monkeypatch.setitem(MAIN_METRICS, task, Main((metric,)))  # in percent, as papers print
-    monkeypatch.setattr("lmms_eval.tasks.TaskManager", lambda **kwargs: tasks)
-    return loads
+    return install_loads(tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Function (tiny_mean=95.0, ...) that makes a paper print these upper bounds, and numbers for VLM-Pruner on tiny_mean."""
-
-    def make(**bounds: float) -> None:
-        lines = [
-            f"VLM-Pruner,T,LLaVA-1.5-7B,vanilla (upper bound),576,0,{name},acc,{value},printed table" for name, value in bounds.items()
-        ]
-        for rate, name, value in ((66.7, "tiny_mean", 71.2), (66.7, "Avg", 70.4), (88.9, "tiny_mean", 71.4), (88.9, "Avg", 70.3)):
-            lines.append(f"VLM-Pruner,T,LLaVA-1.5-7B,VLM-Pruner,1,{rate},{name},acc,{value},printed table")
-        folder = tmp_path / "printed"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "numbers.csv").write_text(HEADER + "\n".join(lines) + "\n")
-        monkeypatch.setattr(printed, "DATA", folder)
-        monkeypatch.setattr(printed, "BENCHMARKS", {name: name for name in bounds})
-
-    return make
-
-
-def write(folder: Path, **changes: Any) -> Path:
-    path = folder / "sweep.yaml"
-    path.write_text(yaml.safe_dump(GOOD | changes))
-    return path
-
-
-def call(*args: object) -> Result:
-    return CliRunner().invoke(app, ["reproduce", *(str(arg) for arg in args)])
-
-
-def last_json(result: Result) -> dict[str, Any]:
-    return json.loads(result.stdout.strip().splitlines()[-1])
-
-
-def read(name: str = "tiny") -> dict[str, Any]:
-    return json.loads(Path(f"output/reproduce/{name}/reproduce.json").read_text())
+    return printing(tmp_path, monkeypatch)
 
 
 # ---- stages, with a stand-in model
@@ -290,67 +209,6 @@ def test_what_printed_numbers_do_not_speak_of_is_not_gated(
     assert f"not comparable with printed numbers ({reason})" in " ".join(result.stdout.split())
     verdicts = [row["scores"]["tiny_mean"]["verdict"] for row in read()["rows"] if row["scores"]["tiny_mean"]["printed"]]
     assert set(verdicts) <= {None, "not comparable"}
-
-
-# ---- bad input
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        (["--model", "llava-1.5-7"], "model: got 'llava-1.5-7', which is none of the paper's; did you mean 'llava-1.5-7b'?"),
-        ([], "got neither of --model and --config"),
-        (["--model", "llava-1.5-7b", "--config", "FILE"], "got both of --model and --config"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml: can't be read as a text file"),
-        (
-            ["--config", "FILE", "--tasks", "tiny_men"],
-            "tasks: got 'tiny_men', which the sweep file does not hold; did you mean 'tiny_mean'?",
-        ),
-        (["--config", "FILE", "--tasks", "tiny_mean,tiny_mean"], "tasks: got tiny_mean,tiny_mean, expected each task once"),
-        (["--config", "FILE", "--method", "dart"], "method: got 'dart', which the sweep file does not hold; Known: fastv, vlmpruner."),
-        (["--config", "FILE", "--batch-sizes", "0"], "batch-sizes: got '0', expected whole numbers, 1 or more"),
-        (["--config", "FILE", "--batch-sizes", "1,1"], "batch-sizes: got 1,1, expected each value once"),
-        (["--config", "FILE", "--batch-sizes", ","], "batch-sizes: got nothing"),
-        (["--config", "FILE", "--attention", "spda"], "attention: got 'spda', which is unknown; did you mean 'sdpa'?"),
-        (["--config", "FILE", "--attention", "sdpa,flash_attention_2"], "but flash-attn is not installed"),
-        (["--config", "FILE", "--limit", "0"], "limit: got 0 (int), expected a whole number of questions per task"),
-        (["--config", "FILE", "--pretrained", ""], "pretrained: got an empty text"),
-        (["--config", "FILE", "--output", "TAKEN"], "is not a folder; choose another folder with --output"),
-    ],
-)
-def test_bad_input_is_a_sentence_and_nothing_is_written(
-    tmp_path: Path, here: Path, loads: Loads, monkeypatch: pytest.MonkeyPatch, options: list[str], sentence: str
-) -> None:
-    monkeypatch.setattr(plan, "_has_flash_attention", lambda: False)
-    (tmp_path / "taken").write_text("mine")
-    places = {"FILE": write(tmp_path), "TAKEN": tmp_path / "taken"}
-    result = call(*(places.get(option, option) for option in options))
-    assert result.exit_code == 2, result.output
-    assert sentence in result.output
-    assert "Traceback" not in result.output
-    assert (os.listdir(here), loads.names) == ([], [])
-
-
-def test_all_problems_of_a_request_are_told_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
-        make_plan(config=write(tmp_path), tasks="a", methods=["b"], batch_sizes="0", attention="c")
-    assert len(caught.value.problems) == 4
-
-
-def test_methods_that_the_model_refuses_come_up_before_the_noise_floor_is_run(tmp_path: Path, here: Path, loads: Loads) -> None:
-    loads.behaviours = {"batch1-sdpa": Behaviour(refuse={"fastv"})}
-    result = call("--config", write(tmp_path))
-    assert result.exit_code == 2
-    assert "fastv-2of3: layer: got 99" in result.output
-    assert os.listdir(here) == []
-    del result  # its traceback holds the model
-    assert call("--config", write(tmp_path), "--method", "vlmpruner").exit_code == 0
-
-
-def test_without_the_repository_a_sentence_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "REPOSITORY", tmp_path)
-    result = call("--model", "llava-1.5-7b")
-    assert result.exit_code == 2
-    assert "installed without its repository" in result.output
-    assert "--config FILE" in result.output
 
 
 # ---- the real thing, small
