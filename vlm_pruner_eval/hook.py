@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -117,11 +118,10 @@ class PruningHook:
         if _INSTALLED in self.core.__dict__:
             raise PruningError("prune: this model is being pruned already; close the outer context first (nested use is refused).")
         self.core.__dict__[_INSTALLED] = self
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._remove)
             self._install()
-        except BaseException:
-            self._remove()
-            raise
+            undo.pop_all()
         return self.ledger
 
     def _install(self) -> None:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,16 +99,15 @@ class SharedPrefix:
 
     # ---- installation
     def __enter__(self) -> SharedPrefix:
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.__exit__)
             for kind in self.family.kinds:
                 self._replace(self.core, f"get_{kind}_features", functools.partial(self._encode, kind))
             for i, layer in enumerate(self.layers[: max(self._wanted, default=0)]):
                 self._replace(layer, "forward", functools.partial(self._run_layer, i))
             for depth in self._wanted:
                 self._probes[depth] = Probe(self.layers[depth - 1].self_attn, queries=True)
-        except BaseException:
-            self.__exit__()
-            raise
+            undo.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
