@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 import pytest
-import sweep_standin
 import torch
 from rich.console import Console
 from sweep_standin import N_LAYERS, N_VISUAL, StandIn, make_config, task_manager, write_tasks
@@ -18,6 +17,7 @@ from tiny_models import generate, prompts
 from vlm_pruner_eval import get_pruner, prune
 from vlm_pruner_eval.cost import DecoderShape, kv_bytes, literature_flops, prefill_flops
 from vlm_pruner_eval.ledger import SampleRecord
+from vlm_pruner_eval.lmms.log import Answer
 from vlm_pruner_eval.report.efficiency import EfficiencyRow, efficiency
 from vlm_pruner_eval.report.load import load_results
 from vlm_pruner_eval.report.rows import rows_of
@@ -124,16 +124,13 @@ class Costly(StandIn):
     def describe(self) -> dict[str, object]:
         return super().describe() | {"shape": dataclasses.asdict(SHAPE)}
 
-    def _answer(self, doc_id: int, task: str, split: str) -> object:
-        result = super()._answer(doc_id, task, split)
-        answer = self.answers[-1]
+    def _answer(self, doc_id: int, task: str, split: str) -> Answer:
+        answer = super()._answer(doc_id, task, split)
         text = 50 - N_VISUAL
         lengths = [text + n for n in answer.record.visual_lengths]
-        answer.record = dataclasses.replace(answer.record, kv_lengths=lengths, kv_bytes=10 * sum(lengths))
-        answer.prefill_ms = {"none": 20.0, "vlmpruner": 8.0, "random": 5.0 + self.params.get("seed", 0), "blind": 1.0}[self.method]
-        answer.peak_bytes = PEAKS[self.method] + doc_id
-        answer.as_json = lambda: sweep_standin.Answer.as_json(answer) | {"peak_bytes": answer.peak_bytes}
-        return result
+        prefill_ms = {"none": 20.0, "vlmpruner": 8.0, "random": 5.0 + self.params.get("seed", 0), "blind": 1.0}[self.method]
+        record = dataclasses.replace(answer.record, kv_lengths=lengths, kv_bytes=10 * sum(lengths))
+        return dataclasses.replace(answer, record=record, prefill_ms=prefill_ms, peak_bytes=PEAKS[self.method] + doc_id)
 
 
 @pytest.fixture(scope="module")
