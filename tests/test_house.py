@@ -32,6 +32,7 @@ ALLOWED = {
     "sweep": {"sweep", "lmms", "bench", "budget", "cost", "errors", "ledger", "pruners", "timing", ""},
     "speed": {"speed", "bench", "budget", "cost", "errors", "hook", "ledger", "lmms", "pruners", "sweep", "timing", "types", "vlms", ""},
     "report": {"report", "sweep", "budget", "cost", "errors", ""},
+    "doctor": {"doctor", "bench", "errors", "lmms", "sweep", ""},
     "reproduce": {"reproduce", "report", "sweep", "lmms", "pruners", "errors", ""},
 }
 # what a part of report may import of report: from reading over numbers to tables and pictures, and from those to formats

@@ -66,7 +66,7 @@ def test_commands_name_things_that_exist(command, my_methods):
         assert options["--model"] in MODELS
         settings.parse(simple_parse_args_string(options["--model_args"]))
     elif words[0] == "vlm-pruner-eval":
-        assert words[1] in {"sweep", "report", "show", "reproduce", "bench", "list"}
+        assert words[1] in {"sweep", "report", "show", "reproduce", "bench", "doctor", "list"}
     else:
         assert words[:1] == ["bash"]
 

@@ -79,7 +79,7 @@ def sweep(
     if dry_run:
         _print_grid(loaded)
         return
-    _run(loaded, output or Path(loaded.output or Path("output") / loaded.name), retry_failed)
+    _run(loaded, output or _output_of(loaded), retry_failed)
 
 
 @app.command()
@@ -190,6 +190,29 @@ def reproduce(
         raise typer.Exit(FAILED_RUNS)
 
 
+@app.command()
+@_sentences
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="A sweep file (YAML) whose checkpoint, tasks and data are looked up, too.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The results directory; default: as of `sweep`.")] = None,
+) -> None:
+    """Look for what would get into the way of a sweep, and say how to mend it. Downloads nothing. Exit code 1 if anything fails."""
+    from vlm_pruner_eval.sweep.progress import quieten
+
+    quieten()
+    from vlm_pruner_eval.doctor.examine import examine, print_findings
+    from vlm_pruner_eval.sweep import config as sweep_config
+    from vlm_pruner_eval.sweep.grid import method_problems
+
+    loaded = None if config is None else sweep_config.load(config, check=method_problems)
+    found = list(examine(loaded, output or (Path("output") if loaded is None else _output_of(loaded))))
+    print_findings(Console(), found)
+    counts = {status: sum(finding.status == status for finding in found) for status in ("ok", "warn", "fail")}
+    print(json.dumps({**counts, "findings": [finding.as_json() for finding in found]}), flush=True)
+    if counts["fail"]:
+        raise typer.Exit(FAILED_RUNS)
+
+
 @app.command("list")
 @_sentences
 def list_() -> None:
@@ -208,6 +231,10 @@ def list_() -> None:
     console.print(f"\nmodel ids: {', '.join(sorted(MODELS))}", highlight=False, soft_wrap=True)
     names = [GROUP, *(f"{GROUP}_{task}" for task in TASKS)]
     console.print(f"packaged tasks: {', '.join(names)} (`lmms-eval tasks list` shows all others)", highlight=False, soft_wrap=True)
+
+
+def _output_of(config: SweepConfig) -> Path:
+    return Path(config.output or Path("output") / config.name)
 
 
 def _print_grid(config: SweepConfig) -> None:
