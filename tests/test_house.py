@@ -14,13 +14,14 @@ NAME = "vlm_pruner_eval"
 MOST_LINES = 350
 # what a part may import of this package, and which outside packages it must not know
 ALLOWED = {
-    "errors": set(),
-    "budget": {"errors"},
+    "shown": set(),
+    "errors": {"shown"},
+    "budget": {"errors", "shown"},
     "cost": set(),
     "types": {"errors"},
     "ledger": {"budget"},
     "timing": set(),
-    "pruners": {"pruners", "budget", "errors", "types"},
+    "pruners": {"pruners", "budget", "errors", "shown", "types"},
     "vlms": {"vlms", "pruners", "budget", "errors", "types"},
     "probe": set(),
     "cut": {"errors"},
@@ -28,17 +29,34 @@ ALLOWED = {
     "hook": {"cut", "errors", "ledger", "prefill", "probe", "pruners", "vlms"},
     "prefix": {"cut", "errors", "hook", "probe", "pruners", "vlms"},
     "bench": {"bench", "errors"},
-    "lmms": {"lmms", "prefix", "bench", "budget", "cost", "errors", "hook", "ledger", "pruners", "timing", "types", "vlms", ""},
-    "sweep": {"sweep", "lmms", "bench", "budget", "cost", "errors", "ledger", "pruners", "timing", ""},
-    "speed": {"speed", "bench", "budget", "cost", "errors", "hook", "ledger", "lmms", "pruners", "sweep", "timing", "types", "vlms", ""},
-    "report": {"report", "sweep", "budget", "cost", "errors", ""},
+    "lmms": {"lmms", "prefix", "bench", "budget", "cost", "errors", "hook", "ledger", "pruners", "shown", "timing", "types", "vlms", ""},
+    "sweep": {"sweep", "lmms", "bench", "budget", "cost", "errors", "ledger", "pruners", "shown", "timing", ""},
+    "speed": {
+        "speed",
+        "bench",
+        "budget",
+        "cost",
+        "errors",
+        "hook",
+        "ledger",
+        "lmms",
+        "pruners",
+        "shown",
+        "sweep",
+        "timing",
+        "types",
+        "vlms",
+    }
+    | {""},
+    "report": {"report", "sweep", "budget", "cost", "errors", "shown", ""},
     "doctor": {"doctor", "bench", "errors", "lmms", "sweep", ""},
-    "reproduce": {"reproduce", "report", "sweep", "lmms", "pruners", "errors", ""},
+    "reproduce": {"reproduce", "report", "sweep", "lmms", "pruners", "errors", "shown", ""},
 }
 # what a part of report may import of report: from reading over numbers to tables and pictures, and from those to formats
 INSIDE_REPORT = {
     "documents": set(),
-    "load": {"documents"},
+    "shape": set(),
+    "load": {"documents", "shape"},
     "rows": {"load"},
     "text": {"rows"},
     "efficiency": {"load", "rows"},
@@ -61,6 +79,7 @@ INSIDE_REPORT = {
     "__init__": {"build", "check"},
 }
 FORBIDDEN = {
+    "shown": {"torch", "transformers", "lmms_eval"},
     "errors": {"torch", "transformers", "lmms_eval"},
     "budget": {"torch", "transformers", "lmms_eval"},
     "cost": {"torch", "transformers", "lmms_eval"},

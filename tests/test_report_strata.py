@@ -32,7 +32,8 @@ def samples(score: Score, images: Callable[[int], str]) -> list[dict[str, Any]]:
 
 def write(root: Path, runs: dict[tuple[str, str | None, int | None], Score], *, images: Callable[[int], str] = str) -> Path:
     """A results directory of finished runs: (method, rate, seed) -> score of a document."""
-    config = {"model": {"pretrained": "p"}, "tasks": TASKS, "limit": None, "seed": 0, "code": "c"}
+    model = dict.fromkeys(("id", "revision", "dtype", "protocol", "attn_implementation", "batch_size"), "x") | {"pretrained": "p"}
+    config = {"model": model, "tasks": TASKS, "limit": None, "seed": 0, "code": "c"}
     store, grid = Store(root), []
     for (method, rate, seed), score in runs.items():
         run_id = f"{method}-{rate}-{seed}".replace("/", "of")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from numbers import Integral, Real
 
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.shown import short
 
 Rate = float | str | Fraction
+
+# Bounded on purpose: Python would work out 10 ** 999999999 for the seven characters of "1e-999999999".
+_RATE_TEXT = re.compile(r"[-+]?(\d{1,40}(/\d{1,40})?|(\d{1,40}\.\d{0,40}|\d{0,40}\.?\d{1,40})(e[-+]?\d{1,2})?)", re.ASCII | re.IGNORECASE)
 
 
 def parse_rate(pruning_rate: object) -> Fraction | float:
@@ -30,24 +35,31 @@ def parse_rate(pruning_rate: object) -> Fraction | float:
         Not a number, NaN, or outside [0, 1).
     """
     expected = 'expected a number in [0, 1) or an exact fraction such as "8/9"'
-    rate: Fraction | float
-    if isinstance(pruning_rate, Fraction):
-        rate = pruning_rate
-    elif isinstance(pruning_rate, str):
-        try:
-            rate = Fraction(pruning_rate.strip())
-        except (ValueError, ZeroDivisionError):
-            raise ConfigError(f"pruning_rate: got {pruning_rate!r}, {expected}.") from None
-    elif isinstance(pruning_rate, Real) and not isinstance(pruning_rate, bool):
-        rate = float(pruning_rate)
-    else:
-        raise ConfigError(f"pruning_rate: got {pruning_rate!r} ({type(pruning_rate).__name__}), {expected}.")
+    if isinstance(pruning_rate, bool) or not isinstance(pruning_rate, (str, Real)):
+        raise ConfigError(f"pruning_rate: got {short(pruning_rate)} ({type(pruning_rate).__name__}), {expected}.")
+    rate = _number(pruning_rate)
+    if rate is None:
+        raise ConfigError(f"pruning_rate: got {short(pruning_rate)}, {expected}.")
     if not 0 <= rate < 1:  # NaN fails this too
         raise ConfigError(
-            f"pruning_rate: got {pruning_rate!r}, {expected}. It is the fraction of visual tokens removed: "
+            f"pruning_rate: got {short(pruning_rate)}, {expected}. It is the fraction of visual tokens removed: "
             "0.889 keeps 64 of 576; method=blind removes them all."
         )
     return rate
+
+
+def _number(given: Rate) -> Fraction | float | None:
+    """Exact for text, which may be no number at all."""
+    if isinstance(given, Fraction):
+        return given
+    try:
+        if isinstance(given, str):
+            return Fraction(given.strip()) if _RATE_TEXT.fullmatch(given.strip()) else None
+        return float(given)
+    except ZeroDivisionError:
+        return None
+    except OverflowError:  # a whole number of more than 308 digits
+        return math.inf
 
 
 def keep_share(n_visual: int, share: Fraction | float) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from vlm_pruner_eval import shown
+
 
 class ConfigError(ValueError):
     """A request that can't be run as written: unknown names, values out of range, a model that can't be pruned.
@@ -12,11 +14,13 @@ class ConfigError(ValueError):
     Parameters
     ----------
     problems
-        One sentence, or all the sentences found in one pass: a user mends a file once, not once per error.
+        One sentence, or all the sentences found in one pass: a user mends a file once, not once per error. What they quote of
+        the input is made fit to be shown (`shown.sentence`).
     """
 
     def __init__(self, problems: str | Iterable[str]):
-        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        listed = (problems,) if isinstance(problems, str) else problems
+        self.problems: tuple[str, ...] = tuple(shown.sentence(problem) for problem in listed)
         super().__init__("\n".join(self.problems))
 
 
@@ -32,9 +36,12 @@ class StoppedError(RuntimeError):
     """A sweep can't go on for a reason outside of it, such as a full disk; the same command continues it when that is mended."""
 
 
+_LONGEST = 200  # characters of a name that are compared
+
+
 def closest(name: object, known: Iterable[str]) -> str:
     """The tail of a sentence about an unknown name: its closest match, if any, and the known ones."""
     names = sorted(known)
-    match = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    match = difflib.get_close_matches((name if isinstance(name, str) else shown.short(name))[:_LONGEST], names, n=1, cutoff=0.5)
     hint = f"did you mean {match[0]!r}? " if match else ""
     return f"{hint}Known: {', '.join(names) or '(none)'}."

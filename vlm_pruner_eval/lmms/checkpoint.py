@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -118,11 +117,11 @@ def locate(pretrained: str) -> str:
         from vlm_pruner_eval.bench import minivlm_path
 
         return str(minivlm_path())
-    path = Path(pretrained).expanduser()
-    if path.exists():
-        if not (path / "config.json").is_file():
+    path = os.path.expanduser(pretrained)  # os.path: text that can be no path is nothing that exists, not an exception
+    if os.path.lexists(path):
+        if not os.path.isfile(os.path.join(path, "config.json")):
             raise ConfigError(f"pretrained: {pretrained} holds no config.json, expected the folder of a Hugging Face checkpoint.")
-        return str(path)
+        return path
     if pretrained.startswith((".", "~", os.sep)) or pretrained.count("/") != 1:
         raise ConfigError(
             f"pretrained: there is nothing at {pretrained}, expected the folder of a checkpoint, a hub id (owner/name), or minivlm."

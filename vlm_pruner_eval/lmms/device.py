@@ -25,6 +25,8 @@ def pick_device(wanted: str | None, accelerator: Accelerator) -> torch.device:
         raise ConfigError(f"device: got {wanted!r}, expected cpu, cuda or cuda:0 and so on ({error}).") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device: got {wanted!r}, but torch sees no GPU here; leave it out, or use cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device: got {wanted!r}, but torch sees {torch.cuda.device_count()} GPUs here, counted from 0.")
     if accelerator.num_processes > 1 and device.type != own.type:
         raise ConfigError(
             f"device: got {wanted!r}, but the {accelerator.num_processes} processes of this run talk on {own.type}; leave it out."

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
+from vlm_pruner_eval.shown import spelled_out, without_secrets
+
 if TYPE_CHECKING:
     import argparse
 
@@ -149,7 +151,7 @@ def exit_on_error(evaluate: Callable[[argparse.Namespace], tuple]) -> Callable[[
 
             if isinstance(error, ConfigError):
                 exit_with(str(error), code=2)
-            traceback.print_exc()
+            print(without_secrets(traceback.format_exc()), file=sys.stderr)
             exit_with(f"the evaluation of {args.model} failed: {type(error).__name__}: {error}", code=1)
 
     return cli_evaluate_single
@@ -157,7 +159,7 @@ def exit_on_error(evaluate: Callable[[argparse.Namespace], tuple]) -> Callable[[
 
 def exit_with(sentence: str, *, code: int) -> NoReturn:
     """End the process with a sentence on stderr."""
-    print(f"vlm_pruner_eval: {sentence}", file=sys.stderr, flush=True)
+    print(f"vlm_pruner_eval: {spelled_out(without_secrets(sentence))}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 

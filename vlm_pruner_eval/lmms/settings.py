@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vlm_pruner_eval.budget import Rate, parse_rate
 from vlm_pruner_eval.errors import ConfigError, closest
+from vlm_pruner_eval.lmms.plugin import MODELS
 from vlm_pruner_eval.pruners import Pruner, get_pruner, parameters, pruner_class
+from vlm_pruner_eval.shown import short, spelled_out
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 PROTOCOLS = ("hf", "paper")
+DEVICE = re.compile(r"(cpu|cuda|mps|xpu|npu|hpu)(:\d{1,3})?", re.ASCII)
+# What git allows in the name of a branch or tag, and the hub with it.
+REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
+_TEXTS = ("pretrained", "revision", "device", "dtype", "attn_implementation", "protocol", "system_prompt")
+_MOST = 2**31 - 1
 COUNTS = ("batch_size", "max_frames_num", "min_pixels", "max_pixels")  # whole numbers
 
 
@@ -77,7 +86,7 @@ def parse(model_args: Mapping[str, object]) -> tuple[Settings, str, Pruner]:
     method, problems = model_args.get("method", "none"), []
     try:
         known = names | {"method"} | set(parameters(pruner_class(method)))
-        problems += [f"{name}: unknown argument; {closest(name, known)}" for name in params if name not in known]
+        problems += [f"{_plain(name)}: unknown argument; {closest(name, known)}" for name in params if name not in known]
         pruner = build_pruner(method, model_args.get("pruning_rate"), {name: params[name] for name in params if name in known})
     except ConfigError as error:
         problems += error.problems
@@ -103,33 +112,50 @@ def build_pruner(method: str, pruning_rate: Rate | None, params: Mapping[str, ob
         )
     if method == "none" and parse_rate(pruning_rate) != 0:
         raise ConfigError(
-            f"pruning_rate: got {pruning_rate!r} with method=none, which prunes nothing; "
+            f"pruning_rate: got {short(pruning_rate)} with method=none, which prunes nothing; "
             "name a method (method=vlmpruner), or leave the rate out."
         )
     return get_pruner(method, pruning_rate=pruning_rate, **params)
+
+
+def named_problems(given: Mapping[str, object]) -> list[str]:
+    """Names among the settings of a model that nothing is known by; `id` is a model id of lmms-eval's --model."""
+    problems = []
+    choices = {"id": MODELS, "dtype": DTYPES, "attn_implementation": ATTENTION, "protocol": PROTOCOLS}
+    for name, known in choices.items():
+        value = given.get(name)
+        if isinstance(value, str) and value not in known:
+            problems.append(f"{name}: got {short(value)}; {closest(value, known)}")
+    for name, form, expected in (
+        ("device", DEVICE, "cpu, cuda or cuda:0 and so on"),
+        ("revision", REVISION, "a branch, tag or commit: letters, digits, '.', '_', '-' and '/', without '..'"),
+    ):
+        value = given.get(name)
+        if isinstance(value, str) and not form.fullmatch(value):
+            problems.append(f"{name}: got {short(value)}, expected {expected}.")
+    return problems
 
 
 def _setting_problems(given: Mapping[str, object]) -> list[str]:
     problems = []
     if "pretrained" not in given:
         problems.append("pretrained: missing, expected a folder with a checkpoint, a hub id, or minivlm (the embedded one).")
-    for name in ("pretrained", "revision", "device", "dtype", "attn_implementation", "protocol", "system_prompt"):
-        value = given.get(name, "")
+    for name in _TEXTS:
+        value = given.get(name, "text")
         if not (isinstance(value, str) or (value is None and name in ("revision", "device", "system_prompt"))):
             problems.append(
-                f"{name}: got {value!r} ({type(value).__name__}), expected text; lmms-eval turns text that reads as a number into one."
+                f"{name}: got {short(value)} ({type(value).__name__}), expected text; lmms-eval turns text that reads as a number into one."
             )
-    for name, choices in (("dtype", DTYPES), ("attn_implementation", ATTENTION), ("protocol", PROTOCOLS)):
-        value = given.get(name, choices[0])
-        if isinstance(value, str) and value not in choices:
-            problems.append(f"{name}: got {value!r}; {closest(value, choices)}")
+        elif value is not None and (not value.strip() or spelled_out(value) != value) and name in ("pretrained", "system_prompt"):
+            problems.append(f"{name}: got {short(value)}, expected text without control characters, and not empty.")
+    problems += named_problems(given)
     for name in COUNTS:
         value = given.get(name, 1)
         if not (_is_count(value) or (value is None and name != "batch_size")):
             hint = "; automatic sizes are not offered." if name == "batch_size" else "."
-            problems.append(f"{name}: got {value!r}, expected a whole number, 1 or more{hint}")
+            problems.append(f"{name}: got {short(value)}, expected a whole number, 1 or more{hint}")
     if not isinstance(given.get("allow_bin", False), bool):
-        problems.append(f"allow_bin: got {given['allow_bin']!r}, expected True or False.")
+        problems.append(f"allow_bin: got {short(given['allow_bin'])}, expected True or False.")
     least, most = given.get("min_pixels"), given.get("max_pixels")
     if _is_count(least) and _is_count(most) and int(least) > int(most):
         problems.append(f"min_pixels: got {least}, expected at most max_pixels, which is {most}.")
@@ -137,9 +163,13 @@ def _setting_problems(given: Mapping[str, object]) -> list[str]:
 
 
 def _is_count(value: object) -> bool:
-    if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, str) and value.isdecimal())):
-        return False
-    return int(value) >= 1
+    if isinstance(value, str) and value.isdecimal() and value.isascii() and len(value) <= len(str(_MOST)):
+        value = int(value)
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST
+
+
+def _plain(name: str) -> str:
+    return name if name.isidentifier() and len(name) <= 80 else short(name)
 
 
 def from_command_line(arg_string: str | Mapping[str, object], additional: Mapping[str, object] | None) -> dict[str, object]:
@@ -150,17 +180,23 @@ def from_command_line(arg_string: str | Mapping[str, object], additional: Mappin
     ConfigError
         Text that is not ``name=value,name=value``, or an argument given twice with different values.
     """
-    from lmms_eval.utils import simple_parse_args_string
+    from lmms_eval.utils import _smart_comma_split, simple_parse_args_string
 
     try:
-        merged = dict(arg_string) if isinstance(arg_string, Mapping) else simple_parse_args_string(arg_string)
-    except ValueError:
-        raise ConfigError(f"model_args: got {arg_string!r}, expected name=value pairs, separated by commas.") from None
+        if isinstance(arg_string, str):
+            names = [part.split("=", 1)[0] for part in _smart_comma_split(arg_string.strip())]
+            merged = simple_parse_args_string(arg_string)
+        else:
+            names, merged = [], dict(arg_string)
+    except ValueError:  # no "=", or digits that make no number
+        raise ConfigError(f"model_args: got {short(arg_string)}, expected name=value pairs, separated by commas.") from None
+    if repeated := [name for name, times in Counter(names).items() if times > 1]:
+        raise ConfigError([f"{_plain(name)}: is given {names.count(name)} times in model_args; give it once." for name in repeated])
     for name, value in (additional or {}).items():
         is_default = value is None or (name == "batch_size" and str(value) == "1")
         if name not in merged:
             if value is not None:
                 merged[name] = value
         elif not is_default and str(merged[name]) != str(value):
-            raise ConfigError(f"{name}: got {merged[name]!r} in model_args and {value!r} beside it; give it once.")
+            raise ConfigError(f"{_plain(name)}: got {short(merged[name])} in model_args and {short(value)} beside it; give it once.")
     return merged

@@ -39,6 +39,7 @@ from vlm_pruner_eval.lmms.prompts import Defaults, Generation, Prompt, Request
 from vlm_pruner_eval.lmms.protocols import HF, Protocol
 from vlm_pruner_eval.lmms.resolve import family_class, resolve
 from vlm_pruner_eval.pruners import Pruner
+from vlm_pruner_eval.shown import sentence
 from vlm_pruner_eval.timing import time_forwards
 from vlm_pruner_eval.vlms import family_of
 
@@ -277,7 +278,7 @@ class PrunedModel(Answering):
 
     def _failed(self, request: Request, error: Exception) -> Answer:
         logger.error("Sample {} failed:\n{}", request.sample_id, "".join(traceback.format_exception(error)))
-        return Answer(request.task, request.split, request.doc_id, "", error=f"{type(error).__name__}: {error}")
+        return Answer(request.task, request.split, request.doc_id, "", error=sentence(f"{type(error).__name__}: {error}"))
 
 
 def load(model_id: str, **model_args: object) -> PrunedModel:

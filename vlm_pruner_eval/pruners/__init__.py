@@ -12,6 +12,7 @@ from importlib.metadata import entry_points
 from vlm_pruner_eval.budget import Rate
 from vlm_pruner_eval.errors import ConfigError, closest
 from vlm_pruner_eval.pruners.base import Pruner
+from vlm_pruner_eval.shown import short
 
 ENTRY_POINT_GROUP = "vlm_pruner_eval.pruners"
 
@@ -43,26 +44,33 @@ def pruner_class(name: str) -> type[Pruner]:
         Unknown name (with the closest), an import that fails, or a class that is not a Pruner.
     """
     if not isinstance(name, str):
-        raise ConfigError(f"method: got {name!r} ({type(name).__name__}), expected a name. {closest(name, list_pruners())}")
+        raise ConfigError(f"method: got {short(name)} ({type(name).__name__}), expected a name. {closest(name, list_pruners())}")
     if ":" in name:
         return _imported(name, name)
     if name in _built_in():
         return _built_in()[name]
     for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
         return _imported(name, point.value)
-    raise ConfigError(f"method: got {name!r}, which is unknown; {closest(name, list_pruners())} Your own: method=package.module:Class.")
+    raise ConfigError(
+        f"method: got {short(name)}, which is unknown; {closest(name, list_pruners())} Your own: method=package.module:Class."
+    )
 
 
 def _imported(name: str, path: str) -> type[Pruner]:
     module_name, _, attribute = path.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):  # never a relative name, nor a path
+        raise ConfigError(
+            f"method: {short(name)} can't be imported: expected package.module:Class on the Python path, all of them plain names."
+        )
     try:
         cls = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # the user's own code runs here and may raise anything; all of it is said
         raise ConfigError(
-            f"method: {name!r} can't be imported as {path!r}: {error}. Expected package.module:Class on the Python path."
+            f"method: {name!r} can't be imported as {path!r}: {type(error).__name__}: {error}. "
+            "Expected package.module:Class on the Python path."
         ) from error
-    if not (inspect.isclass(cls) and issubclass(cls, Pruner)):
-        raise ConfigError(f"method: {path!r} is {cls!r}, expected a subclass of vlm_pruner_eval.Pruner.")
+    if not (inspect.isclass(cls) and issubclass(cls, Pruner) and cls is not Pruner):
+        raise ConfigError(f"method: {short(path)} is {short(cls)}, expected a subclass of vlm_pruner_eval.Pruner.")
     return cls
 
 
@@ -94,7 +102,7 @@ def get_pruner(name: str, *, pruning_rate: Rate, **params: object) -> Pruner:
     """
     cls = pruner_class(name)
     known = parameters(cls)
-    problems = [f"{name}: unknown parameter {param!r}; {closest(param, known)}" for param in params if param not in known]
+    problems = [f"{name}: unknown parameter {short(param)}; {closest(param, known)}" for param in params if param not in known]
     missing = [param for param, default in known.items() if default is dataclasses.MISSING and param not in {"pruning_rate", *params}]
     if missing:  # the dataclass would answer with a TypeError of its own
         raise ConfigError([*problems, *(f"{name}: parameter {param!r} has no default; pass {param}=..." for param in missing)])

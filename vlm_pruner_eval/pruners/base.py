@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 import typing
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from vlm_pruner_eval.budget import Rate, keep_share, parse_rate, share_for_layer_average
 from vlm_pruner_eval.errors import ConfigError, PruningError
+from vlm_pruner_eval.shown import short
 from vlm_pruner_eval.types import Selection, Stage, TextTokens, VisualTokens
 
 OPTIONAL_FIELDS = frozenset({"keys", "attention", "normed_hidden_states", "positions", "text"})
+_MOST = 2**63 - 1
 FROM_PREVIOUS_LAYER = frozenset({"keys", "attention"})
 
 
@@ -98,7 +100,7 @@ class Pruner:
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
-                found.append(f"{field}: got {getattr(self, field)!r}, expected one of {', '.join(allowed)}.")
+                found.append(f"{field}: got {short(getattr(self, field))}, expected one of {', '.join(allowed)}.")
         unknown = self.needs - OPTIONAL_FIELDS
         if unknown:
             found.append(f"needs: got {sorted(unknown)}, expected fields out of {sorted(OPTIONAL_FIELDS)}.")
@@ -235,18 +237,17 @@ class Pruner:
                 continue
             value, wanted = getattr(self, field.name), hints[field.name]
             if not _is_a(value, wanted):
-                found.append(
-                    f"{self.name}: {field.name}: got {value!r} ({type(value).__name__}), expected {getattr(wanted, '__name__', wanted)}."
-                )
+                expected = getattr(wanted, "__name__", wanted)
+                found.append(f"{self.name}: {field.name}: got {short(value)} ({type(value).__name__}), expected {expected}.")
         return found
 
 
 def _is_a(value: object, wanted: object) -> bool:
-    """Whether `value` fits a scalar annotation; an int is a float, a bool is neither, NaN and infinity are no numbers."""
+    """Whether `value` fits a scalar annotation; an int is a float; a bool, NaN, infinity and what no tensor holds are neither."""
     if wanted is float:
-        return isinstance(value, (int, float, Fraction)) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, (int, float, Fraction)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if wanted is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MOST
     return isinstance(value, wanted) if isinstance(wanted, type) else True
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.load import Results, load_results
 from vlm_pruner_eval.sweep.files import write_atomic
+from vlm_pruner_eval.sweep.inputs import read_text
 from vlm_pruner_eval.sweep.records import answer_digest, kept_digest
 from vlm_pruner_eval.sweep.store import to_json
 
@@ -20,6 +21,7 @@ _SETTINGS = ("id", "pretrained", "revision", "dtype", "protocol", "attn_implemen
 # A score follows from the answers: where no answer of a task differs, its score may not differ either.
 TOLERANCE = {"kept_sets_same_processor": 0, "kept_sets_other_processor": 2, "answers": 2, "score_at_equal_answers": 0.0}
 _ROUNDING = 1e-6
+_MOST_BYTES = 2**30  # of a reference: a line of 20 bytes for each document of each run
 
 
 def write_reference(results_dir: Path | str, path: Path | str) -> Path:
@@ -177,16 +179,42 @@ def _read(path: Path) -> dict[str, Any]:
     ConfigError
         Not there, not JSON, or not made by `write_reference`.
     """
+    advice = "make one with `report DIR --write-reference FILE`."
     try:
-        reference = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: can't be read as a reference ({error}); make one with `report DIR --write-reference FILE`.") from error
+        reference = json.loads(read_text(path, most_bytes=_MOST_BYTES, advice=advice))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: can't be read as a reference: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: can't be read as a reference ({error}); {advice}") from error
     wanted = {"tolerance", "processor", "settings", "measured", "runs"}
-    if not isinstance(reference, dict) or not wanted <= reference.keys() or not TOLERANCE.keys() <= reference["tolerance"].keys():
+    if not isinstance(reference, dict) or not wanted <= reference.keys() or not _is_reference(reference):
         raise ConfigError(
             f"{path}: is not a reference file: expected {', '.join(sorted(wanted))}; delete it and make one with --write-reference."
         )
     return reference
+
+
+def _is_reference(reference: dict[str, Any]) -> bool:
+    """Whether its parts have the form that the comparison goes through."""
+    tolerance, measured = reference["tolerance"], reference["measured"]
+    if not all(isinstance(reference[name], dict) for name in ("tolerance", "settings", "measured", "runs")):
+        return False
+    allowed = [tolerance.get(name) for name in TOLERANCE]
+    documents = [docs for tasks in reference["runs"].values() for docs in (tasks.values() if isinstance(tasks, dict) else [None])]
+    digests = [value for docs in documents for value in (docs.values() if isinstance(docs, dict) else [None])]
+    return (
+        all(type(value) in (int, float) and value >= 0 for value in allowed)
+        and all(
+            isinstance(held, dict) and {"asked", "kept"} <= held.keys() and isinstance(held.get("scores"), dict)
+            for held in measured.values()
+        )
+        and all(_is_number(value) for held in measured.values() for value in (held["asked"], held["kept"], *held["scores"].values()))
+        and all(isinstance(value, str) and value.count(":") == 1 for value in digests)
+    )
+
+
+def _is_number(value: object) -> bool:
+    return value is None or type(value) in (int, float)
 
 
 def _compact(reference: dict[str, Any]) -> str:

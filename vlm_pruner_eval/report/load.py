@@ -11,6 +11,7 @@ from typing import Any
 
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.documents import Documents, document_problems, read_documents
+from vlm_pruner_eval.report.shape import grid_problems, record_problem
 from vlm_pruner_eval.sweep.grid import budget_mixtures
 from vlm_pruner_eval.sweep.store import FAILED, FINISHED, Store
 
@@ -96,6 +97,8 @@ def load_results(root: Path | str) -> Results:
     """
     store = Store(Path(root))
     grid = store.read_grid()
+    if problems := list(grid_problems(grid)):
+        raise ConfigError([f"{store.root}: {problem}" for problem in problems])
     if problems := [*_same_ids(store, grid["runs"])]:
         raise ConfigError(problems)
     runs = tuple(_result(store, line) for line in grid["runs"])
@@ -147,11 +150,13 @@ def _splits(documents: dict[str, Documents]) -> dict[str, str]:
 
 def _result(store: Store, line: dict[str, Any]) -> RunResult:
     record = store.read(line["run_id"])
-    status = NOT_RUN if record is None else record["status"]
+    status = NOT_RUN if record is None else record.get("status")
     if status not in (FINISHED, FAILED, NOT_RUN):
         raise ConfigError(
             f"{line['run_id']}: run.json has status {status!r}, expected {FINISHED} or {FAILED}; delete it and run the sweep again."
         )
+    if status == FINISHED and (problem := record_problem(line["run_id"], record)):
+        raise ConfigError(problem)
     if status == FINISHED and not (store.run_dir(line["run_id"]) / "samples.jsonl").is_file():
         status, record = SAMPLES_MISSING, None  # scores that no answer stands behind are not shown
     return RunResult(

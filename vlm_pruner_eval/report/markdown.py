@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from vlm_pruner_eval.report.sheets.table import Entry, Table
 from vlm_pruner_eval.report.stats.comparisons import Comparisons
 
 _SCORES = "scores"
+_TAG = re.compile(r"<(?=[A-Za-z/!?])")
 _LEGEND = (
     "Several seeds: mean ± standard deviation over seeds. Where every document scored the same, the Wilson interval. Intervals: "
     "percentile bootstrap, 1000 resamples of whole clusters: documents that share an image or belong to a pair are drawn together."
@@ -43,9 +45,10 @@ def markdown(
         parts += [f"## {shown.caption}", table(_lines(shown)), *shown.legend]
         if shown.id == _SCORES:
             parts += [_LEGEND, *comparisons.notes]
+    parts = [inert(part) for part in parts]
     for name, paths in figures.items():
         parts += [f"![{WORDS[name].title}]({path.name})" for path in paths if path.suffix == ".png"] + [WORDS[name].legend]
-    parts += ["## Where these numbers come from", table(facts(results))]
+    parts += ["## Where these numbers come from", inert(table(facts(results)))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -86,9 +89,14 @@ def _remarks(results: Results, rows: Sequence[Row]) -> Iterator[str]:
 
 def table(lines: Iterable[list[str]]) -> str:
     """A Markdown table; the first line is its head."""
-    head, *body = [[_one_line(value).replace("|", "\\|") for value in line] for line in lines]
+    head, *body = [[_one_line(value).replace("\\", "\\\\").replace("|", "\\|") for value in line] for line in lines]
     rule = ["---"] + ["---:" if len(head) > 2 else "---"] * (len(head) - 1)
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])
+
+
+def inert(text: str) -> str:
+    """Markdown in which no label, question or answer is HTML, a link or a picture: a page that shows it may carry those out."""
+    return _TAG.sub("&lt;", text).replace("](", "]&#40;")
 
 
 def _one_line(value: str) -> str:

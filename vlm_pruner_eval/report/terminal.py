@@ -14,6 +14,7 @@ from vlm_pruner_eval.report import text
 from vlm_pruner_eval.report.load import Results
 from vlm_pruner_eval.report.paper.beside import PaperRow, PaperTable, said
 from vlm_pruner_eval.report.rows import PLUMBING, Row, is_plumbing
+from vlm_pruner_eval.shown import spelled_out
 
 WIDTH = 100
 _TASKS_A_TABLE = 6
@@ -30,9 +31,9 @@ def print_tables(console: Console, results: Results, rows: list[Row]) -> None:
         if row.quirks:
             console.print(Text(f"quirks counted, {row.label}, {row.heading}: {text.quirks(row.quirks)}"), width=WIDTH)
     for problem in (problem for row in rows for problem in row.problems):
-        console.print(Text(f"failed: {problem}", style="red"), width=WIDTH)
+        console.print(Text(f"failed: {spelled_out(problem)}", style="red"), width=WIDTH)
     for note in results.notes:
-        console.print(Text(note), width=WIDTH)
+        console.print(Text(spelled_out(note)), width=WIDTH)
     if is_plumbing(tasks):
         console.print(Text(PLUMBING, style="bold"), width=WIDTH)
 

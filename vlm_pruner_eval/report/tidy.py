@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from vlm_pruner_eval.report.rows import Row
 from vlm_pruner_eval.report.stats.comparisons import AVERAGE, Comparisons
 from vlm_pruner_eval.report.stats.paired import Estimate
 
+_FORMULA = re.compile(r"\s*(?:[=+@]|-(?![\d.]))")
 _ROW = ("method", "label", "pruning_rate", "asked_rate", "removed_percent", "status")
 _SCORE = ("task", "score", "low_95", "high_95", "sd_over_seeds", "seeds", "n_documents", "relative_avg")
 _COST = ("tokens_asked", "tokens_kept", "tokens_layer_averaged", "prefill_ms", "selection_ms", "quirks")
@@ -101,9 +103,14 @@ def _ends(estimate: Estimate | None) -> list[float | None]:
     return [None, None, None] if estimate is None else [estimate.value, estimate.low, estimate.high]
 
 
+def _inert(value: Any) -> Any:
+    """A spreadsheet takes text that begins like a formula for one, and carries it out."""
+    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
+
+
 def _text(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(head)
-    writer.writerows(lines)
+    writer.writerows([_inert(value) for value in line] for line in lines)
     return out.getvalue()

@@ -10,12 +10,14 @@ from typing import Any
 import vlm_pruner_eval
 from vlm_pruner_eval.errors import ConfigError, closest
 from vlm_pruner_eval.report.paper.printed import PAPER_MODELS, incomparable, paper_model
+from vlm_pruner_eval.shown import sentence, short
 from vlm_pruner_eval.sweep import config as sweep_config
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.store import Store
 
 REPOSITORY = Path(vlm_pruner_eval.__file__).parent.parent
 BATCH_SIZES, ATTENTION = "1,16", "sdpa,eager"
+_MOST_DIGITS = 9
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,9 @@ def make_plan(
     loaded = sweep_config.load(path, overrides={} if limit is None else {"limit": limit}, check=method_problems)
     variants, problems = _variants(batch_sizes, attention)
     problems += [*_task_problems(tasks, loaded), *_method_problems(methods, loaded)]
-    if pretrained is not None and not pretrained.strip():
-        problems.append("pretrained: got an empty text, expected a checkpoint folder or a hub id; or leave it out.")
+    if pretrained is not None and (not pretrained.strip() or sentence(pretrained) != pretrained):
+        got = "control characters or a token" if pretrained.strip() else "an empty text"
+        problems.append(f"pretrained: got {got}, expected a checkpoint folder or a hub id; or leave it out.")
     if problems:
         raise ConfigError(problems)
     changes: dict[str, Any] = {"methods": [entry for entry in loaded.methods if not methods or entry.name in methods]}
@@ -150,8 +153,8 @@ def _variants(batch_sizes: str, attention: str) -> tuple[tuple[Variant, ...], li
 
     sizes, kinds, problems = _listed(batch_sizes), _listed(attention), []
     for size in sizes:
-        if not (size.isdecimal() and size.isascii() and int(size) >= 1):
-            problems.append(f"batch-sizes: got {size!r}, expected whole numbers, 1 or more, such as {BATCH_SIZES}.")
+        if not (size.isdecimal() and size.isascii() and len(size) <= _MOST_DIGITS and int(size) >= 1):
+            problems.append(f"batch-sizes: got {short(size)}, expected whole numbers, 1 or more, such as {BATCH_SIZES}.")
     for kind in kinds:
         if kind not in KNOWN:
             problems.append(f"attention: got {kind!r}, which is unknown; {closest(kind, KNOWN)}")

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from vlm_pruner_eval.report import text
 from vlm_pruner_eval.report.load import load_results
-from vlm_pruner_eval.report.markdown import table
+from vlm_pruner_eval.report.markdown import inert, table
 from vlm_pruner_eval.report.paper.beside import Compared, said
 from vlm_pruner_eval.report.paper.gate import RULE, TaskVerdict
 from vlm_pruner_eval.report.rows import PLUMBING, is_plumbing
@@ -24,6 +24,7 @@ from vlm_pruner_eval.report.text import exact
 from vlm_pruner_eval.reproduce.noise import Flips, Noise
 from vlm_pruner_eval.reproduce.rows import ReproducedRow, as_json
 from vlm_pruner_eval.reproduce.run import Reproduction
+from vlm_pruner_eval.shown import spelled_out
 from vlm_pruner_eval.sweep.files import write_atomic
 from vlm_pruner_eval.sweep.store import to_json
 
@@ -97,7 +98,7 @@ def markdown(done: Reproduction) -> str:
     parts += ["## Rows", *_rows_parts(done)]
     if noise.record is not None:
         parts += ["## Where these numbers come from", table(facts(load_results(plan.noise_dir(plan.variants[0]))))]
-    return "\n\n".join(parts) + "\n"
+    return inert("\n\n".join(parts)) + "\n"
 
 
 def _failures(done: Reproduction) -> Iterator[str]:
@@ -193,7 +194,7 @@ def print_summary(console: Console, done: Reproduction) -> None:
             if item.quirks:
                 console.print(Text(f"quirk rates, {item.row.label}, {item.row.heading}: {quirk_rates(item)}"), width=WIDTH)
     for line in _failures(done):
-        console.print(Text(line, style="red"), width=WIDTH)
+        console.print(Text(spelled_out(line), style="red"), width=WIDTH)
     console.print(Text(done.gate.sentence, style="bold red" if done.gate.stops else "bold"), width=WIDTH)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -16,7 +14,9 @@ import torch
 
 import vlm_pruner_eval
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.sweep.provenance import processor
+from vlm_pruner_eval.sweep.provenance import command_line, processor
+
+_MOST_THREADS = 1024
 
 
 def devices() -> list[torch.device]:
@@ -32,7 +32,7 @@ def machine(dtype: torch.dtype, used: list[torch.device]) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "versions": versions | {"transformers": metadata.version("transformers")},
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
     }
 
 
@@ -49,10 +49,10 @@ def threads(count: int) -> Iterator[None]:
     Raises
     ------
     ConfigError
-        Fewer than one.
+        Fewer than one, or more than any machine has.
     """
-    if count < 1:
-        raise ConfigError(f"--threads: got {count}, expected 1 or more.")
+    if not 1 <= count <= _MOST_THREADS:
+        raise ConfigError(f"--threads: got {count}, expected 1 to {_MOST_THREADS}.")
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

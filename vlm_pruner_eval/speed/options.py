@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Annotated, ParamSpec
 import typer
 
 from vlm_pruner_eval.errors import ConfigError, PruningError
+from vlm_pruner_eval.shown import short
 
 P = ParamSpec("P")
 BAD_INPUT, FAILED = 2, 1
+_MOST_DIGITS = 9
 
 GeometryName = Annotated[str, typer.Option(help="llava-1.5-7b, llava-1.5-13b, llava-next-7b, qwen2-vl-7b, 100m or mini.")]
 BatchSizes = Annotated[str, typer.Option(help="Batch sizes.")]
@@ -23,7 +26,19 @@ Repeats = Annotated[int, typer.Option(help="Answers of each case in each of thre
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: float16 on a GPU, float32 on a CPU.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU if there is one.")]
 Threads = Annotated[int, typer.Option(help="CPU threads.")]
-Out = Annotated[Path | None, typer.Option(help="Write the JSON object to this file too.")]
+
+
+def writable(out: Path | None) -> Path | None:
+    """Refuse a file that can't be written before anything is measured."""
+    if out is None:
+        return None
+    nearest = next(parent for parent in out.absolute().parents if os.path.lexists(parent))
+    if os.path.isdir(out) or not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
+        raise typer.BadParameter(f"{out} can't be written: a folder, or in none that can be; choose another place.")
+    return out
+
+
+Out = Annotated[Path | None, typer.Option(help="Write the JSON object to this file too.", callback=writable)]
 
 
 def sentences(command: Callable[P, None]) -> Callable[P, None]:
@@ -58,9 +73,15 @@ def whole_numbers(option: str, text: str) -> list[int]:
         Something else than whole numbers with commas between them.
     """
     try:
-        return [int(part) for part in words(text)]
+        return [_whole(part) for part in words(text)]
     except ValueError:
-        raise ConfigError(f"{option}: got {text!r}, expected whole numbers with commas between them, such as 8,16.") from None
+        raise ConfigError(f"{option}: got {short(text)}, expected whole numbers with commas between them, such as 8,16.") from None
+
+
+def _whole(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"{len(text)} characters, expected at most {_MOST_DIGITS}")
+    return int(text)
 
 
 def progress(line: str) -> None:

@@ -17,7 +17,9 @@ from torch import nn
 from vlm_pruner_eval.budget import Rate
 from vlm_pruner_eval.cost import DecoderShape, prefill_flops
 from vlm_pruner_eval.errors import ConfigError, closest
+from vlm_pruner_eval.lmms.settings import DEVICE
 from vlm_pruner_eval.pruners import Pruner, get_pruner
+from vlm_pruner_eval.shown import short
 from vlm_pruner_eval.speed.geometry import GEOMETRIES, Geometry, build, check_memory, prompts
 from vlm_pruner_eval.speed.machine import machine
 from vlm_pruner_eval.speed.memory import HOW, peak_extra_bytes
@@ -72,9 +74,11 @@ class Request:
             )
             if value < least
         ]
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if where.type not in HOW or (where.type == "cuda" and not torch.cuda.is_available()):
-            problems.append(f"--device: got {device!r}, expected cpu, or cuda where torch finds a GPU.")
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+        known = name.partition(":")[0] in HOW and DEVICE.fullmatch(name) is not None
+        where = torch.device(name if known else "cpu")
+        if not known or (where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count()):
+            problems.append(f"--device: got {short(device)}, expected cpu, or cuda where torch finds a GPU.")
         chosen = dtype or ("float16" if where.type == "cuda" else "float32")
         if chosen not in DTYPES:
             problems.append(f"--dtype: got {chosen!r}, expected one of {', '.join(DTYPES)}.")

@@ -2,24 +2,49 @@
 
 from __future__ import annotations
 
-import reprlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vlm_pruner_eval.budget import parse_rate
 from vlm_pruner_eval.errors import ConfigError, closest
+from vlm_pruner_eval.shown import short
+from vlm_pruner_eval.sweep.inputs import joined, read_yaml
 
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
 # lmms-eval scores these by a language model, and by a random letter where none is reachable (the groups hold mmbench_en_dev).
 _DRAWS_LETTERS = ("mmbench_en_dev", "mmbench_en_dev_lite", "mmbench_en", "mmbench")
-_SHORT = reprlib.Repr()  # a nested or huge value must not flood the message
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 80, 80
+_MOST = 2**31 - 1  # of a whole number that counts something
+_LONGEST_NAME = 100  # of a folder
+_MOST_SEED = 2**32 - 1  # numpy takes no larger one
+
+
+def inside(folder: str) -> str:
+    """A folder named by a file, which may come from someone else: under the current folder, never elsewhere.
+
+    Raises
+    ------
+    ConfigError
+        A path that leaves the current folder.
+    """
+    parts = re.split(r"[/\\]", folder)
+    if not parts[0].strip() or parts[0].startswith("~") or ".." in parts or ":" in parts[0] or max(map(len, parts)) > _LONGEST_NAME:
+        raise ConfigError(
+            f"got {short(folder)}, expected a folder under the current one, with names of at most {_LONGEST_NAME} characters and without "
+            "'..': a file does not decide about other places; name them with --output on the command line."
+        )
+    return folder
+
+
+def _one_line(text: str) -> str:
+    if not text.strip() or "\n" in text:
+        raise ConfigError(f"got {short(text)}, expected text on one line.")
+    return text
 
 
 def canonical_rate(rate: object) -> str | float:
@@ -34,24 +59,29 @@ def canonical_rate(rate: object) -> str | float:
     return str(value) if isinstance(value, Fraction) else value
 
 
+Count = Annotated[int, Field(ge=1, le=_MOST)]
+Line = Annotated[str, AfterValidator(_one_line)]
+FolderInside = Annotated[str, AfterValidator(inside)]
+
+
 class ModelSection(BaseModel):
     """The checkpoint and how it is run."""
 
     model_config = _STRICT
 
     id: str = Field(description="a model id such as vlmpruner_llava (`vlm-pruner-eval list` shows them)")
-    pretrained: str = Field(min_length=1, description="a checkpoint folder, a hub id, or minivlm (the embedded one)")
+    pretrained: Line = Field(max_length=1000, description="a checkpoint folder, a hub id, or minivlm (the embedded one)")
     revision: str | None = Field(None, description="a branch, tag or commit of the hub checkpoint, or null")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="one of auto, float32, float16, bfloat16")
-    batch_size: int = Field(1, ge=1, description="a whole number, 1 or more")
+    batch_size: Count = Field(1, description="a whole number, 1 or more")
     protocol: str = Field("hf", min_length=1, description="a protocol name such as hf (the checkpoint's own chat template)")
     attn_implementation: str = Field("sdpa", min_length=1, description="an attention backend such as sdpa or eager")
     device: str | None = Field(None, description="a device such as cpu or cuda:0, or null for the first GPU if there is one")
-    visual_tokens: int | None = Field(None, ge=1, description="the visual tokens of one image, for example 576 for LLaVA-1.5")
-    layers: int | None = Field(None, ge=1, description="the decoder layers of the language model, for example 32 for LLaVA-1.5-7B")
-    max_frames_num: int | None = Field(None, ge=1, description="a whole number of frames a video, 1 or more, or null for the model's own")
-    min_pixels: int | None = Field(None, ge=1, description="a whole number of pixels of an image, 1 or more, or null for the model's own")
-    max_pixels: int | None = Field(None, ge=1, description="a whole number of pixels of an image, 1 or more, or null for the model's own")
+    visual_tokens: Count | None = Field(None, description="the visual tokens of one image, for example 576 for LLaVA-1.5")
+    layers: Count | None = Field(None, description="the decoder layers of the language model, for example 32 for LLaVA-1.5-7B")
+    max_frames_num: Count | None = Field(None, description="a whole number of frames a video, 1 or more, or null for the model's own")
+    min_pixels: Count | None = Field(None, description="a whole number of pixels of an image, 1 or more, or null for the model's own")
+    max_pixels: Count | None = Field(None, description="a whole number of pixels of an image, 1 or more, or null for the model's own")
     system_prompt: str | None = Field(None, min_length=1, description="a system turn put before every chat, or null")
     allow_bin: bool | None = Field(None, description="true to load weights from .bin files as well, or null (no)")
 
@@ -69,9 +99,11 @@ class MethodEntry(BaseModel):
     model_config = _STRICT
 
     name: str = Field(min_length=1, description="a method name, or package.module:Class")
-    label: str | None = Field(None, min_length=1, max_length=60, description="text for the tables, at most 60 characters")
-    seeds: tuple[int, ...] | None = Field(None, min_length=1, description="a list of whole numbers such as [0, 1, 2]")
-    iso_layer: int | None = Field(None, ge=1, description="the layer, 1 or more, of the methods to match in compute, or null")
+    label: Line | None = Field(None, max_length=60, description="text for the tables, at most 60 characters")
+    seeds: tuple[Annotated[int, Field(ge=-_MOST, le=_MOST)], ...] | None = Field(
+        None, min_length=1, description="a list of whole numbers such as [0, 1, 2]"
+    )
+    iso_layer: Count | None = Field(None, description="the layer, 1 or more, of the methods to match in compute, or null")
     parameters: dict[str, Any] = Field(default_factory=dict, description="parameters of the method, by name")
 
     @model_validator(mode="before")
@@ -97,21 +129,24 @@ class SweepConfig(BaseModel):
 
     model_config = _STRICT
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="letters, digits, '.', '_' and '-' (it names a folder)")
+    name: str = Field(
+        pattern=rf"^[A-Za-z0-9][A-Za-z0-9._-]{{0,{_LONGEST_NAME - 1}}}$",
+        description=f"letters, digits, '.', '_' and '-', at most {_LONGEST_NAME} (it names a folder)",
+    )
     model: ModelSection = Field(description="a mapping with at least id and pretrained")
     tasks: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1, description="a list of at least one lmms-eval task name")
     pruning_rates: list[Annotated[Any, AfterValidator(canonical_rate)]] | None = Field(
         None, min_length=1, description="a list of rates in [0, 1), for example [2/3, 0.778, 8/9]"
     )
-    keep_tokens: list[Annotated[int, Field(ge=1)]] | None = Field(
+    keep_tokens: list[Count] | None = Field(
         None, min_length=1, description="a list of token counts, 1 or more each, for example [192, 128, 64]"
     )
     methods: list[MethodEntry] = Field(min_length=1, description="a list of method names, or mappings with a name and parameters")
-    limit: int | None = Field(None, ge=1, description="a whole number of questions per task, 1 or more, or null for all")
-    seed: int = Field(0, ge=0, description="a whole number, 0 or more")
+    limit: Count | None = Field(None, description="a whole number of questions per task, 1 or more, or null for all")
+    seed: int = Field(0, ge=0, le=_MOST_SEED, description="a whole number, 0 or more")
     share_prefix: bool = Field(False, description="true or false: whether runs read every batch together, which leaves no times to report")
-    gallery: int = Field(24, ge=0, description="a whole number of documents per task whose pictures are kept, 0 for none")
-    output: str | None = Field(None, min_length=1, description="a folder for the results, or null")
+    gallery: int = Field(24, ge=0, le=_MOST, description="a whole number of documents per task whose pictures are kept, 0 for none")
+    output: FolderInside | None = Field(None, description="a folder for the results, or null")
 
     @property
     def rates(self) -> list[str | float]:
@@ -143,25 +178,13 @@ def load(
         unknown keys, wrong types or values, contradictions between keys.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read as a text file ({error}); give the path of a YAML sweep file.") from error
-    try:
-        raw = yaml.safe_load(text)
-        repeated = [f"{path}: {problem}" for problem in _repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), set())]
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: impossible dates and numbers inside YAML
-        where = " ".join(str(error).split())
-        raise ConfigError(f"{path}: is not valid YAML ({where}); mend it there.") from error
+    raw, repeated = read_yaml(path, advice="give the path of a YAML sweep file.")
     if not isinstance(raw, dict):
-        got = "an empty file" if raw is None else f"{type(raw).__name__} {_SHORT.repr(raw)}"
+        got = "an empty file" if raw is None else f"{type(raw).__name__} {short(raw)}"
         raise ConfigError(f"{path}: got {got}, expected a mapping with the keys name, model, tasks, pruning_rates and methods.")
     if check is not None:
         repeated += [f"{path}: {problem}" for problem in check(raw)]
-    try:
-        return validate(raw | (overrides or {}), more=repeated, where=f"{path}: ")
-    except RecursionError as error:  # an anchor that contains itself
-        raise ConfigError(f"{path}: holds an anchor that contains itself; write the values out.") from error
+    return validate(raw | (overrides or {}), more=repeated, where=f"{path}: ")
 
 
 def validate(raw: dict[str, Any], *, more: list[str] | None = None, where: str = "") -> SweepConfig:
@@ -238,18 +261,19 @@ def _iso_problems(methods: object, layers: object) -> Iterator[str]:
 
 def _comparable(value: object) -> str:
     """One text for equal values: 1/2 and 0.5 are the same rate."""
-    if isinstance(value, (str, int, float)):
-        try:
-            return str(float(Fraction(str(value))))
-        except (ValueError, ZeroDivisionError, OverflowError):  # no number
-            return _SHORT.repr(value)
-    return _SHORT.repr(value)
+    try:
+        return str(float(parse_rate(value)))
+    except ConfigError:  # a count, or no number at all
+        return short(value)
 
 
 def _sentence(error: dict[str, Any]) -> str:
     """One pydantic error as: key path, what was got, what was expected, what to do."""
     loc = error["loc"]
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".") or "the file"
+    path = ""
+    for part in loc:
+        path = f"{path}[{part}]" if isinstance(part, int) else joined(path, part)
+    path = path or "the file"
     if error["type"] == "extra_forbidden":
         return f"{path}: is an unknown key; {closest(loc[-1], _section(loc[:-1]))}"
     if error["type"] == "value_error":
@@ -258,7 +282,10 @@ def _sentence(error: dict[str, Any]) -> str:
     expected = _expected(loc)
     if error["type"] == "missing":
         return f"{path}: is missing; expected {expected}."
-    return f"{path}: got {_SHORT.repr(error['input'])} ({type(error['input']).__name__}), expected {expected}."
+    most = error.get("ctx", {}).get("le")
+    return (
+        f"{path}: got {short(error['input'])} ({type(error['input']).__name__}), expected {expected}{f', at most {most}' if most else ''}."
+    )
 
 
 def _section(loc: tuple[int | str, ...]) -> list[str]:
@@ -275,20 +302,3 @@ def _expected(loc: tuple[int | str, ...]) -> str:
         description = fields[part].description
         fields = {"model": ModelSection, "methods": MethodEntry}[part].model_fields if part in ("model", "methods") else {}
     return description
-
-
-def _repeated_keys(node: yaml.Node | None, seen: set[int]) -> Iterator[str]:
-    """YAML itself silently lets the last of two equal keys win."""
-    if node is None or id(node) in seen or isinstance(node, yaml.ScalarNode):
-        return
-    seen.add(id(node))
-    if isinstance(node, yaml.MappingNode):
-        keys = [(key.value, key.start_mark.line + 1) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        first: dict[str, int] = {}
-        for key, line in keys:
-            if key in first and key != "<<":
-                yield f"{key}: is given twice (lines {first[key]} and {line}); keep one."
-            first.setdefault(key, line)
-    children = [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
-    for child in children:
-        yield from _repeated_keys(child, seen)

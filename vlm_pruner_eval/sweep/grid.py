@@ -15,9 +15,12 @@ from typing import Any
 import vlm_pruner_eval
 from vlm_pruner_eval.budget import rate_at_layer_average
 from vlm_pruner_eval.errors import ConfigError, closest
+from vlm_pruner_eval.shown import short
 from vlm_pruner_eval.sweep.config import ENTRY_KEYS, MethodEntry, SweepConfig, canonical_rate
 
 UNPRUNED = "none"
+_MOST_RUNS = 10_000
+_LONGEST_KEY = 200  # with its hash a folder's name, which most file systems end at 255 bytes
 RATELESS = frozenset({"blind"})  # keeps no visual token, so a rate means nothing to it
 
 # Sources that can't change a record: editing the report must not make old runs unusable.
@@ -77,6 +80,9 @@ def expand(config: SweepConfig) -> list[Run]:
     ConfigError
         Unknown methods or parameters, values out of range, runs that are there twice: all at once.
     """
+    n_runs = sum(len(entry.seeds or (0,)) for entry in config.methods) * len(config.rates)
+    if n_runs > _MOST_RUNS:
+        raise ConfigError(f"methods: rates and seeds make {n_runs} runs, expected at most {_MOST_RUNS}; split them into several files.")
     problems: list[str] = []
     runs = [_make_run(config, label="unpruned", method=UNPRUNED)]
     for index, entry in enumerate(config.methods):
@@ -91,10 +97,13 @@ def expand(config: SweepConfig) -> list[Run]:
 
 
 def method_problems(raw: dict[str, Any]) -> list[str]:
-    """Unknown methods and parameters in the raw mapping of a sweep file, which may have other problems as well."""
+    """Unknown names in the raw mapping of a sweep file, which may have other problems as well: methods, parameters, model settings."""
+    from vlm_pruner_eval.lmms.settings import named_problems
     from vlm_pruner_eval.pruners import parameters, pruner_class
 
-    problems: list[str] = []
+    model = raw["model"] if isinstance(raw.get("model"), dict) else {}
+    model = {name: value for name, value in model.items() if name != "dtype"}  # the schema lists those
+    problems = [f"model.{problem}" for problem in named_problems(model)]
     entries = raw.get("methods")
     for index, entry in enumerate(entries if isinstance(entries, list) else []):
         given = entry if isinstance(entry, dict) else {"name": entry}
@@ -106,7 +115,9 @@ def method_problems(raw: dict[str, Any]) -> list[str]:
             problems += [f"methods[{index}]: {problem}" for problem in error.problems]
             continue
         name = given["name"]
-        problems += [f"methods[{index}]: {name}: unknown parameter {key!r}; {closest(key, known)}" for key in given if key not in known]
+        problems += [
+            f"methods[{index}]: {name}: unknown parameter {short(key)}; {closest(key, known)}" for key in given if key not in known
+        ]
     return problems
 
 
@@ -196,6 +207,8 @@ def _make_run(
     many = entry is not None and bool(entry.seeds)  # the seed tells runs apart, so it is part of the key
     parts = (_slug(label), _slug(str(asked_rate)) if asked_rate is not None else "", f"seed{seed}" if many else "")
     key = "-".join(part for part in parts if part)
+    if len(key) > _LONGEST_KEY:
+        raise ConfigError(f"label: names a run by {len(key)} characters, expected at most {_LONGEST_KEY}; give the method a shorter label.")
     if iso_layer is not None:
         rate = canonical_rate(rate_at_layer_average(asked_rate, iso_layer, config.model.layers))
     resolved = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.shown import short
 from vlm_pruner_eval.sweep.files import write_atomic
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 FOLDER = "images"
 LONGEST_PX, LONGEST_FRAME_PX, QUALITY = 768, 256, 85
+_DIGEST = re.compile(r"[A-Za-z0-9_-]{1,128}")
 MOST_FRAMES = 8  # of a video
 
 
@@ -58,7 +61,15 @@ class ImageStore:
     root: Path
 
     def path(self, digest: str) -> Path:
-        """Where a picture is, if it was kept."""
+        """Where a picture is, if it was kept.
+
+        Raises
+        ------
+        ConfigError
+            Text that is no digest: it would lead out of the folder.
+        """
+        if not _DIGEST.fullmatch(digest):
+            raise ConfigError(f"images: got {short(digest)}, expected the digest of a picture; run the sweep again.")
         return self.root / FOLDER / f"{digest}.jpg"
 
     def has(self, digest: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import os
 import platform
 import shlex
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import vlm_pruner_eval
+from vlm_pruner_eval.shown import without_secrets
 
 _LARGE_BYTES = 1_000_000_000
 _PACKAGES = {
@@ -47,9 +49,14 @@ def collect(describe: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, A
         "model": describe,
         "checkpoint": checkpoint,
         "git_commit": git_commit(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def command_line() -> str:
+    """The command that was typed, without the access tokens in it: records and reports are shared."""
+    return without_secrets(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
 
 
 def processor(device: str = "cpu") -> str:
@@ -117,7 +124,7 @@ def _folder(pretrained: str) -> Path | None:
         from vlm_pruner_eval.bench import minivlm_path
 
         return minivlm_path()
-    return Path(pretrained) if Path(pretrained).is_dir() else None
+    return Path(pretrained) if os.path.isdir(pretrained) else None  # os.path: text that can be no path raises nothing
 
 
 def _fingerprint(file: Path) -> str:

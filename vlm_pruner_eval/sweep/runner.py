@@ -17,6 +17,7 @@ from vlm_pruner_eval.lmms.journal import Source
 from vlm_pruner_eval.sweep import provenance, scores
 from vlm_pruner_eval.sweep.config import ModelSection, SweepConfig
 from vlm_pruner_eval.sweep.grid import Run, expand
+from vlm_pruner_eval.sweep.hub_code import hub_code_problems
 from vlm_pruner_eval.sweep.images import ImageStore, Keeper
 from vlm_pruner_eval.sweep.progress import SweepProgress
 from vlm_pruner_eval.sweep.session import Session
@@ -166,6 +167,7 @@ def check_tasks(config: SweepConfig, task_manager: Any = None) -> Any:
             close = difflib.get_close_matches(task, known, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]!r}? " if close else ""
             problems.append(f"tasks: got {task!r}, which lmms-eval does not know; {hint}`lmms-eval tasks list` shows all names.")
+    problems += hub_code_problems([task for task in config.tasks if task in known], task_manager)
     if problems:
         raise ConfigError(problems)
     return task_manager

@@ -12,6 +12,7 @@ from typing import Any
 from vlm_pruner_eval.errors import StoppedError
 from vlm_pruner_eval.lmms.journal import Journal, Source
 from vlm_pruner_eval.lmms.plan import WHOLE, Part
+from vlm_pruner_eval.shown import sentence, without_secrets
 from vlm_pruner_eval.sweep import documents, provenance, records
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.evaluate import Evaluated, evaluate, samples_of
@@ -77,7 +78,7 @@ class Session:
         except (Exception, SystemExit) as error:  # whatever a task or a model raises costs one run, not the sweep: it is recorded below
             if is_disk_full(error):
                 raise _stopped(error) from error
-            problem, trace = f"{type(error).__name__}: {error}".strip(), traceback.format_exc()
+            problem, trace = sentence(f"{type(error).__name__}: {error}".strip()), without_secrets(traceback.format_exc())
         finally:
             self.model.source = None
         if self.part.index:

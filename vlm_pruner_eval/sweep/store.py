@@ -17,6 +17,7 @@ from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.sweep.files import write_atomic
 
 FINISHED, FAILED = "finished", "failed"
+_LONGEST_NAME = 255
 # Their lists are most of a line. Inside the text of an answer the quotes would be escaped, so this can't match there.
 _POSITIONS = re.compile(rb'("(?:kept_positions|order)": )\[[\d, ]*\]')
 
@@ -59,6 +60,8 @@ class Store:
         ConfigError
             The path is a file, or the nearest existing folder can't be written.
         """
+        if any(len(os.fsencode(part)) > _LONGEST_NAME for part in self.root.parts):
+            raise ConfigError(f"output: got a name of more than {_LONGEST_NAME} bytes; choose another folder with --output.")
         nearest = self.root.absolute()
         while not nearest.exists() and nearest != nearest.parent:
             nearest = nearest.parent

@@ -31,4 +31,5 @@ def facts(results: Results) -> Iterator[list[str]]:
     yield ["as loaded", ", ".join(f"{name} {value}" for name, value in loaded.items()) + f", {where['threads']} CPU threads"]
     yield ["versions", ", ".join(f"{name} {version}" for name, version in where["versions"].items())]
     yield ["code", record["config"]["code"] + (f", commit {where['git_commit']}" if where["git_commit"] else "")]
-    yield ["made", f"{where['time']}, by `{where['command']}`"]
+    command = where["command"].replace("`", "'")  # which would end the span of code
+    yield ["made", f"{where['time']}, by `{command}`"]

@@ -16,6 +16,7 @@ from vlm_pruner_eval.report.load import Results, load_results
 from vlm_pruner_eval.report.show.draw import draw
 from vlm_pruner_eval.report.show.flips import Flips, drawable_first, find_flips
 from vlm_pruner_eval.report.show.records import Document, find_place, label_of, pick_runs, read_documents
+from vlm_pruner_eval.shown import spelled_out
 from vlm_pruner_eval.sweep.images import ImageStore, all_kept
 
 WIDTH = 120
@@ -79,11 +80,11 @@ def _drawable(results: Results, flips: Flips, n: int) -> list[tuple[str, Documen
 
 def _print(console: Console, document: Document) -> None:
     console.print(
-        f"[bold]{escape(str(document.place))}[/]\n{escape(document.question)}\nexpected: {escape(document.gold)}", highlight=False
+        f"[bold]{_plain(str(document.place))}[/]\n{_plain(document.question)}\nexpected: {_plain(document.gold)}", highlight=False
     )
     table = Table("method", "kept", "answer", box=None, pad_edge=False)
     for reply in document.replies.values():
-        table.add_row(escape(reply.label), f"{len(reply.order)} of {reply.n_visual}", escape(reply.verdict))
+        table.add_row(_plain(reply.label), f"{len(reply.order)} of {reply.n_visual}", _plain(reply.verdict))
     console.print(table)
 
 
@@ -97,10 +98,15 @@ def _print_flips(console: Console, flips: Flips) -> None:
     )
     table = Table("", "document", escape(first), escape(second), box=None, pad_edge=False)
     for flip in flips.flips[:_MOST_LISTED]:
-        table.add_row("right → wrong" if flip.to_wrong else "wrong → right", *map(escape, (str(flip.place), flip.before, flip.after)))
+        table.add_row("right → wrong" if flip.to_wrong else "wrong → right", *map(_plain, (str(flip.place), flip.before, flip.after)))
     console.print(table)
     if len(flips.flips) > _MOST_LISTED:
         console.print(f"and {len(flips.flips) - _MOST_LISTED} more in flips.json", highlight=False)
+
+
+def _plain(text: str) -> str:
+    """Text of a document or a model, which neither the terminal nor rich may take for instructions."""
+    return escape(spelled_out(text))
 
 
 def _write(path: Path, content: bytes) -> Path:

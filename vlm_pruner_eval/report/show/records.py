@@ -12,9 +12,11 @@ from vlm_pruner_eval.budget import parse_rate
 from vlm_pruner_eval.errors import ConfigError, closest
 from vlm_pruner_eval.report.load import Results, RunResult
 from vlm_pruner_eval.report.stats.answers import RIGHT, document_answer
+from vlm_pruner_eval.shown import short
 from vlm_pruner_eval.sweep.grid import RATELESS, UNPRUNED, rate_percent
 
 _DOC_ID = re.compile(rb'"doc_id": (\d+), ')
+_MOST_DIGITS = 18
 _SAME_RATE = 5e-4  # 0.889 means 8/9
 
 
@@ -151,8 +153,8 @@ def find_place(results: Results, text: str, task: str | None = None) -> Place:
         Text of another form, or a task that is not in the sweep.
     """
     *before, last = text.split("/")
-    if not last.isdecimal() or len(before) > 2:
-        raise ConfigError(f"--doc: got {text!r}, expected TASK/SPLIT/ID or ID with --task, for example {results.tasks[0]}/test/0.")
+    if not (last.isdecimal() and last.isascii() and len(last) <= _MOST_DIGITS) or len(before) > 2:
+        raise ConfigError(f"--doc: got {short(text)}, expected TASK/SPLIT/ID or ID with --task, for example {results.tasks[0]}/test/0.")
     known = list(results.splits) or results.tasks
     name = task or (before[0] if before else None)
     if name is None and len(known) > 1:
