@@ -154,7 +154,8 @@ def test_a_model_that_cannot_be_loaded_is_refused(
 def test_a_dry_run_shows_the_grid_and_writes_nothing(tmp_path: Path) -> None:
     result = call("sweep", write(tmp_path), "--dry-run")
     assert result.exit_code == 0
-    assert last_json(result) == {"runs": 3, "tasks": 2, "dry_run": True}
+    line = last_json(result)
+    assert (line["runs"], line["tasks"], line["dry_run"], line["left"]) == (3, 2, True, 3)
     assert "12 of 36" in result.stdout
     assert os.listdir(".") == []
 

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from vlm_pruner_eval.errors import ConfigError, StoppedError
 from vlm_pruner_eval.speed.cli import app as bench_app
+from vlm_pruner_eval.sweep.commands import command_with
 from vlm_pruner_eval.sweep.config import SweepConfig
 
 P = ParamSpec("P")
@@ -29,6 +30,7 @@ app = typer.Typer(
     help="Evaluate visual-token pruning in vision-language models.",
 )
 app.add_typer(bench_app, name="bench")
+sweep_app = typer.Typer()  # commands beside `sweep FILE`
 
 
 def main() -> None:
@@ -54,7 +56,17 @@ def _sentences(command: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
-@app.command()
+@sweep_app.command("status")
+@_sentences
+def sweep_status(directory: Annotated[Path, typer.Argument(help="A results directory written by `sweep`.")]) -> None:
+    """Show how far a sweep is: every run's state and answers, and which process is at work. Exit code 2 if there is no sweep."""
+    from vlm_pruner_eval.sweep.lock import holder_of
+    from vlm_pruner_eval.sweep.status import print_status, read_status
+
+    print_status(Console(), read_status(directory, holder_of))
+
+
+@app.command(cls=command_with(sweep_app))
 @_sentences
 def sweep(
     config: Annotated[Path, typer.Argument(help="A sweep file (YAML), for example configs/quickstart.yaml.")],
@@ -66,7 +78,10 @@ def sweep(
     ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run those that failed, and only those.")] = False,
 ) -> None:
-    """Run a sweep, go on where it stopped, write and print the report. Exit code 1 if a run failed, 2 for bad input."""
+    """Run a sweep, go on where it stopped, write and print the report. Exit code 1 if a run failed, 2 for bad input.
+
+    `sweep status DIRECTORY` shows how far one is.
+    """
     from vlm_pruner_eval.sweep.progress import quieten
 
     quieten()  # first: progress bars read the environment when their library is imported, which torch does
@@ -76,10 +91,13 @@ def sweep(
     overrides = {"share_prefix": True} if share_prefix else {}
     overrides |= {} if limit is None else {"limit": limit}
     loaded = sweep_config.load(config, overrides=overrides, check=method_problems)
+    directory = output or _output_of(loaded)
     if dry_run:
-        _print_grid(loaded)
+        from vlm_pruner_eval.sweep.preview import preview, print_preview
+
+        print_preview(Console(), preview(loaded, directory))
         return
-    _run(loaded, output or _output_of(loaded), retry_failed)
+    _run(loaded, directory, retry_failed)
 
 
 @app.command()
@@ -235,23 +253,6 @@ def list_() -> None:
 
 def _output_of(config: SweepConfig) -> Path:
     return Path(config.output or Path("output") / config.name)
-
-
-def _print_grid(config: SweepConfig) -> None:
-    from vlm_pruner_eval.budget import keep_count
-    from vlm_pruner_eval.sweep.grid import expand, rate_percent
-
-    total = config.model.visual_tokens
-    table = Table("run", "method", "removed", "kept", "id", box=None, pad_edge=False)
-    runs = expand(config)
-    for run in runs:
-        percent = rate_percent(run.pruning_rate)
-        kept = "" if total is None or run.pruning_rate is None else f"{keep_count(total, run.pruning_rate)} of {total}"
-        table.add_row(
-            escape(run.key), escape(run.method), "" if percent is None else f"{percent:.1f} %", kept, run.run_id.rpartition("-")[2]
-        )
-    Console().print(table)
-    print(json.dumps({"runs": len(runs), "tasks": len(config.tasks), "dry_run": True}))
 
 
 def _run(config: SweepConfig, output: Path, retry_failed: bool) -> None:

@@ -41,8 +41,11 @@ class Answering(lmms):
         Whether a progress bar is drawn.
     on_prompt
         Called with every prompt on its way to the model; a sweep keeps pictures with it.
+    on_requests
+        Called with the number of requests when lmms-eval asks them, and again when they begin anew with smaller batches.
     on_answers
-        Called with the number of answers of every batch, as they come; a sweep shows its speed with it.
+        Called with the number of answers of every batch as they come, and whether they were computed now rather than found; a
+        sweep shows its speed with it.
     source
         Finds the answers in place of the model, or lets it compute them; a sweep puts its journal here.
     may_shrink
@@ -55,7 +58,8 @@ class Answering(lmms):
         super().__init__()
         self.keep_loaded = self.exit_on_failure = self.show_progress = False
         self.on_prompt: Callable[[Prompt], None] | None = None
-        self.on_answers: Callable[[int], None] | None = None
+        self.on_requests: Callable[[int], None] | None = None
+        self.on_answers: Callable[[int, bool], None] | None = None
         self.source: Source | None = None
         self.forget_answers()
 
@@ -63,6 +67,7 @@ class Answering(lmms):
         """Before another method or another run."""
         self.answers: list[Answer] = []  # not cleared: the former list may be in use
         self._reduced: BatchSize | None = None
+        self._computed: Batch | None = None  # the latest
 
     # ---- what a class below says
     @property
@@ -145,7 +150,10 @@ class Answering(lmms):
     # ---- collecting
     def _answers(self, call: str, asked: Sequence[Request], compute: Compute) -> list[Answer]:
         before = list(self.answers)
+        compute = functools.partial(self._noted, compute)
         while True:
+            if self.on_requests is not None:
+                self.on_requests(len(asked))
             found = compute(Done(), WHOLE) if self.source is None else self.source(call, asked, compute, self.working_size)
             try:
                 return self._collect(asked, found)
@@ -153,6 +161,11 @@ class Answering(lmms):
                 sentence = str(error)
             self.answers = before  # outside the except clause, which would keep the failed batch's tensors alive
             self._shrink(sentence)
+
+    def _noted(self, compute: Compute, done: Done, part: Part) -> Iterator[Batch]:
+        """What `compute` gives; tells its batches from those that a source found."""
+        for self._computed in compute(done, part):
+            yield self._computed
 
     def _shrink(self, sentence: str) -> None:
         if not self.may_shrink:
@@ -189,7 +202,7 @@ class Answering(lmms):
             if tally.is_hopeless:
                 self._fail(tally.sentence())
         if self.on_answers is not None:
-            self.on_answers(len(batch))
+            self.on_answers(len(batch), batch is self._computed)
 
     def _fail(self, sentence: str) -> NoReturn:
         if self.exit_on_failure:

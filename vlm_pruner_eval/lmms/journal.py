@@ -7,11 +7,8 @@ of the plan after a crash is what was left of it before.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,43 +16,14 @@ from typing import IO, Any
 
 from loguru import logger
 
-from vlm_pruner_eval.errors import ConfigError, PruningError
+from vlm_pruner_eval.errors import PruningError
+from vlm_pruner_eval.lmms.lines import encode, read_entries
 from vlm_pruner_eval.lmms.log import Answer
 from vlm_pruner_eval.lmms.plan import WHOLE, Batch, BatchSize, Compute, Done, Part
 from vlm_pruner_eval.lmms.prompts import Request, digest_of
 
 VERSION = 1
-_LINE = re.compile(rb'\{"crc": "([0-9a-f]{8})", "entry": (\{.*\})\}\n')
 _POLL_S, _PATIENCE_S = 0.2, 3600.0
-
-
-def encode(entry: Mapping[str, Any]) -> bytes:
-    """One line: the entry and the CRC-32 of its JSON text."""
-    text = json.dumps(entry).encode()  # ASCII, and with NaN and infinity, which likelihoods may be
-    return b'{"crc": "%08x", "entry": %s}\n' % (zlib.crc32(text), text)
-
-
-def read_entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Entries with the offset behind each; a last line without its end, as a crash leaves it, is no entry.
-
-    Raises
-    ------
-    ConfigError
-        A whole line that is not what was written, with file and line.
-    """
-    offset = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return
-            found = _LINE.fullmatch(line)
-            if found is None or int(found[1], 16) != zlib.crc32(found[2]):
-                raise ConfigError(
-                    f"{path}, line {number}: got a line that does not fit its checksum, so the file was changed or its disk is failing; "
-                    "the answers in it can't be trusted. Delete the run's folder and run the sweep again."
-                )
-            offset += len(line)
-            yield offset, json.loads(found[2])
 
 
 @dataclass
@@ -82,6 +50,7 @@ class Journal:
     part: Part = WHOLE
     earlier_s: float = 0.0  # what the answers took that earlier processes left
     replayed: int = 0  # those answers
+    computed_s: float = 0.0  # what answers took that were not there yet
     _file: IO[bytes] | None = field(default=None, repr=False)
     _begun: dict[str, str] = field(default_factory=dict, repr=False)  # by call, the digest of what it asks
 
@@ -138,12 +107,13 @@ class Journal:
             The run's requests changed while it ran, or another part of the run stands still.
         """
         digest, done = digest_of(asked), Done()
-        self._begin(call, digest, size)
+        self._begin(call, digest, len(asked), size)
         yield from self._replay(call, asked, digest, done)
         clock = time.monotonic()
         for batch in compute(done, self.part):
             now = time.monotonic()
             self.append(call, batch, now - clock)
+            self.computed_s += now - clock
             done.add([request.index for request, _ in batch])
             clock = now
             yield batch
@@ -155,7 +125,7 @@ class Journal:
     def done(self, call: str, asked: Sequence[Request], size: BatchSize) -> Done:
         """What is answered already of a call that begins or goes on."""
         digest, done = digest_of(asked), Done()
-        self._begin(call, digest, size)
+        self._begin(call, digest, len(asked), size)
         for entry in self._entries(call, digest):
             done.add(entry["requests"])
         return done
@@ -174,7 +144,7 @@ class Journal:
     def _head(self) -> dict[str, Any]:
         return {"version": VERSION, **self.head}
 
-    def _begin(self, call: str, digest: str, size: BatchSize) -> None:
+    def _begin(self, call: str, digest: str, count: int, size: BatchSize) -> None:
         """Open the file behind its last whole line, or anew where its answers are of something else, and note what `call` asks."""
         if self._file is None or self._size != size:
             self._open(call, digest, size)
@@ -185,12 +155,12 @@ class Journal:
                 "and run the sweep again."
             )
         if call not in self._noted:
-            self._write({"call": call, "asked": digest})
+            self._write({"call": call, "asked": digest, "count": count})
             self._noted.add(call)
 
     def _open(self, call: str, digest: str, size: BatchSize) -> None:
         self.close()
-        self._begun, self._size, self.earlier_s, self.replayed = {}, size, 0.0, 0
+        self._begun, self._size, self.earlier_s, self.replayed, self.computed_s = {}, size, 0.0, 0, 0.0
         end = self._usable(call, digest) if self.path.is_file() else 0
         self._noted = set(self._begun)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -270,9 +240,9 @@ class Journal:
         """Whether a part wrote that it answered its share of `call`."""
         if not path.is_file():
             return False
-        entries = [entry for _, entry in read_entries(path) if "answers" not in entry]
-        begun = {"call": call, "asked": digest}
-        return bool(entries) and self._fits(entries[0]) and begun in entries and {"call": call, "end": True} in entries
+        entries = [entry for _, entry in read_entries(path, answers=False) if "requests" not in entry]
+        is_begun = any(entry.get("call") == call and entry.get("asked") == digest for entry in entries)
+        return is_begun and self._fits(entries[0]) and {"call": call, "end": True} in entries
 
 
 Source = Callable[[str, Sequence[Request], Compute, BatchSize], Iterator[Batch]]

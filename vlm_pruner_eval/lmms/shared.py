@@ -123,6 +123,7 @@ class SharedRuns:
             set.intersection(*(run.done.indices for run in self._runs.values())),
             set.intersection(*(run.done.alone for run in self._runs.values())),
         )
+        self._tell(len(everywhere.indices), is_new=False)
         clock = time.monotonic()
         for batch in self.model.batches_of(shared, everywhere, WHOLE, self._of_batch):
             now = time.monotonic()
@@ -131,8 +132,14 @@ class SharedRuns:
                 answers = [(request, found if isinstance(found, Answer) else found[key]) for request, found in batch]
                 run.add(call, answers, (now - clock) / len(alive))
             clock = now
+            self._tell(len(batch), is_new=True)
             if not self._alive():
                 break
+
+    def _tell(self, count: int, *, is_new: bool) -> None:
+        """Show how far all runs are; afterwards, each run's own answers come all at once."""
+        if self.model.on_answers is not None:
+            self.model.on_answers(count, is_new)
 
     def _alive(self, batch: Sequence[Request] = ()) -> list[tuple[str, _Run]]:
         """Runs that go on and have not answered `batch`; one whose first samples all failed will be refused when it is asked for."""

@@ -1,22 +1,23 @@
-"""Where a number comes from: versions, device, checkpoint files, commit, command."""
+"""Where a number comes from: versions, machine, checkpoint files, commit, command, times."""
 
 from __future__ import annotations
 
 import datetime
-import hashlib
 import os
 import platform
 import shlex
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import vlm_pruner_eval
 from vlm_pruner_eval.shown import without_secrets
+from vlm_pruner_eval.sweep import machine
+from vlm_pruner_eval.sweep.checksums import sha256
 
-_LARGE_BYTES = 1_000_000_000
 _PACKAGES = {
     "lmms_eval": "lmms-eval",
     "torch": "torch",
@@ -27,7 +28,7 @@ _PACKAGES = {
 }
 
 
-def collect(describe: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, Any]:
+def collect(describe: dict[str, Any], checkpoint: dict[str, Any], started: float | None = None) -> dict[str, Any]:
     """Everything about the surroundings of a run.
 
     Parameters
@@ -36,27 +37,43 @@ def collect(describe: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, A
         ``PrunedModel.describe()``: device, dtype, attention backend, revision, threads.
     checkpoint
         ``checkpoint_files(...)`` of the loaded model.
+    started
+        When this process began the run, in seconds since 1970; a run that was resumed began earlier.
+
+    Returns
+    -------
+    dict
+        Times are UTC; `time` is when the run ended.
     """
     import torch
 
     versions = {"vlm_pruner_eval": vlm_pruner_eval.__version__, "python": platform.python_version()}
     versions |= {name: metadata.version(package) for name, package in _PACKAGES.items()}
+    device = str(describe.get("device", "cpu"))
     return {
         "versions": versions,
         "platform": platform.platform(),
-        "processor": processor(str(describe.get("device", "cpu"))),
+        "processor": processor(device),
+        "host": machine.host(),
+        "gpus": machine.gpus(device),
+        "cuda": machine.cuda(),
         "threads": torch.get_num_threads(),
         "model": describe,
         "checkpoint": checkpoint,
         "git_commit": git_commit(),
         "command": command_line(),
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "started": None if started is None else _utc(started),
+        "time": _utc(time.time()),
     }
 
 
 def command_line() -> str:
     """The command that was typed, without the access tokens in it: records and reports are shared."""
     return without_secrets(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+
+
+def _utc(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def processor(device: str = "cpu") -> str:
@@ -96,13 +113,13 @@ def checkpoint_files(pretrained: str, revision: str | None = None) -> dict[str, 
     Returns
     -------
     dict
-        name -> SHA-256 for files of a folder (size and modification time above 1 GB, where hashing would take minutes);
+        name -> SHA-256 for files of a folder (of large ones computed once, see `checksums`);
         name -> content id of the hub's cache for a hub checkpoint, with its commit; empty before it has been downloaded.
     """
     folder = _folder(pretrained)
     if folder is not None:
         return {
-            file.name: _fingerprint(file)
+            file.name: sha256(file)
             for file in sorted(folder.iterdir())
             if file.is_file() and file.suffix in (".json", ".safetensors", ".bin")
         }
@@ -125,10 +142,3 @@ def _folder(pretrained: str) -> Path | None:
 
         return minivlm_path()
     return Path(pretrained) if os.path.isdir(pretrained) else None  # os.path: text that can be no path raises nothing
-
-
-def _fingerprint(file: Path) -> str:
-    stat = file.stat()
-    if stat.st_size > _LARGE_BYTES:
-        return f"{stat.st_size} bytes, modified {stat.st_mtime_ns}"
-    return hashlib.sha256(file.read_bytes()).hexdigest()

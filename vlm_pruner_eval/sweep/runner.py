@@ -224,8 +224,8 @@ def check_methods(model: Any, runs: Iterable[Run]) -> None:
 
 
 def _run_all(session: Session, runs: list[Run], todo: set[str], status: dict[str, str | None], console: Console) -> None:
-    with SweepProgress(console, len(runs)) as progress:
-        session.model.on_answers = progress.answered
+    with SweepProgress(console, len(runs), todo=len(todo), shared=session.sources is not None) as progress:
+        session.model.on_requests, session.model.on_answers = progress.asked, progress.answered
         for run in runs:
             if run.run_id not in todo:
                 progress.end(

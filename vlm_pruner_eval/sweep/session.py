@@ -85,7 +85,8 @@ class Session:
             return problem
         samples = samples_of(self.model.answers, evaluated)
         problem = _problem(samples, evaluated, problem)
-        record = self._describe(run, samples, evaluated, journal.earlier_s + time.time() - started)
+        total_s, answers_s = journal.earlier_s + time.time() - started, journal.earlier_s + journal.computed_s
+        record = self._describe(run, samples, evaluated, total_s, answers_s, started)
         record |= {"status": FINISHED if problem is None else FAILED, "problem": problem, "traceback": trace}
         draws = {task: result.draws for task, result in evaluated.benchmarks.items() if result.draws is not None}
         self.store.write_run(record, samples, draws)
@@ -93,9 +94,17 @@ class Session:
             journal.delete()  # of a run that failed after all was answered, the answers are used again
         return problem
 
-    def _describe(self, run: Run, samples: list[dict[str, Any]], evaluated: Evaluated, total_s: float) -> dict[str, Any]:
+    def _describe(
+        self,
+        run: Run,
+        samples: list[dict[str, Any]],
+        evaluated: Evaluated,
+        total_s: float,
+        answers_s: float = 0.0,
+        started: float | None = None,
+    ) -> dict[str, Any]:
         described, is_shared = self.model.describe(), records.is_untimed(samples)
-        times = records.summarise_times(samples) | {"total_s": total_s}
+        times = records.summarise_times(samples) | {"total_s": total_s, "answers_s": answers_s}
         memory = records.summarise_memory(samples, described)
         return {
             "run_id": run.run_id,
@@ -112,7 +121,7 @@ class Session:
             "kept_digest": records.run_digest(samples),
             "n_answers": len(samples),
             "failures": records.failures(samples)[:50],
-            "provenance": provenance.collect(described, self.checkpoint),
+            "provenance": provenance.collect(described, self.checkpoint, started),
         }
 
 

@@ -1,0 +1,202 @@
+"""`sweep --dry-run`: kept tokens, questions, disk and time that hold against what real runs do, or are said to be unknown."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+from sweep_standin import N_LAYERS, N_VISUAL, StandIn, make_config, task_manager, write_tasks
+
+from vlm_pruner_eval.bench import questions_path
+from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.lmms.journal import Journal
+from vlm_pruner_eval.sweep import estimate
+from vlm_pruner_eval.sweep.config import SweepConfig
+from vlm_pruner_eval.sweep.grid import Run, expand
+from vlm_pruner_eval.sweep.preview import Preview, preview, print_preview
+from vlm_pruner_eval.sweep.runner import run_sweep
+from vlm_pruner_eval.sweep.store import Store
+
+MODEL = {"id": "vlmpruner_llava", "pretrained": "somewhere/tiny", "visual_tokens": 576, "layers": 32}
+MINIVLM = {"id": "vlmpruner_llava", "pretrained": "minivlm", "batch_size": 4, "device": "cpu", "visual_tokens": 576, "layers": 5}
+
+
+def kept(run_of: dict[str, Any] | str, *, rate: str = "8/9", layers: int | None = 32) -> tuple[int | None, float | None]:
+    config = make_config(model=MODEL, pruning_rates=[rate], methods=[run_of])
+    found = estimate.kept_tokens(expand(config)[1], 576, layers)
+    return found.kept, found.layer_averaged
+
+
+def test_kept_tokens_after_the_cut_and_on_average_over_layers() -> None:
+    assert kept("vlmpruner") == (64, 96.0)  # (2 x 576 + 30 x 64) / 32
+    assert kept("divprune") == (64, 64.0)
+    assert kept("blind") == (0, 0.0)
+    assert kept("downsample") == (64, 64.0)
+    assert kept({"name": "divprune", "iso_layer": 2}) == (96, 96.0)
+    assert kept({"name": "fastv", "budget": "layer_average"}, rate="2/3") == (166, pytest.approx((2 * 576 + 30 * 166) / 32))
+    assert estimate.kept_tokens(expand(make_config(model=MODEL))[0], 576, 32) == estimate.Kept(576, 576.0)
+
+
+def test_what_needs_the_number_of_layers_is_unknown_without_it() -> None:
+    assert kept("vlmpruner", layers=None) == (64, None)
+    assert kept({"name": "fastv", "budget": "layer_average"}, rate="2/3", layers=None) == (None, None)
+    assert estimate.kept_tokens(expand(make_config())[1], None, 32) == estimate.Kept(None, None)
+
+
+def test_a_budget_that_cannot_be_kept_is_refused_with_the_runs_key(tmp_path: Path) -> None:
+    config = make_config(model=MODEL | {"layers": 4}, pruning_rates=["8/9"], methods=[{"name": "fastv", "budget": "layer_average"}])
+    with pytest.raises(ConfigError, match=r"^fastv-8of9: budget=layer_average: an average share of 0.1111 over 4 layers can't be reached"):
+        preview(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "limit", "total", "is_exact"),
+    [
+        (["digitscenes_exist"], 10, 10, True),
+        (["digitscenes_exist", "digitscenes_pairs"], 7, 14, True),
+        (["digitscenes"], 3, 18, True),
+        (["digitscenes", "digitscenes_exist"], 3, 18, True),
+        (["digitscenes_exist", "gqa"], 10, 20, False),
+        (["digitscenes_exist", "gqa"], None, None, False),
+    ],
+)
+def test_questions_are_counted_where_no_download_is_needed(tasks: list[str], limit: int | None, total: int | None, is_exact: bool) -> None:
+    found = estimate.count_questions(make_config(tasks=tasks, limit=limit))
+    assert (found.total, found.is_exact) == (total, is_exact)
+
+
+def test_packaged_questions_are_those_in_the_package() -> None:
+    whole = estimate.count_questions(make_config(tasks=["digitscenes"], limit=None))
+    assert whole.is_exact
+    assert whole.total == pq.read_metadata(questions_path()).num_rows
+    assert estimate.count_questions(make_config(tasks=["digitscenes"], limit=10**6)).total == whole.total
+
+
+# ---- from earlier runs
+def record(config: SweepConfig, run: Run, n: int = 10, **times: float | None) -> dict[str, Any]:
+    return {
+        "method": run.method,
+        "pruning_rate": run.pruning_rate,
+        "config": run.config,
+        "n_answers": n,
+        "times": {"total_s": 15.0, "answers_s": 10.0} | times,
+        "tokens": {"n_visual": {"mean": 1280.4}},
+        "provenance": {"model": {"layers": 28}},
+    }
+
+
+def test_time_is_that_of_the_nearest_earlier_runs_of_the_same_model() -> None:
+    config = make_config(pruning_rates=["2/3", "8/9"], methods=["fastv", "dart"])
+    runs = {run.key: run for run in expand(config)}
+    assert estimate.pace(runs["fastv-2of3"], []) is None
+    earlier = [record(config, runs["unpruned"], answers_s=14.0, total_s=15.0)]
+    assert estimate.pace(runs["fastv-2of3"], earlier) == estimate.Pace(1.4, 1.0, "other methods")
+    earlier += [record(config, runs["fastv-8of9"]), record(config, runs["fastv-8of9"], answers_s=12.0, total_s=13.0)]
+    assert estimate.pace(runs["fastv-2of3"], earlier) == estimate.Pace(1.1, 3.0, "the same method")
+    earlier.append(record(config, runs["fastv-2of3"], answers_s=9.0, total_s=9.5))
+    assert estimate.pace(runs["fastv-2of3"], earlier) == estimate.Pace(0.9, 0.5, "the same method and rate")
+    assert estimate.pace(runs["dart-8of9"], earlier).nearness == "other methods"
+
+
+def test_runs_of_another_model_and_runs_that_shared_say_nothing_of_time() -> None:
+    config, other = make_config(), make_config(model=MODEL | {"dtype": "float16"})
+    shared = record(config, expand(config)[1], total_s=None, answers_s=None)
+    assert estimate.pace(expand(config)[1], [shared, record(other, expand(other)[1])]) is None
+
+
+def test_tokens_and_layers_come_from_the_file_or_from_earlier_unpruned_runs() -> None:
+    config = make_config(model={"id": "vlmpruner_qwen2_vl", "pretrained": "a/b"}, methods=["fastv"])
+    first, second = expand(config)
+    earlier = [record(config, second) | {"tokens": {"n_visual": {"mean": 5.0}}}, record(config, first)]
+    assert (estimate.visual_tokens(config, earlier), estimate.layers_of(config, earlier)) == (1280, 28)
+    assert (estimate.visual_tokens(config, earlier[:1]), estimate.layers_of(config, [])) == (None, None)
+    elsewhere = make_config(model={"id": "vlmpruner_qwen2_vl", "pretrained": "c/d"}, methods=["fastv"])
+    assert estimate.visual_tokens(elsewhere, earlier) is None
+    assert estimate.visual_tokens(make_config(model=MODEL), earlier) == 576
+
+
+# ---- against real runs
+def run(config: SweepConfig, output: Path, **options: Any) -> None:
+    run_sweep(config, output, console=Console(file=io.StringIO()), **options)
+
+
+def sizes(output: Path, name: str) -> dict[str, int]:
+    """Bytes of this file by the key of its run."""
+    return {path.parent.name.rpartition("-")[0]: path.stat().st_size for path in (output / "runs").glob(f"*/{name}")}
+
+
+def test_disk_and_questions_are_those_of_real_runs(tmp_path: Path) -> None:
+    config = make_config(model=MINIVLM, tasks=["digitscenes_exist", "digitscenes_read"], methods=["fastv", "blind"], limit=4)
+    before = preview(config, tmp_path / "out")
+    assert (before.questions.total, before.questions.is_exact, before.seconds) == (8, True, None)
+    run(config, tmp_path / "out")
+    for run_, expected in zip(before.runs, before.kept, strict=True):
+        found = Store(tmp_path / "out").read(run_.run_id)
+        assert found["n_answers"] == 8
+        assert found["tokens"]["kept"]["mean"] == expected.kept
+        assert found["tokens"]["layer_averaged"]["mean"] == pytest.approx(expected.layer_averaged)
+        bytes_ = sizes(tmp_path / "out", "samples.jsonl")[run_.key] / 8
+        assert bytes_ / 2 < estimate.sample_bytes(576, expected.kept, 5) < bytes_ * 2, run_.key
+    records = sum(sum(sizes(tmp_path / "out", name).values()) for name in ("run.json", "samples.jsonl", "draws.json"))
+    assert records / 2 < before.disk.records < records * 2
+    pictures = sum(path.stat().st_size for path in (tmp_path / "out" / "images").iterdir())
+    assert 0 < pictures < before.disk.pictures
+    longer = preview(make_config(**config.model_dump() | {"limit": 400, "methods": ["fastv", "blind"]}), tmp_path / "out")
+    assert set(longer.basis) == {"the same method and rate"}
+    times = [Store(tmp_path / "out").read(run_.run_id)["times"] for run_ in before.runs]
+    n = longer.questions.total / 8
+    assert longer.seconds == pytest.approx(sum(n * each["answers_s"] + each["total_s"] - each["answers_s"] for each in times))
+
+
+def test_a_journal_takes_what_its_run_will(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(tasks=["tiny_mean"], methods=["uniform"], limit=24)
+    found: list[int] = []
+    monkeypatch.setattr(Journal, "delete", lambda self: found.append(self.path.stat().st_size))
+    tasks = task_manager(write_tasks(tmp_path / "tasks"))
+    run(config, tmp_path / "out", load=lambda *a, **k: StandIn(), task_manager=tasks)
+    guess = estimate.disk(config, [N_VISUAL, N_VISUAL // 3], N_VISUAL, N_LAYERS, estimate.Questions({"tiny_mean": 24}, True))
+    assert max(found) / 2 < guess.journals < max(found) * 2
+    together = make_config(tasks=["tiny_mean"], methods=["uniform"], limit=24, share_prefix=True)
+    both = estimate.disk(together, [N_VISUAL, N_VISUAL // 3], N_VISUAL, N_LAYERS, estimate.Questions({"tiny_mean": 24}, True))
+    assert both.journals > guess.journals, "all runs have their journals at the same time"
+
+
+def shown(seen: Preview, capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[str, Any]]:
+    console = Console(file=io.StringIO(), width=160, record=True)
+    capsys.readouterr()
+    print_preview(console, seen)
+    return console.export_text(), json.loads(capsys.readouterr().out)
+
+
+def test_finished_runs_are_marked_and_not_estimated_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config(tasks=["tiny_mean"], methods=["uniform"])
+    tasks = task_manager(write_tasks(tmp_path / "tasks"))
+    run(config, tmp_path / "out", load=lambda *a, **k: StandIn(), task_manager=tasks)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    more = make_config(tasks=["tiny_mean"], methods=["uniform", "fastv"])
+    text, line = shown(preview(more, tmp_path / "out"), capsys)
+    assert line["runs"] == 3 and line["left"] == 1 and line["questions"] == 12 and line["questions_exact"]
+    assert line["seconds"] > 0 and line["bytes"] > 12 * 900
+    assert "12 a run, 12 in the 1 runs left" in text
+    assert "(of the runs left 1 by other methods, as measured in this folder on " in text
+    assert [row.split()[0] for row in text.splitlines() if " finished " in row] == ["unpruned", "uniform-2of3"]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == files
+
+
+def test_what_is_unknown_is_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config(model={"id": "vlmpruner_llava", "pretrained": "a/b"}, tasks=["gqa"], methods=["fastv"], limit=None)
+    text, line = shown(preview(config, tmp_path / "none"), capsys)
+    assert "questions unknown without the data sets" in text
+    assert "time      unknown: run with --limit 8 first" in text
+    assert "disk      unknown: set model.visual_tokens" in text
+    assert (line["questions"], line["bytes"], line["seconds"]) == (None, None, None)
+    known = make_config(model=MODEL, tasks=["gqa"], methods=["fastv"], limit=None)
+    text, line = shown(preview(known, tmp_path / "none"), capsys)
+    assert "if a run asked 1,000 questions" in text
+    assert line["bytes"] is None, "a number for programs is never one of assumed questions"
+    assert list(tmp_path.iterdir()) == []
