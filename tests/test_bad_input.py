@@ -185,7 +185,7 @@ HOSTILE_VALUES = st.one_of(
     st.binary(max_size=5),
     st.just(datetime.datetime(2024, 1, 1, 1, 1, 1)),
     st.sampled_from([[], {}, [[]], [None], {"a": 1}, {"name": "fastv", "layer": [1]}, {"name": "random", "seeds": [0, "x"]}]),
-)
+).map(copy.deepcopy)  # a later mutation may change it
 WORDS = st.one_of(
     st.sampled_from(sorted(SCHEMA | {"seeds", "label", "layer", "output", "merge"})), st.text(max_size=8), st.integers(), st.none()
 )
