@@ -24,7 +24,7 @@ class Cut:
     Attributes
     ----------
     index : Tensor [B, L'] int64
-        Position in the row of input_ids as passed; fillers hold 0.
+        Position in the row of input_ids as passed; fillers hold 0. In the memory of the host, as the next one.
     valid : Tensor [B, L'] bool
         False = filler.
     length
@@ -41,13 +41,14 @@ class Cut:
     length: int
     contiguous: bool
     full: bool
+    _copies: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of_rows(cls, rows: list[Tensor], *, layer: int, length: int, contiguous: bool) -> Cut:
-        """Right-align `rows` of ascending positions [n_b]."""
-        width, device = max(map(len, rows)), rows[0].device
-        index = torch.zeros(len(rows), width, dtype=torch.long, device=device)
-        valid = torch.zeros(len(rows), width, dtype=torch.bool, device=device)
+        """Right-align `rows` of ascending positions [n_b], which are in the memory of the host."""
+        width = max(map(len, rows))
+        index = torch.zeros(len(rows), width, dtype=torch.long)
+        valid = torch.zeros(len(rows), width, dtype=torch.bool)
         for b, row in enumerate(rows):
             index[b, width - len(row) :] = row
             valid[b, width - len(row) :] = True
@@ -57,6 +58,12 @@ class Cut:
     def width(self) -> int:
         """L', fillers included."""
         return self.index.shape[1]
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`index` and `valid` on a device, copied there once, without a wait for it."""
+        if device not in self._copies:
+            self._copies[device] = self.index.to(device, non_blocking=True), self.valid.to(device, non_blocking=True)
+        return self._copies[device]
 
     def positions_of(self, row: int) -> Tensor:
         """Ascending positions [n] that `row` still holds."""
@@ -75,11 +82,11 @@ class Cut:
         return index
 
     def position_ids(self, past: int, n_new: int) -> Tensor:
-        """Contiguous position ids [B, n_new] of the tokens after `past` cached ones."""
+        """Contiguous position ids [B, n_new] of the tokens after `past` cached ones, in the memory of the host."""
         if past == 0:
             return (self.valid.cumsum(-1) - 1).clamp(min=0)
         first = self.valid.sum(-1, keepdim=True) + (past - self.width)
-        return first + torch.arange(n_new, device=first.device)
+        return first + torch.arange(n_new)
 
     def mask(self, text: nn.Module, hidden: Tensor, cache_layer: LayerLength, prompt_mask: Tensor | None) -> Tensor | None:
         """The attention mask of the layers that see this cut, in the form that the model's attention backend wants.
@@ -96,7 +103,7 @@ class Cut:
         masks_new = past > 0 and prompt_mask is not None
         if not self.full or masks_new:
             mask = torch.ones(hidden.shape[0], past + n_new, dtype=torch.bool, device=hidden.device)
-            mask[:, : self.width] = self.valid.to(hidden.device)
+            mask[:, : self.width] = self.on(hidden.device)[1]
             if masks_new:
                 mask[:, self.width :] = prompt_mask[:, self.length :].to(mask)
         return causal_mask(text.config, hidden, mask, cache_layer)
@@ -150,7 +157,7 @@ def causal_mask(config: object, hidden: Tensor, mask: Tensor | None, cache_layer
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows `index` [B, L'] of `x` [..., b, L, d], b in {1, B}: [..., B, L', d]."""
     x = x.expand(*x.shape[:-3], index.shape[0], *x.shape[-2:])
-    return x.gather(-2, index.to(x.device)[..., None].expand(*x.shape[:-3], *index.shape, x.shape[-1]))
+    return x.gather(-2, index.to(x.device, non_blocking=True)[..., None].expand(*x.shape[:-3], *index.shape, x.shape[-1]))
 
 
 def remember(cache: object, state: CutState) -> None:

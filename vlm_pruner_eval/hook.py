@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vlm_pruner_eval.cut import Cut, CutState, LayerLength, recall, remember, take
 from vlm_pruner_eval.errors import ConfigError, PruningError
+from vlm_pruner_eval.host import to_host
 from vlm_pruner_eval.ledger import Ledger
 from vlm_pruner_eval.prefill import Prefill
 from vlm_pruner_eval.probe import Probe, probe_for
@@ -213,12 +214,8 @@ class PruningHook:
                 "prune: got inputs_embeds alone, expected input_ids: visual tokens are found through them. Pass input_ids and pixel_values."
             )
         self._state = CutState(embeds.shape[1])
-        attended = (
-            torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-            if self._mask is None
-            else self._mask.to(embeds.device).bool()
-        )
-        input_ids = self._input_ids.to(embeds.device)
+        input_ids, *mask = to_host(self._input_ids, *([] if self._mask is None else [self._mask]))
+        attended = mask[0].bool() if mask else torch.ones(input_ids.shape, dtype=torch.bool)
         scopes = self.family.scopes(self.core.config, input_ids, self._layouts)
         self._prefill = Prefill(
             pruner=self.pruner,
@@ -285,9 +282,10 @@ class PruningHook:
             "cache_position": torch.arange(view.length, view.length + hidden.shape[1], device=hidden.device),
         }
         if cut.contiguous:
-            found["position_embeddings"] = self.text.rotary_emb(hidden, cut.position_ids(view.length, hidden.shape[1]).to(hidden.device))
+            positions = cut.position_ids(view.length, hidden.shape[1])
+            found["position_embeddings"] = self.text.rotary_emb(hidden, positions.to(hidden.device, non_blocking=True))
         elif self._prefill is not None:
-            found["position_embeddings"] = tuple(take(x, cut.index) for x in kwargs["position_embeddings"])
+            found["position_embeddings"] = tuple(take(x, cut.on(x.device)[0]) for x in kwargs["position_embeddings"])
         return found
 
     def _with_cut(self, wrapper: Callable, original: Callable, *args: object, **kwargs: object) -> object:
@@ -301,9 +299,9 @@ class PruningHook:
         if cut is None:
             return None
         full = output.new_zeros(output.shape[0], cut.length, output.shape[-1])
-        rows = torch.arange(output.shape[0], device=output.device)[:, None].expand_as(cut.index)
-        valid = cut.valid.to(output.device)
-        full[rows[valid], cut.index.to(output.device)[valid]] = output[valid]
+        places = (*cut.valid.nonzero(as_tuple=True), cut.index[cut.valid])  # found on the host: the device would be waited for
+        rows, slots, positions = (part.to(output.device, non_blocking=True) for part in places)
+        full[rows, positions] = output[rows, slots]
         return full
 
     def _after_text(self, module: nn.Module, args: tuple, output: object) -> None:

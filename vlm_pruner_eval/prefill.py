@@ -1,4 +1,8 @@
-"""One prefill, row by row: what a pruner gets to see at each stage, what it chose, and the proof that it was done."""
+"""One prefill, row by row: what a pruner gets to see at each stage, what it chose, and the proof that it was done.
+
+Where tokens are is kept in the memory of the host, and sent to the device when something there is gathered: on a GPU only the
+methods' answers are waited for.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,8 @@ from vlm_pruner_eval.cut import Cut, CutState, take
 from vlm_pruner_eval.errors import PruningError
 from vlm_pruner_eval.ledger import SampleRecord
 from vlm_pruner_eval.probe import Probe
-from vlm_pruner_eval.pruners.base import Pruner, check_selection
+from vlm_pruner_eval.pruners.base import Pruner
+from vlm_pruner_eval.pruners.checks import check_selection
 from vlm_pruner_eval.timing import Span
 from vlm_pruner_eval.types import Selection, Stage, TextTokens, VisualTokens
 from vlm_pruner_eval.vlms.base import Family, Scope, joined
@@ -67,6 +72,7 @@ class Prefill:
     Parameters
     ----------
     input_ids : Tensor [B, L]
+        In the memory of the host, as the next one and the positions of `scopes`.
     attended : Tensor [B, L] bool
         False = padding.
     scopes
@@ -120,7 +126,7 @@ class Prefill:
         rows = [row.positions() for row in self.rows]
         cut = Cut.of_rows(rows, layer=stage.layer, length=self.length, contiguous=self.contiguous)
         state.cuts.append(cut)
-        index = cut.index if before is None else before.gather_index(cut)
+        index = cut.on(hidden.device)[0] if before is None else before.gather_index(cut)
         return take(hidden, index)
 
     def _select_all(self, stage: Stage, hidden: Tensor, before: Cut | None, probe: Probe | None) -> list[tuple[int, Tensor, Tensor]]:
@@ -145,19 +151,19 @@ class Prefill:
         span = Span(tokens.hidden_states.device)
         selection = self.pruner.select(tokens, alive.asked)
         row.spans.append(span.stop())
-        if type(self.pruner).select is not Pruner.select:
-            self._check(selection, tokens, alive.asked, sample_id)
+        replaced = type(self.pruner).select is not Pruner.select
+        order = self._check(selection, tokens, alive.asked, sample_id) if replaced else selection.host_order
         row.quirks |= selection.quirks
-        alive.order = alive.local[selection.order.to(alive.local.device)]
+        alive.order = alive.local[order]
         alive.local = alive.order.sort().values
         return selection.hidden_states
 
-    def _check(self, selection: Selection, tokens: VisualTokens, asked: int, sample_id: str) -> None:
-        """A method that replaced `select` replaced its check too."""
+    def _check(self, selection: Selection, tokens: VisualTokens, asked: int, sample_id: str) -> Tensor:
+        """The order [R] of a method that replaced `select`, and its check with it, in the memory of the host."""
         where = f"method {self.pruner.name}, sample {sample_id!r}"
         if not isinstance(selection, Selection):
             raise PruningError(f"{where}: select returned {type(selection).__name__}, expected a Selection.")
-        check_selection(selection, tokens, asked, where=where, exact=self._exact)
+        return check_selection(selection, tokens, asked, where=where, exact=self._exact)
 
     @property
     def _exact(self) -> bool:
@@ -244,8 +250,10 @@ class _RowView:
 
     def slots(self, positions: Tensor) -> Tensor:
         """Where ascending `positions` [n] of the row stand in the current sequence, on the device of this layer."""
-        slots = positions if self.before is None else self.before.slots_of(self.b, positions)
-        return slots.to(self.hidden.device)
+        return self._there(positions if self.before is None else self.before.slots_of(self.b, positions))
+
+    def _there(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.hidden.device, non_blocking=True)
 
     def tokens(self, alive: Alive, sample_id: str) -> VisualTokens:
         """The VisualTokens of one scope, with the fields that the method needs and no others."""
@@ -257,11 +265,11 @@ class _RowView:
         return VisualTokens(
             hidden,
             grid=layout.grid,
-            coords=layout.coords.to(hidden.device)[alive.local.to(hidden.device)],
+            coords=self._there(layout.coords[alive.local]),
             keys=self._keys(slots) if "keys" in needs else None,
             attention=self._attention[slots] if "attention" in needs else None,
             normed_hidden_states=self._normed(hidden) if "normed_hidden_states" in needs else None,
-            positions=positions - self.row.padding,
+            positions=self._there(positions - self.row.padding),
             text=self._text(int(alive.scope.positions[-1])) if "text" in needs else None,
             sample_id=sample_id,
         )
@@ -272,7 +280,7 @@ class _RowView:
         return TextTokens(
             normed_hidden_states=self._normed(self.hidden[self.b, slots]) if "normed_hidden_states" in needs else None,
             keys=self._keys(slots) if "keys" in needs else None,
-            positions=positions - self.row.padding,
+            positions=self._there(positions - self.row.padding),
         )
 
     def _keys(self, slots: Tensor) -> Tensor:
@@ -284,8 +292,8 @@ class _RowView:
     @functools.cached_property
     def _attention(self) -> Tensor:
         present = self.row.present if self.before is None else self.before.positions_of(self.b)
-        seen = self.slots(present)
-        return self.probe.attention_row(self.b, int(seen[-1]), seen)
+        last = int(present[-1]) if self.before is None else self.before.width - 1  # cuts are right-aligned
+        return self.probe.attention_row(self.b, last, self.slots(present))
 
 
 def _common(positions: Tensor, visual: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 from fractions import Fraction
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlm_pruner_eval.errors import PruningError
+from vlm_pruner_eval.host import to_host
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,9 @@ class VisualTokens:
         The text after the image.
     sample_id : str
         Identity of the sample and scope, for messages and for seeds that must not depend on the batch.
+    on_host : callable
+        ``a, b = tokens.on_host(a, b)``: the same tensors in the memory of the host. The host waits for the device once, for all of
+        them and for the check of the tokens, which `Pruner.select` lets come along.
 
     Raises
     ------
@@ -87,6 +92,7 @@ class VisualTokens:
     positions: Tensor | None = None
     text: TextTokens | None = None
     sample_id: str | None = None
+    on_host: Callable[..., list[Tensor]] = field(default=to_host, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         where = f"VisualTokens of sample {self.sample_id!r}"
@@ -125,11 +131,18 @@ class Selection:
         New states in the order of `keep`; None when the method merges nothing.
     quirks : frozenset of str
         Release misbehaviours that fired (official_quirks), or would have fired (default).
+    amplification : float or None
+        No number of `hidden_states` is larger than this many times the largest of the input's, if that is known on the host, as it is
+        of weighted sums. Spares a wait for the device, to learn whether they are finite.
+    host_order : Tensor [R] int64 or None
+        `order` in the memory of the host, as `Pruner.select` fills it in.
     """
 
     order: Tensor
     hidden_states: Tensor | None = None
     quirks: frozenset[str] = field(default_factory=frozenset)
+    amplification: float | None = None
+    host_order: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def keep(self) -> Tensor:

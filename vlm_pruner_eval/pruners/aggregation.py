@@ -29,12 +29,15 @@ class Merge:
         Coefficients of `tokens`.
     cancelled
         Whether weights cancelled out somewhere.
+    amplification
+        The largest sum of absolute coefficients of a bag: no number of a new state is larger than the largest of the old times this.
     """
 
     tokens: Tensor
     starts: Tensor
     coefficients: Tensor
     cancelled: bool
+    amplification: float
 
     def apply(self, states: Tensor) -> Tensor:
         """New states [R, D] of float32 states [V, D], on their device; no wait for the device."""
@@ -69,7 +72,7 @@ def plan_merge(similarity: Tensor, order: Tensor, *, self_weight: float, plain_s
     n_kept = len(order)
     if n_kept == 0:
         nothing = torch.zeros(0, dtype=torch.int64)
-        return Merge(nothing, nothing, torch.zeros(0), False)
+        return Merge(nothing, nothing, torch.zeros(0), False, 0.0)
     weight, receiver = _most_similar(similarity, order)
     bag = order.argsort().argsort()[receiver]
     weight, bag[order] = weight.double(), order.argsort().argsort()
@@ -85,7 +88,8 @@ def plan_merge(similarity: Tensor, order: Tensor, *, self_weight: float, plain_s
     coefficients[order] = torch.where(receives, self_weight, 1.0).double()[bag[order]]
     tokens = bag.sort(stable=True).indices
     sizes = torch.bincount(bag, minlength=n_kept)
-    return Merge(tokens, sizes.cumsum(0) - sizes, coefficients[tokens].float(), bool(cancelled.any()))
+    amplification = torch.bincount(bag, coefficients.abs(), minlength=n_kept).max().item()
+    return Merge(tokens, sizes.cumsum(0) - sizes, coefficients[tokens].float(), bool(cancelled.any()), amplification)
 
 
 def _most_similar(similarity: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The base of every method: parameters, the contract of `select`, and the check of its answer."""
+"""The base of every method: its parameters, and the contract of `select`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlm_pruner_eval.budget import Rate, keep_share, parse_rate, share_for_layer_average
 from vlm_pruner_eval.errors import ConfigError, PruningError
+from vlm_pruner_eval.pruners.checks import Inspection, checked
 from vlm_pruner_eval.shown import short
 from vlm_pruner_eval.types import Selection, Stage, TextTokens, VisualTokens
 
@@ -27,7 +28,8 @@ FROM_PREVIOUS_LAYER = frozenset({"keys", "attention"})
 class Pruner:
     """A training-free visual-token pruning method: WHAT to keep, never where tokens are or how they are cut.
 
-    A subclass sets `name` and `needs`, adds its parameters as dataclass fields, and writes `choose`.
+    A subclass sets `name` and `needs`, adds its parameters as dataclass fields, and writes `choose`. On a GPU, `select` waits for the
+    device twice: before `choose`, to check the tokens, and after it, to check the answer. With `checks_late` both are one.
 
     Parameters
     ----------
@@ -58,6 +60,7 @@ class Pruner:
     quirks_change_count: ClassVar[bool] = False
     fixed_layer: ClassVar[int | None] = None
     before_model: ClassVar[bool] = False  # acts on the images, so there is nothing for the hook to cut
+    checks_late: ClassVar[bool] = False  # `choose` bears NaN and infinity (no error, no endless loop) until its first `tokens.on_host`
 
     pruning_rate: Rate
     layer: int = 2
@@ -66,6 +69,11 @@ class Pruner:
     budget: str = "kept"
     scope: str = "per_image"
     official_quirks: bool = False
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if "choose" in cls.__dict__ and "checks_late" not in cls.__dict__:
+            cls.checks_late = False  # said of a parent's choose, not of this one
 
     def __post_init__(self) -> None:
         problems = [*self._rate_problems(), *self._type_problems()]
@@ -78,7 +86,8 @@ class Pruner:
     def choose(self, tokens: VisualTokens, keep: int) -> Tensor | Selection:
         """Choose `keep` tokens: local indices [R] in selection order, or a Selection that also carries new states.
 
-        `tokens` come in the arithmetic dtype of `selection_dtype`, and have been checked for NaN and infinity.
+        `tokens` come in the arithmetic dtype of `selection_dtype`, and have been checked for NaN and infinity; with `checks_late`,
+        on a device, only when `tokens.on_host` has copied something. Indices may be on the device or in the memory of the host.
         """
         raise NotImplementedError(f"{type(self).__name__}.choose is not written yet.")
 
@@ -140,7 +149,7 @@ class Pruner:
         -------
         Selection
             Exactly `keep` unique indices in [0, V) (with official_quirks: unique and in range), new states in the
-            input's dtype.
+            input's dtype, both on the device of `tokens.hidden_states`.
 
         Raises
         ------
@@ -154,18 +163,18 @@ class Pruner:
                 f"{self._where(tokens)}: asked to keep {keep!r} of {tokens.n_visual} tokens, "
                 f"expected a whole number from 0 to {tokens.n_visual}."
             )
-        self._check_input(tokens)
-        keep = int(keep)
-        answer = self._chosen(tokens, keep)
-        selection = answer if isinstance(answer, Selection) else Selection(answer)
+        keep, where = int(keep), self._where(tokens)
+        inspection = Inspection(self._checked_rows(tokens), where)
+        if not self.checks_late:
+            inspection.finish()
         exact = not (self.official_quirks and self.quirks_change_count)
-        check_selection(selection, tokens, keep, where=self._where(tokens), exact=exact)
-        if selection.hidden_states is not None:
-            merged = selection.hidden_states.to(tokens.hidden_states.dtype)
-            if not all_finite(merged):
-                raise PruningError(f"{self._where(tokens)}: the merged states hold NaN or infinity in {merged.dtype}.")
-            selection = dataclasses.replace(selection, hidden_states=merged)
-        return selection
+        try:
+            answer = self._chosen(tokens, keep, inspection)
+            selection = answer if isinstance(answer, Selection) else Selection(answer)
+            return checked(selection, tokens, keep, inspection, where=where, exact=exact)
+        except PruningError:
+            inspection.finish()  # if NaN in the input is the reason, it is what must be said
+            raise
 
     def default_keep(self, n_visual: int) -> int:
         """``keep_count(n_visual, pruning_rate)``."""
@@ -175,10 +184,10 @@ class Pruner:
     def _where(self, tokens: VisualTokens) -> str:
         return f"method {self.name or type(self).__name__!r}, layer {self.layer}, sample {tokens.sample_id!r}"
 
-    def _chosen(self, tokens: VisualTokens, keep: int) -> Tensor | Selection:
+    def _chosen(self, tokens: VisualTokens, keep: int, inspection: Inspection) -> Tensor | Selection:
         """What `choose` answers; whatever it raises names the method and the sample, since a run meets thousands."""
         try:
-            return self.choose(self._in_arithmetic_dtype(tokens), keep)
+            return self.choose(self._in_arithmetic_dtype(tokens, inspection), keep)
         except PruningError:
             raise
         except Exception as error:
@@ -203,24 +212,20 @@ class Pruner:
                 named[field] = value
         return {name: value for name, value in named.items() if value is not None and value.is_floating_point()}
 
-    def _check_input(self, tokens: VisualTokens) -> None:
-        for name, value in self._read(tokens).items():
+    def _checked_rows(self, tokens: VisualTokens) -> dict[str, Tensor]:
+        """What `_read` answers, where there is one row for every token."""
+        named = self._read(tokens)
+        for name, value in named.items():
             if not name.startswith("text.") and value.shape[0] != tokens.n_visual:
                 raise PruningError(f"{self._where(tokens)}: {name} has shape {tuple(value.shape)}, expected {tokens.n_visual} rows.")
-            if not all_finite(value):
-                bad = (~torch.isfinite(value)).flatten(1).any(1) if value.dim() > 1 else ~torch.isfinite(value)
-                raise PruningError(
-                    f"{self._where(tokens)}: {name} holds NaN or infinity in {int(bad.sum())} of {len(bad)} tokens "
-                    f"(first: token {int(bad.nonzero()[0])}); run the unpruned model in float32 or bfloat16 to find "
-                    "the layer that overflows."
-                )
+        return named
 
-    def _in_arithmetic_dtype(self, tokens: VisualTokens) -> VisualTokens:
+    def _in_arithmetic_dtype(self, tokens: VisualTokens, inspection: Inspection) -> VisualTokens:
         cast = {name: value.to(self._dtype(value.dtype)) for name, value in self._read(tokens).items()}
         nested = {name[5:]: cast.pop(name) for name in list(cast) if name.startswith("text.")}
         if nested:
             cast["text"] = dataclasses.replace(tokens.text, **nested)
-        return dataclasses.replace(tokens, **cast)
+        return dataclasses.replace(tokens, on_host=inspection.on_host, **cast)
 
     def _rate_problems(self) -> list[str]:
         try:
@@ -249,41 +254,6 @@ def _is_a(value: object, wanted: object) -> bool:
     if wanted is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MOST
     return isinstance(value, wanted) if isinstance(wanted, type) else True
-
-
-def check_selection(selection: Selection, tokens: VisualTokens, keep: int, *, where: str, exact: bool) -> None:
-    """Refuse an answer that is not `keep` unique local indices in range, with states of the right shape.
-
-    Raises
-    ------
-    PruningError
-        Naming what was got and what was expected.
-    """
-    order = selection.order
-    if not isinstance(order, Tensor) or order.dim() != 1 or order.dtype != torch.int64:
-        got = f"{tuple(order.shape)} of {order.dtype}" if isinstance(order, Tensor) else type(order).__name__
-        raise PruningError(f"{where}: chose {got}, expected a 1-D int64 tensor of local indices.")
-    if exact and len(order) != keep:
-        raise PruningError(f"{where}: chose {len(order)} tokens, expected exactly {keep} of {tokens.n_visual}.")
-    if len(order) and (int(order.min()) < 0 or int(order.max()) >= tokens.n_visual):
-        raise PruningError(f"{where}: chose indices {int(order.min())} to {int(order.max())}, expected 0 to {tokens.n_visual - 1}.")
-    distinct = len(torch.unique(order))
-    if distinct != len(order):
-        raise PruningError(f"{where}: chose {len(order)} indices of which {distinct} are distinct, expected no repeats.")
-    states = selection.hidden_states
-    expected = (len(order), tokens.hidden_states.shape[1])
-    if states is not None and not (isinstance(states, Tensor) and states.is_floating_point() and tuple(states.shape) == expected):
-        got = f"shape {tuple(states.shape)} of {states.dtype}" if isinstance(states, Tensor) else f"type {type(states).__name__}"
-        raise PruningError(f"{where}: returned states of {got}, expected a floating-point tensor {expected} in the order of `keep`.")
-
-
-def all_finite(values: Tensor) -> bool:
-    """Whether no element is NaN or infinite.
-
-    One NaN or infinity makes the sum one too, and a sum costs a tenth of a look at every element; a sum of finite values
-    that overflows is told apart by that look.
-    """
-    return bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(torch.isfinite(values).all())
 
 
 def unit_rows(rows: Tensor) -> Tensor:

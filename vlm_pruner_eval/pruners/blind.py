@@ -24,6 +24,7 @@ class Blind(Pruner):
     """
 
     name: ClassVar[str] = "blind"
+    checks_late: ClassVar[bool] = True
 
     pruning_rate: Rate = 0
     layer: int = 0
@@ -46,4 +47,4 @@ class Blind(Pruner):
 
     def choose(self, tokens: VisualTokens, keep: int) -> Tensor:
         """No index."""
-        return torch.empty(0, dtype=torch.int64, device=tokens.hidden_states.device)
+        return torch.empty(0, dtype=torch.int64)

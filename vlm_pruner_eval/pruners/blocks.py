@@ -5,6 +5,8 @@ Every row (column) is summed by the same operations in the same order as without
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,18 +34,23 @@ def column_blocks(matrix: Tensor) -> tuple[Tensor, ...]:
     return matrix.split([width] * (count - 1) + [n_columns - width * (count - 1)], dim=1)
 
 
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The parts [n] of a vector [N] as one; a single part as it is, which spares a GPU a copy."""
+    return parts[0] if len(parts) == 1 else torch.cat([*parts])
+
+
 def l1_norms(rows: Tensor) -> Tensor:
     """L1 norms [N] of rows [N, D]."""
-    return torch.cat([block.abs().sum(-1) for block in row_blocks(rows)])
+    return joined([block.abs().sum(-1) for block in row_blocks(rows)])
 
 
 def squared_distances(rows: Tensor, point: Tensor) -> Tensor:
     """Squared Euclidean distances [N] of rows [N, D] to a point [1, D], from their differences: nothing cancels."""
-    return torch.cat([(block - point).square_().sum(-1) for block in row_blocks(rows)])
+    return joined([(block - point).square_().sum(-1) for block in row_blocks(rows)])
 
 
 def variances(rows: Tensor) -> Tensor:
     """Biased variances [D] of the columns of rows [N, D], in two passes, so that a large mean does not cancel."""
     blocks = column_blocks(rows)
     means = rows.mean(0).split([block.shape[1] for block in blocks])
-    return torch.cat([(block - mean).square_().mean(0) for block, mean in zip(blocks, means, strict=True)])
+    return joined([(block - mean).square_().mean(0) for block, mean in zip(blocks, means, strict=True)])

@@ -37,6 +37,7 @@ class DART(Pruner):
     name: ClassVar[str] = "dart"
     needs: ClassVar[frozenset[str]] = frozenset({"keys", "normed_hidden_states", "positions", "text"})
     quirks_change_count: ClassVar[bool] = True
+    checks_late: ClassVar[bool] = True
 
     image_pivots: int = 4
     text_pivots: int = 4
@@ -51,7 +52,11 @@ class DART(Pruner):
         return found
 
     def choose(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Image pivots, then each pivot's least similar tokens."""
+        """Image pivots, then each pivot's least similar tokens.
+
+        The pivots take turns on the host whatever the device is: the order of the turns may depend on where the pivots stand, and
+        the device would be waited for once for that and once more for the answer.
+        """
         image = largest_keys(tokens.keys, self.image_pivots)
         states, positions = tokens.normed_hidden_states[image], tokens.positions[image]
         text = tokens.text
@@ -60,12 +65,12 @@ class DART(Pruner):
             states = torch.cat([states, text.normed_hidden_states[after]])
             positions = torch.cat([positions, text.positions[after]])
         share = keep // len(positions)
-        set_order = as_a_set(positions.cpu().tolist())
+        cosine, image, positions = tokens.on_host(cosines(states, tokens.normed_hidden_states), image, positions)
+        set_order = as_a_set(positions.tolist())
         released = min(tokens.n_visual, len(image) + len(positions) * share)
         fired = {"count": released != keep, "set_order": set_order != [*range(len(positions))]}
         walk, count = (set_order, released) if self.official_quirks else ([*range(len(positions))], keep)
-        turns = torch.tensor(walk).to(states.device, non_blocking=True)
-        order = least_similar(tokens.normed_hidden_states, states[turns], image[:count], share, count)
+        order = least_similar(cosine[walk], image[:count], share, count)
         return Selection(order, quirks=frozenset(quirk for quirk, did in fired.items() if did))
 
 
@@ -85,15 +90,19 @@ def as_a_set(positions: list[int]) -> list[int]:
     return [positions.index(position) for position in set(positions)]
 
 
-def least_similar(states: Tensor, pivots: Tensor, start: Tensor, share: int, count: int) -> Tensor:
+def cosines(pivots: Tensor, states: Tensor) -> Tensor:
+    """Cosines [P, V] of pivots [P, D] and states [V, D]."""
+    unit = unit_rows(pivots)
+    return torch.cat([unit @ unit_rows(block).T for block in row_blocks(states)], dim=1)
+
+
+def least_similar(cosine: Tensor, start: Tensor, share: int, count: int) -> Tensor:
     """Grow `start` to `count` tokens: each pivot in turn takes `share` of the rest, the last one all that is missing.
 
     Parameters
     ----------
-    states : Tensor [V, D]
-        Visual tokens after the model's final norm.
-    pivots : Tensor [P, D]
-        Pivots, image and text, in the order of their turns.
+    cosine : Tensor [P, V]
+        Cosines of the pivots, image and text, in the order of their turns, and the visual tokens, both after the model's final norm.
     start : Tensor [S]
         Local indices kept from the start.
     share, count
@@ -101,9 +110,7 @@ def least_similar(states: Tensor, pivots: Tensor, start: Tensor, share: int, cou
 
     Paper: arXiv 2502.11494 (duplication by cosine similarity to the pivots).
     """
-    unit = unit_rows(pivots)
-    cosine = torch.cat([unit @ unit_rows(block).T for block in row_blocks(states)], dim=1)
-    taken = torch.zeros(len(states), dtype=torch.bool, device=states.device)
+    taken = torch.zeros(cosine.shape[1], dtype=torch.bool)
     taken[start] = True
     parts, missing = [start], count - len(start)
     for turn, row in enumerate(cosine):

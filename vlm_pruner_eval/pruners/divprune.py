@@ -31,6 +31,7 @@ class DivPrune(Pruner):
 
     name: ClassVar[str] = "divprune"
     fixed_layer: ClassVar[int | None] = 0
+    checks_late: ClassVar[bool] = True
 
     layer: int = 0
     positions: str = "auto"
@@ -63,7 +64,8 @@ class DivPrune(Pruner):
             nearest = torch.minimum(nearest, row) if step else row
             nearest.index_fill_(0, best, -math.inf)  # a minimum never lifts it again
         order = torch.cat(picked) if picked else torch.zeros(0, dtype=torch.int64, device=distance.device)
-        return Selection(order, quirks=frozenset({"repeats"} if would_repeat(distance, order) else ()))
+        order, repeats = tokens.on_host(order, would_repeat(distance, order))
+        return Selection(order, quirks=frozenset({"repeats"} if repeats else ()))
 
 
 def would_repeat(distance: Tensor, order: Tensor) -> Tensor:

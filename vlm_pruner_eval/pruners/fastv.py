@@ -22,6 +22,7 @@ class FastV(Pruner):
 
     name: ClassVar[str] = "fastv"
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+    checks_late: ClassVar[bool] = True
 
     def choose(self, tokens: VisualTokens, keep: int) -> Tensor:
         """Local indices [R] by descending attention."""

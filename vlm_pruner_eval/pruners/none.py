@@ -22,6 +22,7 @@ class NoPruning(Pruner):
     """
 
     name: ClassVar[str] = "none"
+    checks_late: ClassVar[bool] = True
 
     pruning_rate: Rate = 0
 
@@ -39,4 +40,4 @@ class NoPruning(Pruner):
 
     def choose(self, tokens: VisualTokens, keep: int) -> Tensor:
         """All local indices."""
-        return torch.arange(tokens.n_visual, device=tokens.hidden_states.device)
+        return torch.arange(tokens.n_visual)

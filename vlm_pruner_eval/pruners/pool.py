@@ -32,19 +32,21 @@ class Pool(Pruner):
     """
 
     name: ClassVar[str] = "pool"
+    checks_late: ClassVar[bool] = True
 
     layer: int = 0
 
     def choose(self, tokens: VisualTokens, keep: int) -> Selection:
         """The token nearest to the centre of each cell, and the means [R, D]."""
-        coords, states = tokens.coords.cpu(), tokens.hidden_states
+        (coords,), states = tokens.on_host(tokens.coords), tokens.hidden_states
         cell = cell_of(coords, keep, sample_id=tokens.sample_id)
         centre, weights = _centres(coords, cell, keep), torch.zeros(keep, len(cell), dtype=states.dtype)
         member = (cell >= 0).nonzero()[:, 0]
         weights[cell[member], member] = 1
         weights /= weights.sum(1, keepdim=True)
         order, by_position = centre.sort()
-        return Selection(order.to(states.device), weights[by_position].to(states.device) @ states)
+        means = weights[by_position].to(states.device, non_blocking=True) @ states
+        return Selection(order, means, amplification=1.0)
 
 
 def cell_of(coords: Tensor, keep: int, *, sample_id: str | None = None) -> Tensor:

@@ -27,13 +27,14 @@ class Random(Pruner):
     """
 
     name: ClassVar[str] = "random"
+    checks_late: ClassVar[bool] = True
 
     seed: int = 0
 
     def choose(self, tokens: VisualTokens, keep: int) -> Tensor:
         """The first R of a seeded permutation."""
         generator = torch.Generator(device="cpu").manual_seed(stable_seed(self.seed, tokens.sample_id))
-        return torch.randperm(tokens.n_visual, generator=generator)[:keep].to(tokens.hidden_states.device)
+        return torch.randperm(tokens.n_visual, generator=generator)[:keep]
 
 
 def stable_seed(seed: int, sample_id: str | None) -> int:

@@ -28,15 +28,17 @@ class Uniform(Pruner):
     """
 
     name: ClassVar[str] = "uniform"
+    checks_late: ClassVar[bool] = True
 
     def choose(self, tokens: VisualTokens, keep: int) -> Tensor:
         """Local indices [R] by ascending rank on the lattice."""
-        return lattice_rank(tokens.coords).sort(stable=True).indices[:keep].to(tokens.hidden_states.device)
+        (coords,) = tokens.on_host(tokens.coords)
+        return lattice_rank(coords).sort(stable=True).indices[:keep]
 
 
 def lattice_rank(coords: Tensor) -> Tensor:
-    """Rank in [0, 1) of coordinates [V, 3] = (frame, row, col), computed on the CPU in float64: the same on every device."""
-    frame, row, col = coords.cpu().double().unbind(-1)
+    """Rank in [0, 1) of coordinates [V, 3] = (frame, row, col) in the memory of the host, in float64: the same whatever the device is."""
+    frame, row, col = coords.double().unbind(-1)
     newline = row < 0
     along = newline.cumsum(0).double()
     return torch.where(newline, along * FRAME_STEP, row * ROW_STEP + col * COL_STEP + frame * FRAME_STEP).frac()

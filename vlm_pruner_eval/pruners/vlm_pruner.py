@@ -53,6 +53,7 @@ class VLMPruner(Pruner):
     name: ClassVar[str] = "vlmpruner"
     needs: ClassVar[frozenset[str]] = frozenset({"keys"})
     quirks_change_count: ClassVar[bool] = True
+    checks_late: ClassVar[bool] = True
 
     pivots: int = 4
     threshold: float = 0.8
@@ -86,7 +87,7 @@ class VLMPruner(Pruner):
         states = tokens.hidden_states
         pivots, repeated = farthest_points(tokens.keys.flatten(1), self.pivots)
         features = unit_rows(most_variable(states, self.channels))
-        similarity, coords, start, repeated = on_host((features @ features.T).float(), tokens.coords, pivots, repeated)
+        similarity, coords, start, repeated = tokens.on_host((features @ features.T).float(), tokens.coords, pivots, repeated)
         start = start if self.official_quirks else start[:keep]
         growth = Growth(
             threshold=float(self.threshold),
@@ -95,30 +96,18 @@ class VLMPruner(Pruner):
             stop_on_stall=self.official_quirks,
         )
         order, stalled = growth.order(BssScores(similarity, coords, tokens.grid, float(self.spatial_weight)), start, keep)
-        merged, cancelled = None, False
+        merged, cancelled, amplification = None, False, None
         if self.merge:
             plan = plan_merge(similarity, order, self_weight=float(self.self_weight), plain_sum=self.official_quirks)
             del similarity  # before the new states are made: both at once would be the peak of memory
-            merged, cancelled = plan.apply(states.float()), plan.cancelled
+            merged, cancelled, amplification = plan.apply(states.float()), plan.cancelled, plan.amplification
         fired = {
             "stall": stalled,
             "fewer_than_pivots": keep < self.pivots,
             "repeated_pivots": bool(repeated) or self.pivots > tokens.n_visual,
             "negative_weight_sum": cancelled,
         }
-        return Selection(order.to(states.device, non_blocking=True), merged, frozenset(quirk for quirk, did in fired.items() if did))
-
-
-def on_host(*tensors: Tensor) -> list[Tensor]:
-    """The same tensors in the memory of the host, by one copy: of numbers that float32 holds exactly (indices up to 2^24).
-
-    A copy waits for the device, and so would one for each tensor.
-    """
-    if all(tensor.device.type == "cpu" for tensor in tensors):
-        return [*tensors]
-    packed = torch.cat([tensor.flatten().to(tensors[0].device, torch.float32, non_blocking=True) for tensor in tensors]).cpu()
-    parts = packed.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
+        return Selection(order, merged, frozenset(quirk for quirk, did in fired.items() if did), amplification)
 
 
 def farthest_points(keys: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -70,10 +70,10 @@ def joined(scopes: list[Scope]) -> Scope:
 
 
 class SeenTokens(Protocol):
-    """The shortened sequence that a layer sees: `index` [B, L'] positions in the prompt, `valid` [B, L'] False for fillers."""
+    """The shortened sequence that a layer sees."""
 
-    index: Tensor
-    valid: Tensor
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """On a device: `index` [B, L'], positions in the prompt, and `valid` [B, L'], False for fillers."""
 
 
 # Arguments of one call of ``get_image_features`` / ``get_video_features``, by name.
@@ -122,7 +122,7 @@ class Family:
         return torch.isin(input_ids, torch.tensor(ids, device=input_ids.device))
 
     def scopes(self, config: object, input_ids: Tensor, layouts: Mapping[str, list[Layout]]) -> list[list[Scope]]:
-        """The images and videos of every row, in prompt order.
+        """The images and videos of every row of `input_ids` [B, L], which is in the memory of the host, in prompt order.
 
         Tokens are given to images by COUNT, in order: two images can touch, and a video's tokens can be interrupted
         by text. Beams and returned sequences repeat each row's images, as generate() repeats its input_ids.

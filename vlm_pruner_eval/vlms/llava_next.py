@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from vlm_pruner_eval.host import to_host
 from vlm_pruner_eval.types import row_major
 from vlm_pruner_eval.vlms.base import Family, FeatureCall, Layout
 
@@ -22,7 +23,7 @@ class LlavaNext(Family):
     def layouts(self, core: nn.Module, kind: str, call: FeatureCall) -> list[Layout]:
         """Coordinates packed by the model's own function, so that they can't drift from the features."""
         strategy = call.get("vision_feature_select_strategy") or core.config.vision_feature_select_strategy
-        return [anyres_layout(core, size, vision_feature_select_strategy=strategy) for size in call["image_sizes"]]
+        return [anyres_layout(core, size, vision_feature_select_strategy=strategy) for size in to_host(*call["image_sizes"])]
 
     def release_layout(self, layout: Layout) -> Layout:
         """Every tile and newline token on one strip of 24 columns, as the release has it."""
@@ -36,6 +37,8 @@ def anyres_layout(core: nn.Module, size: Tensor, *, tiled: bool = True, **pack_a
 
     Parameters
     ----------
+    size : Tensor [2]
+        In the memory of the host.
     tiled
         False: the base view alone, as OneVision encodes several images.
     pack_arguments
@@ -55,7 +58,7 @@ def anyres_layout(core: nn.Module, size: Tensor, *, tiled: bool = True, **pack_a
         offsets = [torch.tensor([1.0, row * side, col * side]) for row in range(rows) for col in range(cols)]
         tiles += [row_major(side, side).float() + offset for offset in offsets]
     newline = torch.tensor([-1.0, -1.0, -1.0])
-    packed, _ = core.pack_image_features([torch.stack(tiles)], size[None].cpu(), image_newline=newline, **pack_arguments)
+    packed, _ = core.pack_image_features([torch.stack(tiles)], size[None], image_newline=newline, **pack_arguments)
     coords = packed[0]
     finest = coords[coords[:, 0] == coords[:, 0].max()]
     spread = finest.amax(0) - finest.amin(0)

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from vlm_pruner_eval.host import to_host
 from vlm_pruner_eval.types import row_major
 from vlm_pruner_eval.vlms.base import Family, FeatureCall, Layout
 from vlm_pruner_eval.vlms.llava_next import anyres_layout
@@ -23,7 +24,7 @@ class LlavaOnevision(Family):
         """Images by the model's own packing; videos as frames x ceil(side / 2)^2."""
         if kind == "video":
             return self._videos(core, call)
-        sizes, counts = call["image_sizes"], call.get("batch_num_images")
+        sizes, counts = to_host(*call["image_sizes"]), call.get("batch_num_images")
         alone = [True] * len(sizes) if counts is None else [bool(n == 1) for n in counts for _ in range(int(n))]
         ratio = call.get("vision_aspect_ratio") or getattr(core.config, "vision_aspect_ratio", "anyres_max_9")
         return [anyres_layout(core, size, tiled=tiled, vision_aspect_ratio=ratio) for size, tiled in zip(sizes, alone, strict=True)]

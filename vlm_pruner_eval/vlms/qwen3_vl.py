@@ -31,7 +31,7 @@ def add_to_kept(original: Callable, cut: SeenTokens | None, hidden: Tensor, visu
     """
     if cut is None:
         return original(hidden, visual, features)
-    index, valid = cut.index.to(visual.device), cut.valid.to(visual.device)
+    index, valid = cut.on(visual.device)
     row_of = (visual.flatten().cumsum(0) - 1).view_as(visual).gather(1, index)
     kept = visual.gather(1, index) & valid
     return original(hidden, kept, features[row_of[kept].to(features.device)])

@@ -1,0 +1,314 @@
+"""How often the host waits for the device: once a `select`, and once more a prefill; and that no check is lost over it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import ClassVar
+
+import pytest
+import torch
+from standin_device import DEVICE, CountSyncs, OnDevice, held
+from tiny_models import N_LAYERS, build, prompts
+from torch import Tensor, nn
+from toy_pruners import IN_MODEL, KeyNorm, NoCheck, TwoStages
+
+from vlm_pruner_eval import Pruner, PruningError, Selection, VisualTokens, get_pruner, prune
+from vlm_pruner_eval.host import to_host
+from vlm_pruner_eval.pruners.fastv import FastV
+from vlm_pruner_eval.speed.selection import image_tokens
+
+CPU = torch.device("cpu")
+FIELDS = ("hidden_states", "coords", "keys", "attention", "normed_hidden_states", "positions")
+N_VISUAL = 120
+
+
+def tokens(dtype: torch.dtype = torch.float32) -> VisualTokens:
+    """Tokens of an image with all that a method may ask for."""
+    given = image_tokens(N_VISUAL, 300, CPU)
+    halves = {name: getattr(given, name).to(dtype) for name in FIELDS if getattr(given, name).is_floating_point()}
+    text = dataclasses.replace(given.text, normed_hidden_states=given.text.normed_hidden_states.to(dtype), keys=given.text.keys.to(dtype))
+    return dataclasses.replace(given, text=text, **halves)
+
+
+def on_device(given: VisualTokens) -> VisualTokens:
+    text = dataclasses.replace(given.text, **{f.name: OnDevice(getattr(given.text, f.name)) for f in dataclasses.fields(given.text)})
+    return dataclasses.replace(given, text=text, **{name: OnDevice(getattr(given, name)) for name in FIELDS})
+
+
+def counted(call: Callable[[], object]) -> tuple[object, CountSyncs]:
+    with torch.no_grad(), CountSyncs() as found:
+        answer = call()
+    return answer, found
+
+
+def waits(found: CountSyncs) -> int:
+    return sum(found.syncs.values())
+
+
+# ---- one wait for each choice
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quirks", [False, True])
+@pytest.mark.parametrize("method", IN_MODEL)
+def test_select_waits_once(method: str, quirks: bool, dtype: torch.dtype):
+    pruner, here = get_pruner(method, pruning_rate=0.5, official_quirks=quirks), tokens(dtype)
+    for keep in (0, 13, 40, N_VISUAL):
+        got, found = counted(lambda keep=keep: pruner.select(on_device(here), keep))
+        assert waits(found) == 1, found.syncs
+        expected = pruner.select(here, keep)
+        assert got.order.device == DEVICE and torch.equal(held(got.order), expected.order)
+        assert got.host_order.device == CPU and torch.equal(got.host_order, expected.order)
+        assert got.quirks == expected.quirks and (got.hidden_states is None) == (expected.hidden_states is None)
+        if expected.hidden_states is not None:
+            assert got.hidden_states.device == DEVICE and torch.equal(held(got.hidden_states), expected.hidden_states)
+
+
+RULE_ALONE = {"vlmpruner": 1, "dart": 1, "divprune": 1, "uniform": 1, "pool": 1}
+
+
+@pytest.mark.parametrize("method", IN_MODEL)
+def test_the_rule_alone_waits_no_more(method: str):
+    """`choose` outside of `select`, as the benchmark times it."""
+    pruner = get_pruner(method, pruning_rate=0.5)
+    _, found = counted(lambda: pruner.choose(on_device(tokens()), 13))
+    assert waits(found) == RULE_ALONE.get(method, 0), found.syncs
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_method_from_outside_has_its_tokens_checked_before_its_choice(merge: bool):
+    pruner = KeyNorm(pruning_rate=0.5, merge=merge)
+    got, found = counted(lambda: pruner.select(on_device(tokens()), 13))
+    assert waits(found) == 2, found.syncs
+    assert torch.equal(got.host_order, pruner.select(tokens(), 13).order)
+
+
+def test_what_is_said_of_a_choice_is_not_said_of_another_one():
+    class Mine(FastV):
+        def choose(self, tokens: VisualTokens, keep: int) -> Tensor:
+            return super().choose(tokens, keep)
+
+    class Renamed(FastV):
+        name: ClassVar[str] = "renamed"
+
+    assert FastV.checks_late and Renamed.checks_late and not Mine.checks_late and not Pruner.checks_late
+
+
+@pytest.mark.parametrize("n_visual", [576, 2880])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_few_kernels_however_many_tokens(n_visual: int, dtype: torch.dtype):
+    """VLM-Pruner's work on the device does not grow with the passes of its growth; of these operations each is a kernel or more."""
+    given = image_tokens(n_visual, 512, CPU)
+    given = dataclasses.replace(given, hidden_states=given.hidden_states.to(dtype), keys=given.keys.to(dtype))
+    _, found = counted(lambda: get_pruner("vlmpruner", pruning_rate=0.889).select(on_device(given)))
+    assert 40 < sum(found.launches.values()) <= 70, found.launches
+
+
+# ---- the same refusals as on a CPU
+def refusal(pruner: Pruner, given: VisualTokens, keep: int = 13) -> str:
+    with pytest.raises(PruningError) as error, torch.no_grad(), CountSyncs():
+        pruner.select(given, keep)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("method", [*IN_MODEL, "keynorm"])
+def test_bad_tokens_are_refused_in_the_same_words(method: str, bad: float):
+    pruner = KeyNorm(pruning_rate=0.5) if method == "keynorm" else get_pruner(method, pruning_rate=0.5)
+    names = ["hidden_states", *sorted(pruner.needs - {"positions", "text"})]
+    for name in names:
+        given = tokens()
+        poisoned = getattr(given, name).clone()
+        poisoned[7:9] = bad
+        given = dataclasses.replace(given, **{name: poisoned})
+        there = refusal(pruner, on_device(given))
+        assert there == refusal(pruner, given)
+        assert f"{name} holds NaN or infinity in 2 of {N_VISUAL} tokens (first: token 7)" in there
+
+
+def test_bad_text_is_refused_too():
+    given = tokens()
+    keys = given.text.keys.clone()
+    keys[3] = float("nan")
+    given = dataclasses.replace(given, text=dataclasses.replace(given.text, keys=keys))
+    there = refusal(get_pruner("dart", pruning_rate=0.5), on_device(given))
+    assert there == refusal(get_pruner("dart", pruning_rate=0.5), given) and "text.keys holds NaN" in there
+
+
+def answering(answer: Callable[[VisualTokens], object], *, late: bool) -> Pruner:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Answering(Pruner):
+        name: ClassVar[str] = "answering"
+        checks_late: ClassVar[bool] = late
+
+        def choose(self, tokens: VisualTokens, keep: int) -> object:
+            return answer(tokens)
+
+    return Answering(pruning_rate=0.5)
+
+
+def picked(tokens: VisualTokens, *indices: int) -> Tensor:
+    return torch.tensor(indices).to(tokens.hidden_states.device, non_blocking=True)
+
+
+ANSWERS = {
+    "expected exactly 3 of 120": lambda tokens: picked(tokens, 1, 2),
+    "3 indices of which 2 are distinct": lambda tokens: picked(tokens, 5, 5, 1),
+    "chose indices 1 to 4294967296, expected 0 to 119": lambda tokens: picked(tokens, 5, 2**32, 1),
+    "chose indices -1 to 5, expected 0 to 119": lambda tokens: picked(tokens, 5, -1, 1),
+    "of torch.float32, expected a 1-D int64 tensor": lambda tokens: picked(tokens, 5, 2, 1).float(),
+    "states of shape (120, 300)": lambda tokens: Selection(picked(tokens, 5, 2, 1), tokens.hidden_states),
+    "merged states hold NaN or infinity": lambda tokens: Selection(picked(tokens, 5, 2, 1), tokens.hidden_states[:3] / 0),
+    "choose raised ZeroDivisionError": lambda tokens: 1 / 0,
+}
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("said", ANSWERS)
+def test_wrong_answers_are_refused_in_the_same_words(said: str, late: bool):
+    pruner = answering(ANSWERS[said], late=late)
+    there = refusal(pruner, on_device(tokens()), 3)
+    assert said in there and there == refusal(pruner, tokens(), 3)
+
+
+@pytest.mark.parametrize("answer", [lambda tokens: 1 / 0, lambda tokens: picked(tokens, 5, 500, 1), lambda tokens: picked(tokens, 5)])
+def test_a_choice_that_fails_over_bad_tokens_is_not_what_is_blamed(answer: Callable):
+    given = tokens()
+    states = given.hidden_states.clone()
+    states[7] = float("nan")
+    said = refusal(answering(answer, late=True), on_device(dataclasses.replace(given, hidden_states=states)), 3)
+    assert f"hidden_states holds NaN or infinity in 1 of {N_VISUAL} tokens" in said
+
+
+# ---- merged states: proven finite where they can be, looked at where not
+@pytest.mark.parametrize("scale, looked, finite", [(1.0, 1, True), (30000.0, 2, True), (50000.0, 2, False)])
+def test_states_near_the_end_of_half_precision_are_looked_at(scale: float, looked: int, finite: bool):
+    """Twice 30000 fits into float16, twice 50000 does not; neither is known before the states are there."""
+
+    def doubled(given: VisualTokens) -> Selection:
+        (coords,) = given.on_host(given.coords)
+        assert len(coords) == N_VISUAL
+        return Selection(torch.tensor([5, 2, 1]), given.hidden_states[:3] * 2, amplification=2.0)
+
+    given = tokens(torch.float16)
+    largest = given.hidden_states.abs().max()
+    given = dataclasses.replace(given, hidden_states=(given.hidden_states.float() / largest.float() * scale).half())
+    given.hidden_states[0, 0] = scale
+    pruner = answering(doubled, late=True)
+    if not finite:
+        assert "merged states hold NaN or infinity in torch.float16" in refusal(pruner, on_device(given), 3)
+        return
+    _, found = counted(lambda: pruner.select(on_device(given), 3))
+    assert waits(found) == looked, found.syncs
+
+
+@pytest.mark.parametrize("quirks", [False, True])
+@pytest.mark.parametrize("params", [{"name": "vlmpruner", "pivots": 1}, {"name": "pool"}], ids=lambda params: params["name"])
+def test_the_bound_on_merged_states_holds(params: dict, quirks: bool):
+    """Also where weights nearly cancel out, so that coefficients are large: one kept token receives cosines of both signs."""
+    pruner, used, bounds = get_pruner(**params, pruning_rate=0.5, official_quirks=quirks), [], []
+    for seed in range(8):
+        states = torch.randn(N_VISUAL, 3, generator=torch.Generator().manual_seed(seed))
+        for keep in (1, 5, 100):
+            got = pruner.select(dataclasses.replace(tokens(), hidden_states=states), keep)
+            used.append((got.hidden_states.abs().max() / states.abs().max() / got.amplification).item())
+            bounds.append(got.amplification)
+    assert 0.5 < max(used) <= 1 + 1e-5  # a bound, and not one that is far off
+    assert max(bounds) == 1 if params["name"] == "pool" else max(bounds) > 2
+
+
+# ---- what crosses
+def test_one_copy_brings_every_type_to_the_bit():
+    sent = [
+        torch.tensor([True, False, True]),
+        torch.tensor([2**40 + 1, -3]),
+        torch.tensor(1.5),
+        torch.tensor([[1, 2, 3]], dtype=torch.uint8).T,
+        torch.randn(4, 6)[:, ::2],
+        torch.tensor([65504.0, float("nan"), -0.0], dtype=torch.float16),
+        torch.tensor([float("inf"), 1e-40]).bfloat16(),
+        torch.tensor([1 / 3, 1e300], dtype=torch.float64),
+        torch.zeros(0, 3),
+    ]
+    stays = torch.arange(3)
+    got, found = counted(lambda: to_host(OnDevice(sent[0]), stays, *map(OnDevice, sent[1:])))
+    assert waits(found) == 1
+    assert got[1] is stays
+    for one, other in zip([got[0], *got[2:]], sent, strict=True):
+        assert one.device == CPU and one.dtype == other.dtype and one.shape == other.shape
+        assert torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+    assert counted(lambda: to_host(stays))[0][0] is stays
+
+
+# ---- a whole prefill
+def moved(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        for held_by in (module._parameters, module._buffers):
+            held_by.update({name: OnDevice(value.detach()) for name, value in held_by.items() if value is not None})
+    return model
+
+
+def prefill(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, CountSyncs]:
+    output, found = counted(lambda: model(**{name: OnDevice(value) for name, value in inputs.items()}))
+    return held(output.logits), found
+
+
+N_IMAGES = 2
+TWO_ROWS = [(3, "i0", 4), (5, "i1", 2)]
+TWO_IMAGES = [(3, "i0", 2, "i1", 4)]
+
+
+@pytest.mark.parametrize("samples", [TWO_ROWS, TWO_IMAGES], ids=["rows", "images"])
+@pytest.mark.parametrize("method", [*IN_MODEL, "twostages", "first"])
+def test_a_prefill_waits_once_and_once_for_each_choice(method: str, samples: list):
+    """Beyond what the model waits for by itself; logits and records as on a CPU."""
+    inputs, model = prompts("llava", samples), build("llava")
+    own = {"twostages": TwoStages, "first": First}
+    pruner = own[method](pruning_rate="2/3") if method in own else get_pruner(method, pruning_rate="2/3")
+    with torch.no_grad(), prune(model, pruner) as ledger:
+        expected = model(**inputs).logits
+    there = moved(build("llava"))
+    plain = waits(prefill(there, inputs)[1])
+    with prune(there, pruner) as ledger_there:
+        logits, found = prefill(there, inputs)
+    assert waits(found) - plain == 1 + N_IMAGES * len(pruner.stages(N_LAYERS)), found.syncs
+    assert torch.allclose(logits, expected, atol=1e-5)
+    timeless = [[dataclasses.replace(record, selection_ms=None) for record in told.records] for told in (ledger, ledger_there)]
+    assert timeless[0] == timeless[1]
+
+
+class First(NoCheck):
+    """A method that replaces `select`, and answers rightly."""
+
+    def choose(self, tokens: VisualTokens, keep: int) -> Tensor:
+        return tokens.hidden_states.norm(dim=-1).topk(keep).indices
+
+
+@pytest.mark.parametrize("family, of_its_own", [("llava_next", 1), ("qwen2_vl", 1), ("internvl", 0)])
+def test_families_wait_once_for_the_sizes_of_all_images(family: str, of_its_own: int):
+    inputs, there = prompts(family, TWO_ROWS[:1]), moved(build(family))
+    plain = waits(prefill(there, inputs)[1])
+    with prune(there, get_pruner("vlmpruner", pruning_rate="2/3")) as ledger:
+        _, found = prefill(there, inputs)
+    assert waits(found) - plain == 1 + 1 + of_its_own, found.syncs
+    assert ledger.records[0].n_kept < ledger.records[0].n_visual
+
+
+# ---- the counter itself
+def test_the_count_would_notice():
+    values = OnDevice(torch.tensor([3.0, -1.0, 2.0]))
+    with CountSyncs() as found:
+        values.sum().item()
+        bool((values > 0).any())
+        values[values > 0]
+        (values > 0).nonzero()
+        values.cpu()
+        values.tolist()
+        torch.zeros(3).to(DEVICE)
+        torch.zeros(3).to(DEVICE, non_blocking=True)
+        torch.tensor([1, 2], device=DEVICE)
+        torch.tensor([], device=DEVICE)
+        values[values.argmax().view(1)]
+    assert dict(found.syncs) == {"_local_scalar_dense": 2, "index": 1, "nonzero": 1, "_to_copy": 4}
+    assert found.launches["gt"] == 3 and found.launches["_to_copy"] >= 5 and not found.launches["view"]
+    with pytest.raises(AssertionError, match="mixes"), CountSyncs():
+        values + torch.ones(3)

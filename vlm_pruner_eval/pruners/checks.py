@@ -1,0 +1,164 @@
+"""The checks before and behind a method's choice, without a wait of their own for the device.
+
+What tells the host that numbers are finite is a number or two, made on the device. They come along with what else is copied to
+the host: with the first tensors that a method asks for, or else with its answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from vlm_pruner_eval.errors import PruningError
+from vlm_pruner_eval.host import to_host
+from vlm_pruner_eval.types import Selection, VisualTokens
+
+SUMMED_IN = torch.float32  # weighted sums of states are, whatever their dtype
+
+
+class Inspection:
+    """What one call of `select` reads, and whether the host knows yet that it is finite.
+
+    On a CPU it is known at once, on a device from the first copy to the host on.
+
+    Parameters
+    ----------
+    named : mapping of str to Tensor
+        Floating-point tensors of any shape, by the names that they have in sentences.
+    where
+        How sentences begin.
+
+    Raises
+    ------
+    PruningError
+        NaN or infinity, here or in the call that brings the first copy.
+    """
+
+    def __init__(self, named: Mapping[str, Tensor], where: str):
+        self._named, self._where = {name: value for name, value in named.items() if value.numel()}, where
+        self._largest: float | None = None
+        self._unread = [evidence(value) for value in self._named.values()]
+        if all(value.device.type == "cpu" for value in self._unread):
+            self.finish()
+
+    def on_host(self, *tensors: Tensor) -> list[Tensor]:
+        """The same tensors in the memory of the host; if that takes a copy, the check of the input comes along."""
+        if all(tensor.device.type == "cpu" for tensor in tensors):
+            return [*tensors]
+        arrived = to_host(*tensors, *self._unread)
+        self._judge(arrived[len(tensors) :])
+        return arrived[: len(tensors)]
+
+    def finish(self) -> None:
+        """Check the input now, if it is not checked yet."""
+        self._judge(to_host(*self._unread))
+
+    def bounds(self, amplification: float | None, dtype: torch.dtype) -> bool:
+        """Whether states of `dtype` that are `amplification` times the input's at most are sure to be finite.
+
+        False also where the size of the input's states is not known on the host.
+        """
+        if amplification is None or self._largest is None:
+            return False
+        highest = min(torch.finfo(dtype).max, torch.finfo(SUMMED_IN).max)
+        return amplification * self._largest < highest / 2  # half: sums are rounded
+
+    def _judge(self, found: list[Tensor]) -> None:
+        if not self._unread:
+            return
+        self._unread = []
+        for (name, value), numbers in zip(self._named.items(), found, strict=True):
+            if not bool(torch.isfinite(numbers).all()):
+                self._look(name, value)
+            elif name == "hidden_states" and value.device.type != "cpu":
+                self._largest = numbers.abs().max().item()
+
+    def _look(self, name: str, value: Tensor) -> None:
+        bad = (~torch.isfinite(value)).flatten(1).any(1) if value.dim() > 1 else ~torch.isfinite(value)
+        if bool(bad.any()):
+            raise PruningError(
+                f"{self._where}: {name} holds NaN or infinity in {int(bad.sum())} of {len(bad)} tokens "
+                f"(first: token {int(bad.nonzero()[0])}); run the unpruned model in float32 or bfloat16 to find "
+                "the layer that overflows."
+            )
+
+
+def evidence(values: Tensor) -> Tensor:
+    """One or two numbers that are finite only if all `values` (one at least, of any shape) are; on a device, the smallest and the largest.
+
+    On a CPU it is their sum, which costs a tenth of a look at every element. A sum of finite values may overflow too, so numbers
+    that are not finite call for that look.
+    """
+    if values.device.type == "cpu":
+        return values.sum(dtype=SUMMED_IN).view(1)
+    return torch.stack(values.aminmax())
+
+
+def checked(selection: Selection, tokens: VisualTokens, keep: int, inspection: Inspection, *, where: str, exact: bool) -> Selection:
+    """A method's answer, if it is right: on the device of `tokens`, with the order in the memory of the host too.
+
+    Raises
+    ------
+    PruningError
+        As `check_selection`, and new states that hold NaN or infinity.
+    """
+    check_form(selection, tokens, keep, where=where, exact=exact)
+    merged, unproven = selection.hidden_states, []
+    if merged is not None:
+        merged = merged.to(tokens.hidden_states.dtype)
+        unproven = [evidence(merged)] if merged.numel() and not inspection.bounds(selection.amplification, merged.dtype) else []
+    order, *found = inspection.on_host(selection.order, *unproven)
+    inspection.finish()
+    check_indices(order, tokens.n_visual, where=where)
+    if found and not bool(torch.isfinite(found[0]).all()) and not bool(torch.isfinite(merged).all()):
+        raise PruningError(f"{where}: the merged states hold NaN or infinity in {merged.dtype}.")
+    there = selection.order.to(tokens.hidden_states.device, non_blocking=True)
+    return dataclasses.replace(selection, order=there, host_order=order, hidden_states=merged)
+
+
+def check_selection(selection: Selection, tokens: VisualTokens, keep: int, *, where: str, exact: bool) -> Tensor:
+    """Refuse an answer that is not `keep` unique local indices in range, with states of the right shape.
+
+    Returns
+    -------
+    Tensor [R] int64
+        The indices in selection order, in the memory of the host.
+
+    Raises
+    ------
+    PruningError
+        Naming what was got and what was expected.
+    """
+    check_form(selection, tokens, keep, where=where, exact=exact)
+    (order,) = to_host(selection.order)
+    check_indices(order, tokens.n_visual, where=where)
+    return order
+
+
+def check_form(selection: Selection, tokens: VisualTokens, keep: int, *, where: str, exact: bool) -> None:
+    """The part of `check_selection` that looks at types and shapes only, for which nobody waits."""
+    order, states = selection.order, selection.hidden_states
+    if not isinstance(order, Tensor) or order.dim() != 1 or order.dtype != torch.int64:
+        got = f"{tuple(order.shape)} of {order.dtype}" if isinstance(order, Tensor) else type(order).__name__
+        raise PruningError(f"{where}: chose {got}, expected a 1-D int64 tensor of local indices.")
+    if exact and len(order) != keep:
+        raise PruningError(f"{where}: chose {len(order)} tokens, expected exactly {keep} of {tokens.n_visual}.")
+    expected = (len(order), tokens.hidden_states.shape[1])
+    if states is not None and not (isinstance(states, Tensor) and states.is_floating_point() and tuple(states.shape) == expected):
+        got = f"shape {tuple(states.shape)} of {states.dtype}" if isinstance(states, Tensor) else f"type {type(states).__name__}"
+        raise PruningError(f"{where}: returned states of {got}, expected a floating-point tensor {expected} in the order of `keep`.")
+
+
+def check_indices(order: Tensor, n_visual: int, *, where: str) -> None:
+    """The part of `check_selection` that looks at the indices [R], which are in the memory of the host."""
+    if len(order) == 0:
+        return
+    first, last = (int(end) for end in order.aminmax())
+    if first < 0 or last >= n_visual:
+        raise PruningError(f"{where}: chose indices {first} to {last}, expected 0 to {n_visual - 1}.")
+    distinct = len(torch.unique(order))
+    if distinct != len(order):
+        raise PruningError(f"{where}: chose {len(order)} indices of which {distinct} are distinct, expected no repeats.")
