@@ -15,7 +15,7 @@ from vlm_pruner_eval.lmms import prompts
 from vlm_pruner_eval.lmms.plugin import MODELS
 from vlm_pruner_eval.sweep.config import SweepConfig, load
 from vlm_pruner_eval.sweep.grid import Run, expand, method_problems
-from vlm_pruner_eval.sweep.runner import check_tasks, unscorable
+from vlm_pruner_eval.sweep.opening import check_tasks, unscorable
 from vlm_pruner_eval.sweep.scores import BENCHMARK_GROUPS, MAIN_METRICS
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -16,7 +16,8 @@ from vlm_pruner_eval.report.build import build
 from vlm_pruner_eval.sweep import records
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.grid import expand
-from vlm_pruner_eval.sweep.runner import Outcome, run_sweep, unscorable
+from vlm_pruner_eval.sweep.opening import unscorable
+from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
 from vlm_pruner_eval.sweep.scores import NOT_SCORABLE
 from vlm_pruner_eval.sweep.store import Store
 
@@ -152,7 +153,7 @@ def test_a_failed_sample_fails_its_run_and_the_others_go_on(sweep: Sweep) -> Non
 def test_only_failed_runs_are_tried_again(sweep: Sweep) -> None:
     sweep(make_config(), Behaviour(explode={"random"}))
     more = make_config(methods=["vlmpruner", {"name": "random", "seeds": [0, 1, 2]}, "blind", "uniform"])
-    assert sweep(more, retry_failed=True) == Outcome(runs=7, skipped=3, failed=0)
+    assert sweep(more, retry_failed=True) == Outcome(runs=7, skipped=3, failed=0, left=1)
     assert sweep.loaded[-1].evaluated == ["random"] * 3
     assert "1 of 7 runs are left; without --retry-failed they are run" in sweep.log
     assert sweep(more) == Outcome(runs=7, skipped=6, failed=0)
@@ -202,10 +203,11 @@ def test_an_output_that_is_a_file_is_refused_before_loading(sweep: Sweep) -> Non
     assert sweep.loaded == []
 
 
-def test_torchrun_is_refused(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_of_torchruns_environment_is_refused(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="a sweep runs in one process"):
+    with pytest.raises(ConfigError, match="got WORLD_SIZE=2 without RANK and MASTER_ADDR and MASTER_PORT; start by torchrun"):
         sweep(make_config())
+    assert not sweep.output.exists()
 
 
 def test_an_interrupt_is_not_a_failed_run(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
@@ -77,9 +77,16 @@ def sweep(
         bool, typer.Option("--share-prefix", help="Compute what precedes the cuts once for all runs: same answers, sooner, without times.")
     ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run those that failed, and only those.")] = False,
+    executor: Annotated[str | None, typer.Option(help="What makes the runs: local (default), one process per visible GPU.")] = None,
+    processes: Annotated[int | None, typer.Option(help="So many processes on this machine, whatever GPUs there are.")] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Be one of N processes, wherever they run, that share the grid and --output.")
+    ] = None,
+    todo: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Run a sweep, go on where it stopped, write and print the report. Exit code 1 if a run failed, 2 for bad input.
 
+    Under torchrun, the ranks answer every run together. Of several shards, the one that finds no run left writes the report.
     `sweep status DIRECTORY` shows how far one is.
     """
     from vlm_pruner_eval.sweep.progress import quieten
@@ -97,7 +104,7 @@ def sweep(
 
         print_preview(Console(), preview(loaded, directory))
         return
-    _run(loaded, directory, retry_failed)
+    _run(loaded, directory, retry_failed, executor=executor, processes=processes, shard=shard, todo=todo)
 
 
 @app.command()
@@ -255,15 +262,11 @@ def _output_of(config: SweepConfig) -> Path:
     return Path(config.output or Path("output") / config.name)
 
 
-def _run(config: SweepConfig, output: Path, retry_failed: bool) -> None:
-    from vlm_pruner_eval.sweep.runner import run_sweep
+def _run(config: SweepConfig, output: Path, retry_failed: bool, **how: Any) -> None:
+    from vlm_pruner_eval.sweep import main
 
-    outcome = run_sweep(config, output, retry_failed=retry_failed)
-    paths = _report(output)
-    summary = {"runs": outcome.runs, "skipped": outcome.skipped, "failed": outcome.failed, "report": str(paths["md"])}
-    print(json.dumps(summary), flush=True)
-    if outcome.failed:
-        raise typer.Exit(FAILED_RUNS)
+    if code := main.run(main.Asked(config, output, retry_failed, **how), report=_report):
+        raise typer.Exit(code)
 
 
 def _report(directory: Path) -> dict[str, Path]:

@@ -69,7 +69,7 @@ def _folder(name: str, revision: str | None) -> Path | None:
 def tasks(config: SweepConfig) -> Iterator[Finding]:
     """Whether lmms-eval knows the tasks, and whether their data are here."""
     from vlm_pruner_eval.errors import ConfigError
-    from vlm_pruner_eval.sweep.runner import check_tasks, unscorable
+    from vlm_pruner_eval.sweep.opening import check_tasks, unscorable
 
     try:
         manager = check_tasks(config)

@@ -38,6 +38,8 @@ class Journal:
         What must be the same for answers to be used again: the run's id, a digest of the checkpoint's files.
     part
         The share of the run that this process answers; every part has a file of its own, and each reads those of all.
+    watch
+        Called again and again while this process waits for other parts; raises where that is in vain.
 
     Raises
     ------
@@ -48,6 +50,7 @@ class Journal:
     folder: Path
     head: Mapping[str, Any]
     part: Part = WHOLE
+    watch: Callable[[], None] | None = None
     earlier_s: float = 0.0  # what the answers took that earlier processes left
     replayed: int = 0  # those answers
     computed_s: float = 0.0  # what answers took that were not there yet
@@ -95,7 +98,7 @@ class Journal:
         """Remove the journals of all parts: the run is recorded, or is to begin anew."""
         self.close()
         for path in self.files():
-            path.unlink()
+            path.unlink(missing_ok=True)  # another process may find the run recorded and do the same
 
     # ---- the source of answers
     def __call__(self, call: str, asked: Sequence[Request], compute: Compute, size: BatchSize) -> Iterator[Batch]:
@@ -223,6 +226,8 @@ class Journal:
         sizes, since = [], time.monotonic()
         while True:
             looked = time.monotonic()
+            if self.watch is not None:
+                self.watch()
             waiting = [path for path in paths if not self._is_ended(path, call, digest)]
             if not waiting:
                 return

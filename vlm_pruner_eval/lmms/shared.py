@@ -21,7 +21,7 @@ from vlm_pruner_eval.lmms import prompts
 from vlm_pruner_eval.lmms.checks import Tally
 from vlm_pruner_eval.lmms.journal import Journal, Source
 from vlm_pruner_eval.lmms.log import Answer
-from vlm_pruner_eval.lmms.plan import WHOLE, Batch, BatchSize, Compute, Done
+from vlm_pruner_eval.lmms.plan import Batch, BatchSize, Compute, Done
 from vlm_pruner_eval.lmms.prompts import Generation, Prompt, Request, digest_of
 from vlm_pruner_eval.lmms.settings import build_pruner
 from vlm_pruner_eval.lmms.wrapper import PrunedModel
@@ -125,7 +125,8 @@ class SharedRuns:
         )
         self._tell(len(everywhere.indices), is_new=False)
         clock = time.monotonic()
-        for batch in self.model.batches_of(shared, everywhere, WHOLE, self._of_batch):
+        (part,) = {journal.part for journal in self.journals.values()}
+        for batch in self.model.batches_of(shared, everywhere, part, self._of_batch):
             now = time.monotonic()
             alive = self._alive([request for request, _ in batch])
             for key, run in alive:

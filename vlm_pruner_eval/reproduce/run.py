@@ -19,7 +19,8 @@ from vlm_pruner_eval.reproduce.plan import Plan
 from vlm_pruner_eval.reproduce.rows import ReproducedRow, reproduced_rows, spreads_of
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.grid import UNPRUNED, expand
-from vlm_pruner_eval.sweep.runner import Loader, Outcome, check_methods, check_tasks, run_sweep
+from vlm_pruner_eval.sweep.opening import Loader, check_methods, check_tasks
+from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
 from vlm_pruner_eval.sweep.store import Store
 
 

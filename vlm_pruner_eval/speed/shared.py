@@ -48,7 +48,7 @@ def bench_shared(
     import torch
 
     from vlm_pruner_eval.speed.machine import machine
-    from vlm_pruner_eval.sweep.runner import check_tasks
+    from vlm_pruner_eval.sweep.opening import check_tasks
 
     task_manager, load = check_tasks(config, task_manager), _once()
     _warm_up(config, load, task_manager)

@@ -29,19 +29,64 @@ def evaluate(model: Any, config: SweepConfig, task_manager: Any, folder: Path) -
     Tasks are loaded afresh for every run, because some of them keep state between evaluations in their module (OCRBench adds
     each run's points to the last run's).
     """
-    from lmms_eval.evaluator import simple_evaluate
+    tasks, groups = _load_tasks(config, task_manager)
+    results = _simple_evaluate(model, config, task_manager, tasks, folder)
+    logged = {name: results["samples"][name] for name in tasks}
+    images: dict[str, dict[Any, Sequence[str]]] = {name: {} for name in tasks}
+    for answer in model.answers:
+        images[answer.task][answer.doc_id] = answer.images
+    scored = {name: scores.score_task(name, results["results"][name], logged[name], task, images[name]) for name, task in tasks.items()}
+    return Evaluated(scored, _by_benchmark(scored, groups), logged)
 
+
+def answer_only(model: Any, config: SweepConfig, task_manager: Any, folder: Path) -> Evaluated:
+    """The same up to the last answer: of several processes that answer a run together, only one scores it."""
+    tasks, _ = _load_tasks(config, task_manager)
+    with _until_answered(model):
+        _simple_evaluate(model, config, task_manager, tasks, folder)
+    return Evaluated()
+
+
+class _Answered(Exception):
+    """All requests have their answers."""
+
+
+@contextmanager
+def _until_answered(model: Any) -> Iterator[None]:
+    """Leave an evaluation where lmms-eval calls `clean`, which it does between the last answer and the first score."""
+
+    def leave() -> None:
+        raise _Answered
+
+    model.clean = leave  # hides the method of its class
+    try:
+        yield
+    except _Answered:
+        return
+    finally:
+        del model.clean
+    raise RuntimeError("lmms-eval scored answers without calling clean() first, as versions 0.7 do; expected such a version.")
+
+
+def _load_tasks(config: SweepConfig, task_manager: Any) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """Tasks by name, and the names that every entry of the sweep file stands for."""
     tasks: dict[str, Any] = {}
     groups: dict[str, list[str]] = {}
     for name in config.tasks:  # one by one: lmms-eval reverses the order of a list
         leaves = _leaves(task_manager.load_task_or_group([name], "chat"))
         tasks |= leaves
         groups[name] = list(leaves)
+    return tasks, groups
+
+
+def _simple_evaluate(model: Any, config: SweepConfig, task_manager: Any, tasks: dict[str, Any], folder: Path) -> dict[str, Any]:
+    from lmms_eval.evaluator import simple_evaluate
+
     seed = config.seed
     # Aggregations that write submission files read output_path from here; without it they write into the current folder.
     cli_args = argparse.Namespace(output_path=str(folder), process_with_media=False, reasoning_tags=None)
     with _no_bars():
-        results = simple_evaluate(
+        return simple_evaluate(
             model=model,
             tasks=list(tasks.values()),
             task_manager=task_manager,
@@ -56,12 +101,6 @@ def evaluate(model: Any, config: SweepConfig, task_manager: Any, folder: Path) -
             cli_args=cli_args,
             datetime_str=time.strftime("%Y%m%d_%H%M%S"),
         )
-    logged = {name: results["samples"][name] for name in tasks}
-    images: dict[str, dict[Any, Sequence[str]]] = {name: {} for name in tasks}
-    for answer in model.answers:
-        images[answer.task][answer.doc_id] = answer.images
-    scored = {name: scores.score_task(name, results["results"][name], logged[name], task, images[name]) for name, task in tasks.items()}
-    return Evaluated(scored, _by_benchmark(scored, groups), logged)
 
 
 def _by_benchmark(scored: dict[str, scores.Scored], groups: dict[str, list[str]]) -> dict[str, scores.Scored]:

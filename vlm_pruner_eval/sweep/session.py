@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from vlm_pruner_eval.errors import StoppedError
 from vlm_pruner_eval.lmms.journal import Journal, Source
-from vlm_pruner_eval.lmms.plan import WHOLE, Part
+from vlm_pruner_eval.lmms.plan import WHOLE, BatchSize, Part
 from vlm_pruner_eval.shown import sentence, without_secrets
 from vlm_pruner_eval.sweep import documents, provenance, records
 from vlm_pruner_eval.sweep.config import SweepConfig
-from vlm_pruner_eval.sweep.evaluate import Evaluated, evaluate, samples_of
+from vlm_pruner_eval.sweep.evaluate import Evaluated, answer_only, evaluate, samples_of
 from vlm_pruner_eval.sweep.files import is_disk_full
 from vlm_pruner_eval.sweep.grid import Run
 from vlm_pruner_eval.sweep.store import FAILED, FINISHED, Store, to_json
+
+
+class Team(Protocol):
+    """Processes that answer every run together, each its part; see `executors.ranks`."""
+
+    def agree(self, name: str, value: Any) -> Any:
+        """What the first part says, in plain types; the others' `value` does not count."""
+
+    def give_up(self, run_id: str, sentence: str) -> None:
+        """Say that this part will not answer its share of a run."""
+
+    def check(self, run_id: str) -> None:
+        """Raise a PruningError if another part gave a run up."""
+
+    def meet(self, name: str) -> None:
+        """Wait until all parts are here."""
+
+
+@dataclass(frozen=True)
+class _NoModel:
+    """In place of the model of a run that no process of this machine has loaded one for."""
+
+    working_size: BatchSize
+
+    def describe(self) -> dict[str, Any]:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -35,6 +62,8 @@ class Session:
         The share of every run that this process answers; the first part also records.
     sources
         Of runs whose answers are computed together, by run id, see `lmms.shared`.
+    team
+        The processes of the other parts.
     """
 
     config: SweepConfig
@@ -44,11 +73,22 @@ class Session:
     checkpoint: Mapping[str, Any]
     part: Part = WHOLE
     sources: Mapping[str, Source] | None = None
+    team: Team | None = None
 
     def journal(self, run: Run) -> Journal:
         """Where a run's answers are written as they come."""
         digest = hashlib.sha256(to_json(dict(self.checkpoint)).encode()).hexdigest()[:16]
-        return Journal(self.store.run_dir(run.run_id), {"run_id": run.run_id, "checkpoint": digest}, self.part)
+        watch = None if self.team is None else functools.partial(self.team.check, run.run_id)
+        return Journal(self.store.run_dir(run.run_id), {"run_id": run.run_id, "checkpoint": digest}, self.part, watch=watch)
+
+    def begin_again(self, run: Run) -> None:
+        """Before a failed run is tried again: with samples that failed it begins anew, else the answers that are there are used.
+
+        Its record stays until there is another one, so a process that is killed meanwhile leaves a failed run, to be tried again.
+        """
+        journal = self.journal(run)
+        if journal.has_failures():
+            journal.delete()
 
     def run(self, run: Run) -> str | None:
         """Answer what is left of a run, and record it; returns what went wrong, in a sentence, or None.
@@ -56,7 +96,7 @@ class Session:
         Raises
         ------
         StoppedError
-            The disk is full.
+            The disk is full, or another process has taken this one's place.
         ConfigError
             The run's journal was changed or damaged.
         """
@@ -70,17 +110,24 @@ class Session:
 
     def _record(self, run: Run, journal: Journal, started: float) -> str | None:
         self.model.configure(method=run.method, pruning_rate=run.pruning_rate, **run.params)
-        self.model.resume_at(journal.batch_size())
+        self.model.resume_at(self._batch_size(run, journal))
         self.model.source = (self.sources or {}).get(run.run_id, journal)
         evaluated, problem, trace = Evaluated(), None, None
         try:
-            evaluated = evaluate(self.model, self.config, self.task_manager, self.store.run_dir(run.run_id))
+            evaluate_part = answer_only if self.part.index else evaluate
+            evaluated = evaluate_part(self.model, self.config, self.task_manager, self.store.run_dir(run.run_id))
+        except StoppedError:
+            raise
         except (Exception, SystemExit) as error:  # whatever a task or a model raises costs one run, not the sweep: it is recorded below
             if is_disk_full(error):
                 raise _stopped(error) from error
             problem, trace = sentence(f"{type(error).__name__}: {error}".strip()), without_secrets(traceback.format_exc())
+            if self.team is not None:
+                self.team.give_up(run.run_id, problem)
         finally:
             self.model.source = None
+        if self.team is not None:
+            self.team.meet(run.run_id)  # the journals are read by all parts, and are removed below
         if self.part.index:
             return problem
         samples = samples_of(self.model.answers, evaluated)
@@ -93,6 +140,13 @@ class Session:
         if problem is None or record["failures"]:
             journal.delete()  # of a run that failed after all was answered, the answers are used again
         return problem
+
+    def _batch_size(self, run: Run, journal: Journal) -> BatchSize | None:
+        size = journal.batch_size()
+        if self.team is None:
+            return size
+        agreed = self.team.agree(f"batch size of {run.run_id}", None if size is None else size.as_json())
+        return None if agreed is None else BatchSize.of(agreed)
 
     def _describe(
         self,
@@ -123,6 +177,14 @@ class Session:
             "failures": records.failures(samples)[:50],
             "provenance": provenance.collect(described, self.checkpoint, started),
         }
+
+
+def record_lost(config: SweepConfig, store: Store, run: Run, problem: str) -> None:
+    """Record a run as failed for a process that could not do it itself, as it died. What it answered stays in the journal."""
+    files = provenance.checkpoint_files(config.model.pretrained, config.model.revision)
+    session = Session(config, store, _NoModel(BatchSize(config.model.batch_size)), None, files)
+    record = session._describe(run, [], Evaluated(), 0.0) | {"status": FAILED, "problem": problem, "traceback": None}
+    store.write_run(record, [])
 
 
 def _problem(samples: list[dict[str, Any]], evaluated: Evaluated, raised: str | None) -> str | None:

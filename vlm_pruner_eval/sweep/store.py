@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -105,6 +106,13 @@ class Store:
     def is_finished(self, run_id: str, checkpoint: dict[str, Any] | None = None) -> bool:
         """Whether a run has a complete record that counts."""
         return self.status(run_id, checkpoint) == FINISHED
+
+    def stamp(self, run_id: str) -> str | None:
+        """Changes whenever a run is recorded: a digest of its record, None where there is none."""
+        try:
+            return hashlib.sha256((self.run_dir(run_id) / "run.json").read_bytes()).hexdigest()
+        except FileNotFoundError:
+            return None
 
     def forget(self, run_id: str) -> None:
         """Remove a run's record: it is to be run again."""

@@ -1,0 +1,121 @@
+"""What an executor is given, and what it owes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from vlm_pruner_eval.sweep.config import SweepConfig
+from vlm_pruner_eval.sweep.grid import Run
+from vlm_pruner_eval.sweep.opening import Loader, open_session, sharing
+from vlm_pruner_eval.sweep.progress import SweepProgress
+from vlm_pruner_eval.sweep.session import Session
+from vlm_pruner_eval.sweep.store import FAILED, FINISHED, Store
+
+_SKIPPED = {FINISHED: "finished before, skipped", FAILED: "failed before, skipped", None: "left"}
+
+
+@dataclass(frozen=True)
+class Work:
+    """A sweep that is to be done, in a directory that this process holds.
+
+    Attributes
+    ----------
+    config, store
+        What, and where to.
+    runs
+        The whole grid.
+    todo
+        The runs to be made.
+    console
+        For progress and notices.
+    load, task_manager
+        In place of the loader of models and lmms-eval's task index; None: the real ones.
+    status
+        `Store.status` of all runs before, by run id.
+    stamps
+        `Store.stamp` of the runs to be made, by run id: a run whose record is still that one has not been made yet.
+    check
+        Raises a StoppedError when another process has taken this one's place in the directory.
+    """
+
+    config: SweepConfig
+    store: Store
+    runs: list[Run]
+    todo: list[Run]
+    console: Console
+    load: Loader | None = None
+    task_manager: Any = None
+    status: Mapping[str, str | None] = field(default_factory=dict)
+    stamps: Mapping[str, str | None] = field(default_factory=dict)
+    check: Callable[[], None] = lambda: None
+
+    def begin(self) -> None:
+        """Write the grid; only after everything that can be checked has been."""
+        self.store.begin(self.config.name, self.config.model_dump(), [run.line() for run in self.runs])
+
+    def open(self, **options: Any) -> Session:
+        """Load the model, see `open_session`."""
+        return open_session(
+            self.config, self.store, self.todo, console=self.console, load=self.load, task_manager=self.task_manager, **options
+        )
+
+    def prepare(self, session: Session, runs: Sequence[Run]) -> None:
+        """Before `runs` are begun: drop the journals of those that failed and are tried again, and of those that need none any more."""
+        for run in runs:
+            if self.status.get(run.run_id) == FAILED:
+                session.begin_again(run)
+        for run in self.runs:
+            if self.status.get(run.run_id) == FINISHED:
+                session.journal(run).delete()  # a process was killed after it had recorded the run
+
+    def is_made(self, run: Run) -> bool:
+        """Whether someone has recorded a run since the work began."""
+        stamp = self.store.stamp(run.run_id)  # none while a record is replaced
+        return stamp is not None and stamp != self.stamps.get(run.run_id)
+
+    @contextmanager
+    def making(self, session: Session, total: int) -> Iterator[tuple[Session, SweepProgress]]:
+        """A session that makes `todo`, with shared answers if the sweep file asks for them, and the progress of `total` runs."""
+        with ExitStack() as stack:
+            session = stack.enter_context(sharing(session, self.todo, self.console))
+            shared = session.sources is not None
+            yield session, stack.enter_context(SweepProgress(self.console, total, todo=len(self.todo), shared=shared))
+
+    def skip(self, progress: SweepProgress, run: Run) -> None:
+        """Show a run that is not to be made."""
+        progress.end(run.key, _SKIPPED[self.status.get(run.run_id)])
+
+    def make(self, session: Session, run: Run, progress: SweepProgress, check: Callable[[], None] = lambda: None) -> None:
+        """Make one run and show how it goes; `check` is called with every batch, as `self.check` is."""
+
+        def answered(*counts: Any) -> None:
+            progress.answered(*counts)
+            self.check()
+            check()
+
+        session.model.on_requests, session.model.on_answers = progress.asked, answered
+        progress.start(run.key)
+        problem = session.run(run)
+        progress.finished(run.key, "finished" if problem is None else f"FAILED: {problem}")
+
+
+class Executor(Protocol):
+    """Makes the runs of a sweep, somewhere."""
+
+    def run(self, work: Work) -> None:
+        """Make every run of `work.todo`; one that fails is recorded in the store, and the others go on.
+
+        It calls `work.begin()` once it has checked what can be checked. The outcome is read from the store.
+
+        Raises
+        ------
+        ConfigError
+            A request that can't be run as written; nothing has been written then.
+        StoppedError
+            Nothing can go on.
+        """

@@ -1,0 +1,333 @@
+"""Locks that survive a crash: a small file that says who holds it, and is touched for as long as its holder lives.
+
+On one machine the kernel says whether a holder lives, and looking at a lock and replacing it is one step (`flock` on a guard
+file). Between machines nothing is that certain: there a lock counts as left behind after ten minutes without a touch, and two
+processes that break it in the same moment see to it by the name of the file alone, which network disks keep in order but show late.
+A holder that finds its lock taken, because it or its disk stood still for so long, stops (`Lock.check`).
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import json
+import os
+import socket
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from vlm_pruner_eval.errors import ConfigError, StoppedError
+from vlm_pruner_eval.sweep.files import is_disk_full
+from vlm_pruner_eval.sweep.processes import is_running, machine_id, start_of
+
+SUFFIX = ".lock"
+BEAT_S = 20.0
+SILENT_S = 600.0  # of a process on another machine
+# Of one on a host of this name that was booted at another time: it went with the reboot, or hosts share a name and it lives. Its
+# touches come every 20 s and are seen up to a minute late.
+REBOOTED_S = 120.0
+_ATTEMPTS = 4
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
+_NO_FLOCK = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF}
+_READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock.
+
+    Attributes
+    ----------
+    host, pid
+        The process.
+    started
+        When it was started, in the terms of its machine: a later process may be given the same pid.
+    machine
+        Tells hosts of the same name, boots of a host, and containers apart.
+    since
+        When it took the lock, by its own clock, for people.
+    what
+        What it does, for people.
+    token
+        Its own name of this lock.
+    """
+
+    host: str
+    pid: int
+    started: str
+    machine: str
+    since: str
+    what: str
+    token: str
+
+    @classmethod
+    def here(cls, what: str) -> Holder:
+        """The process that asks."""
+        now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+        return cls(socket.gethostname(), os.getpid(), start_of(os.getpid()), machine_id(), now, what, uuid.uuid4().hex)
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on host {self.host} ({self.what}, since {self.since})" if self.pid else "a process unknown"
+
+
+_UNKNOWN = Holder("unknown", 0, "", "", "", "", "")
+
+
+class Lock:
+    """One lock; take it by `acquire`, give it back by `release`.
+
+    Parameters
+    ----------
+    path
+        The file; its folder is made when the lock is taken, and removed again if nothing else was put there.
+    what
+        What this process does, for others to read.
+    """
+
+    def __init__(self, path: Path, what: str = "a sweep"):
+        self.path, self._what = path, what
+        self._mine: Holder | None = None
+        self._made: list[Path] = []
+        self._ended, self._taken_by = threading.Event(), None
+
+    def acquire(self) -> Holder | None:
+        """Take the lock, also one that was left behind; returns the living holder where there is one, and has changed nothing then.
+
+        Raises
+        ------
+        ConfigError
+            The folder can't be written.
+        StoppedError
+            The disk is full.
+        """
+        if holder := living(self.path):
+            return holder
+        try:
+            holder = self._take(Holder.here(self._what))
+        except OSError as error:
+            self._remove_folders()
+            if is_disk_full(error):
+                raise StoppedError(f"The disk is full ({error}); make room, then run the same command again.") from error
+            raise ConfigError(f"output: {str(self.path.parent)!r} can't be written ({error}); choose another folder.") from error
+        if holder is not None:
+            self._remove_folders()
+            return holder
+        threading.Thread(target=self._beat, name=f"heartbeat {self.path.name}", daemon=True).start()
+        return None
+
+    def release(self) -> None:
+        """Give the lock back; a copy of this process (a fork) keeps its parent's."""
+        mine, self._mine = self._mine, None
+        self._ended.set()
+        if mine is None or mine.pid != os.getpid():
+            return
+        with _guarded(self.path.parent):
+            if _token(self.path) == mine.token:
+                self.path.unlink(missing_ok=True)
+        self._remove_folders()
+
+    def check(self) -> None:
+        """Stop a process whose lock another one has taken.
+
+        Raises
+        ------
+        StoppedError
+            With who has it.
+        """
+        if self._taken_by is not None:
+            raise StoppedError(
+                f"{self.path}: this process stood still for so long that {self._taken_by} took its place; it stops here, so that no two "
+                "write the same files."
+            )
+
+    def _take(self, mine: Holder) -> Holder | None:
+        for _ in range(_ATTEMPTS):
+            self._made += _make_folders(self.path.parent)
+            with suppress(FileNotFoundError):  # another process, which had made the folder, removed it in this moment
+                return self._take_in_folder(mine)
+        self._made += _make_folders(self.path.parent)
+        return self._take_in_folder(mine)
+
+    def _take_in_folder(self, mine: Holder) -> Holder | None:
+        with _guarded(self.path.parent):
+            if holder := living(self.path):
+                return holder
+            left_behind = _token(self.path)
+            if left_behind is not None:
+                _remove(self.path, left_behind)
+            if not _create(self.path, json.dumps(asdict(mine)) + "\n"):  # on a network disk another one was faster
+                return living(self.path) or _UNKNOWN
+        self._mine = mine
+        return None
+
+    def _beat(self) -> None:
+        """Touch the file again and again; the file's own clock is the one that others compare with."""
+        mine = self._mine
+        while mine is not None and not self._ended.wait(BEAT_S):
+            with suppress(OSError):  # a network disk that is away: while it is, nobody else can take the lock either
+                if _token(self.path) != mine.token:
+                    self._taken_by = self._taken_by or _read(self.path) or _UNKNOWN
+                    return
+                os.utime(self.path)
+
+    def _remove_folders(self) -> None:
+        for folder in reversed(self._made):
+            with suppress(OSError):  # something was put there, or another process removed it
+                folder.rmdir()
+        self._made = []
+
+
+def holder_of(directory: Path) -> Holder | None:
+    """The living process that holds a directory (one of them, where there are several), or None. Changes nothing that stays."""
+    if not directory.is_dir():
+        return None
+    for path in sorted(directory.glob(f"*{SUFFIX}")):
+        if holder := living(path):
+            return holder
+    return None
+
+
+def last_holder(path: Path) -> Holder | None:
+    """Who holds a lock or, of one that was left behind, held it."""
+    return _read(path)
+
+
+def living(path: Path) -> Holder | None:
+    """Who holds a lock, unless that process is known to be gone."""
+    holder, limit = _read(path), SILENT_S
+    if holder is None:
+        return None
+    if holder.machine == machine_id():
+        return holder if is_running(holder.pid, holder.started) else None
+    if holder.host == socket.gethostname():
+        limit = REBOOTED_S
+    try:
+        return holder if _silent_s(path) <= limit else None
+    except FileNotFoundError:
+        return None  # given back in this moment
+    except OSError as error:
+        if error.errno not in _READ_ONLY:
+            raise
+        return holder  # only someone who can't write there, and so only looks, has to believe it
+
+
+def _silent_s(path: Path) -> float:
+    """Seconds since a file was touched, by the clock that touches files in its folder: clocks of hosts differ."""
+    handle, probe = tempfile.mkstemp(dir=path.parent, prefix=".clock.")
+    os.close(handle)
+    try:
+        return os.stat(probe).st_mtime - path.stat().st_mtime
+    finally:
+        os.unlink(probe)
+
+
+def _read(path: Path) -> Holder | None:
+    """What stands in a lock; None where there is no file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return Holder(**{field.name: found[field.name] for field in fields(Holder)})
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        return _UNKNOWN  # half written, by a crash or in this moment
+
+
+def _token(path: Path) -> str | None:
+    holder = _read(path)
+    return None if holder is None else holder.token
+
+
+def _create(path: Path, content: str) -> bool:
+    """Make a file with its content in one step, unless there is one."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # others must be able to read who it is
+        try:
+            os.link(name, path)
+            return True
+        except FileExistsError:
+            return os.stat(name).st_nlink == 2  # NFS says so of a link that it made, when its first answer got lost
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            return _create_plainly(path, content)
+    finally:
+        os.unlink(name)
+
+
+def _create_plainly(path: Path, content: str) -> bool:
+    """In two steps, where the file system has no links: one who looks in between sees a holder unknown, and leaves it alone."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(content)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _remove(path: Path, token: str) -> None:
+    """Remove a lock that was left behind.
+
+    Where the guard does not reach, another process may have replaced it since it was looked at: then it is put back, and should a
+    third one have come in between, its owner notices at its next heartbeat.
+    """
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        return
+    if _token(aside) != token:
+        with suppress(FileExistsError):
+            os.link(aside, path)
+    aside.unlink()
+
+
+@contextmanager
+def _guarded(folder: Path) -> Iterator[None]:
+    """One process of this machine at a time (of all machines, where `flock` reaches over the network)."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    path = folder / ".guard"
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in _NO_FLOCK:
+                    raise
+            if not _is_at(handle, path):  # the one before us removed the file that we waited for
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+        finally:
+            os.close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Make a folder and those above it; returns the new ones, the topmost first."""
+    new = [one for one in (folder, *folder.parents) if not one.exists()][::-1]
+    folder.mkdir(parents=True, exist_ok=True)
+    return new

@@ -1,0 +1,95 @@
+"""What the command `sweep` does with its options: which process this is, and what it prints and reports at its end."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlm_pruner_eval.errors import StoppedError
+from vlm_pruner_eval.lmms.plan import Part
+from vlm_pruner_eval.sweep.config import SweepConfig
+from vlm_pruner_eval.sweep.directory import is_held_by_parent
+from vlm_pruner_eval.sweep.executors import choose
+from vlm_pruner_eval.sweep.executors.allotment import STOPPED, end_with_parent
+from vlm_pruner_eval.sweep.executors.ranks import rank_of
+from vlm_pruner_eval.sweep.lock import Lock
+from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
+from vlm_pruner_eval.sweep.signals import terminable
+
+_FAILED_RUNS = 1
+Report = Callable[[Path], dict[str, Path]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The command line."""
+
+    config: SweepConfig
+    output: Path
+    retry_failed: bool = False
+    executor: str | None = None
+    processes: int | None = None
+    shard: str | None = None
+    todo: Path | None = None
+
+
+def run(asked: Asked, report: Report) -> int:
+    """Run a sweep, report it, and return the exit code.
+
+    Parameters
+    ----------
+    asked
+        The command line.
+    report
+        Writes and prints the report of a results directory, and returns its files.
+
+    Raises
+    ------
+    ConfigError, StoppedError
+        See `run_sweep`, `executors.choose` and `Part.parse`.
+    """
+    rank, shard = rank_of(), None if asked.shard is None else Part.parse(asked.shard)
+    executor = choose(asked.executor, processes=asked.processes, shard=shard, is_rank=rank is not None)
+    options = {"retry_failed": asked.retry_failed, "executor": executor, "shard": shard, "todo": asked.todo}
+    with terminable():
+        if asked.todo is not None:
+            return _as_child(asked, options)
+        outcome = run_sweep(asked.config, asked.output, **options)
+        if rank is not None and rank.index:
+            return 0  # the first rank speaks for all
+        paths = report(asked.output) if shard is None else _report_once(asked.output, outcome, report)
+    summary = {"runs": outcome.runs, "skipped": outcome.skipped, "failed": outcome.failed}
+    if shard is not None:
+        summary |= {"left": outcome.left}
+    print(json.dumps(summary | {"report": str(paths["md"]) if paths else None}), flush=True)
+    return _FAILED_RUNS if outcome.failed else 0
+
+
+def _as_child(asked: Asked, options: dict) -> int:
+    """A process that a sweep has started itself: that one reads the outcome from the store, and tells a stop from a crash by the code."""
+    if is_held_by_parent(asked.output):
+        end_with_parent()
+    try:
+        run_sweep(asked.config, asked.output, **options)
+    except StoppedError as error:
+        print(f"vlm-pruner-eval: {error}", file=sys.stderr)
+        return STOPPED
+    return 0
+
+
+def _report_once(output: Path, outcome: Outcome, report: Report) -> dict[str, Path] | None:
+    """The report of a grid that shards made: by one that finds no run left; of two that do at the same time, by one."""
+    if outcome.left:
+        print(f"{outcome.left} runs are left, so there is no report yet; the shard that makes the last one writes it.", file=sys.stderr)
+        return None
+    lock = Lock(output / "report.lock", "writes the report")
+    if holder := lock.acquire():
+        print(f"The report is being written by {holder}.", file=sys.stderr)
+        return None
+    try:
+        return report(output)
+    finally:
+        lock.release()

@@ -1,0 +1,156 @@
+"""Everything that the runs of a sweep need, checked before the first one begins: tasks, the loaded model, methods."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+
+from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.lmms.plan import WHOLE, Part
+from vlm_pruner_eval.sweep import provenance, scores
+from vlm_pruner_eval.sweep.config import ModelSection, SweepConfig
+from vlm_pruner_eval.sweep.grid import Run
+from vlm_pruner_eval.sweep.hub_code import hub_code_problems
+from vlm_pruner_eval.sweep.images import ImageStore, Keeper
+from vlm_pruner_eval.sweep.session import Session, Team
+from vlm_pruner_eval.sweep.store import Store
+
+Loader = Callable[..., Any]  # vlm_pruner_eval.lmms.wrapper.load, or a stand-in of the same interface
+
+
+def open_session(
+    config: SweepConfig,
+    store: Store,
+    todo: Sequence[Run],
+    *,
+    console: Console,
+    load: Loader | None = None,
+    task_manager: Any = None,
+    part: Part = WHOLE,
+    team: Team | None = None,
+) -> Session:
+    """Load the model and let it refuse what it can't do; nothing is written.
+
+    Parameters
+    ----------
+    todo
+        The runs that may be asked of the session.
+    part, team
+        Where several processes answer every run together: the share of this one, and the others.
+
+    Raises
+    ------
+    ConfigError
+        Unknown tasks, a checkpoint that can't be loaded, methods that it can't run.
+    """
+    task_manager = check_tasks(config, task_manager)
+    for task in unscorable(config, task_manager):
+        console.print(f"{task} is {scores.NOT_SCORABLE}; without its score, rows have no relative average.", highlight=False)
+    model = _load_model(config.model, load)
+    _check_layers(config.model, model)
+    check_methods(model, todo)
+    model.on_prompt = Keeper(ImageStore(store.root), config.gallery) if config.gallery else None
+    if part.count > 1:
+        model.may_shrink = False  # the other processes would go on with larger batches
+    files = provenance.checkpoint_files(config.model.pretrained, config.model.revision)
+    return Session(config, store, model, task_manager, files, part, team=team)
+
+
+@contextmanager
+def sharing(session: Session, runs: Sequence[Run], console: Console) -> Iterator[Session]:
+    """The same session, with the answers of `runs` computed together where the sweep file asks for it."""
+    if not session.config.share_prefix or len(runs) < 2:
+        yield session
+        return
+    from vlm_pruner_eval.lmms.shared import Configuration, SharedRuns
+
+    console.print(
+        f"{len(runs)} runs share images, vision tower and the layers before their first cuts, so their times are not reported; the first "
+        "run that is started answers for all. Sampled answers and log-likelihoods are not shared.",
+        highlight=False,
+    )
+    chosen = {run.run_id: Configuration(run.method, run.pruning_rate, run.params) for run in runs}
+    with ExitStack() as stack:
+        journals = {run.run_id: stack.enter_context(session.journal(run)) for run in runs}
+        shared = SharedRuns(session.model, chosen, journals)
+        yield replace(session, sources={run.run_id: shared.source(run.run_id) for run in runs})
+
+
+def check_tasks(config: SweepConfig, task_manager: Any = None) -> Any:
+    """lmms-eval's task index, after checking that it knows every task of the sweep.
+
+    Raises
+    ------
+    ConfigError
+        Unknown task names, each with the closest known one.
+    """
+    if task_manager is None:
+        import lmms_eval.models  # noqa: F401  # loads the plugins, which add the packaged tasks to every index
+        from lmms_eval.tasks import TaskManager
+
+        task_manager = TaskManager(verbosity="WARNING", model_name=config.model.id)
+    known, problems = task_manager.all_tasks, []
+    for task in config.tasks:
+        if task not in known:
+            close = difflib.get_close_matches(task, known, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            problems.append(f"tasks: got {task!r}, which lmms-eval does not know; {hint}`lmms-eval tasks list` shows all names.")
+    problems += hub_code_problems([task for task in config.tasks if task in known], task_manager)
+    if problems:
+        raise ConfigError(problems)
+    return task_manager
+
+
+def unscorable(config: SweepConfig, task_manager: Any) -> list[str]:
+    """Tasks of the sweep, members of groups included, that only write a file for someone else to score."""
+    from lmms_eval.utils import load_yaml_config
+
+    found, names = [], list(config.tasks)
+    while names:
+        name = names.pop(0)
+        entry = task_manager.task_index.get(name, {}) if isinstance(name, str) else {}
+        path = entry.get("yaml_path", -1)
+        raw = load_yaml_config(path, mode="simple") if path != -1 else entry
+        if isinstance(raw.get("task"), list):
+            names += raw["task"]
+        elif scores.is_submission([line["metric"] for line in raw.get("metric_list", [])]):
+            found.append(name)
+    return found
+
+
+def _load_model(section: ModelSection, load: Loader | None) -> Any:
+    if load is None:
+        from vlm_pruner_eval.lmms.wrapper import load
+    args = section.model_dump(exclude={"id", "visual_tokens", "layers"}, exclude_none=True)
+    model = load(section.id, **args)
+    model.keep_loaded, model.exit_on_failure = True, False
+    return model
+
+
+def _check_layers(section: ModelSection, model: Any) -> None:
+    """A wrong number of layers in the file would give iso-compute rows another budget than they claim."""
+    if section.layers is not None and (actual := model.describe()["layers"]) != section.layers:
+        raise ConfigError(f"model.layers: got {section.layers}, but {section.pretrained} has {actual} decoder layers; write {actual}.")
+
+
+def check_methods(model: Any, runs: Iterable[Run]) -> None:
+    """Let the loaded model refuse what it can't do (a layer it does not have) before anything is written.
+
+    Raises
+    ------
+    ConfigError
+        With the problems of all runs.
+    """
+    problems: list[str] = []
+    for run in runs:
+        try:
+            model.configure(method=run.method, pruning_rate=run.pruning_rate, **run.params)
+        except ConfigError as error:
+            problems += [f"{run.key}: {problem}" for problem in error.problems]
+    if problems:
+        raise ConfigError(problems)
