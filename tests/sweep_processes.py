@@ -135,7 +135,7 @@ def left_behind(output: Path) -> dict[str, Any]:
         found[folder.name] = kept | {
             "draws": (folder / "draws.json").read_bytes(),
             "samples": [without_times(sample) for sample in store.each_sample(folder.name)],
-            "files": sorted(path.name for path in folder.iterdir()),
+            "files": sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")),  # killed processes leave hidden ones
         }
     return found
 

@@ -217,7 +217,7 @@ def test_a_resumed_sweep_tells_found_answers_from_new_ones(tmp_path: Path, monke
         patch.setattr(Journal, "append", interrupted)
         with pytest.raises(KeyboardInterrupt):
             sweep()
-    monkeypatch.setattr("vlm_pruner_eval.sweep.runner.SweepProgress", Recorder)
+    monkeypatch.setattr("vlm_pruner_eval.sweep.executors.base.SweepProgress", Recorder)
     sweep()
     assert Recorder.calls == [
         ("todo", 1, False),
@@ -240,7 +240,7 @@ class Hungry(StandIn):
 
 def test_answers_that_begin_anew_are_asked_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, tasks = make_config(tasks=["tiny_mean"], methods=["blind"], limit=6), task_manager(write_tasks(tmp_path / "tasks"))
-    monkeypatch.setattr("vlm_pruner_eval.sweep.runner.SweepProgress", Recorder)
+    monkeypatch.setattr("vlm_pruner_eval.sweep.executors.base.SweepProgress", Recorder)
     console = Console(file=io.StringIO())
     run_sweep(config, tmp_path / "out", console=console, load=lambda *a, **k: Hungry(size=4), task_manager=tasks)
     anew = [("asked", 6), ("answered", 4, True), ("asked", 6), *[("answered", 2, True)] * 3]

@@ -77,8 +77,10 @@ def sweep(
         bool, typer.Option("--share-prefix", help="Compute what precedes the cuts once for all runs: same answers, sooner, without times.")
     ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run those that failed, and only those.")] = False,
-    executor: Annotated[str | None, typer.Option(help="What makes the runs: local (default), one process per visible GPU.")] = None,
+    executor: Annotated[str | None, typer.Option(help="What makes the runs: local (default), one process per visible GPU; or ray.")] = None,
     processes: Annotated[int | None, typer.Option(help="So many processes on this machine, whatever GPUs there are.")] = None,
+    address: Annotated[str | None, typer.Option(help="With --executor ray: a cluster that runs (auto, HOST:PORT).")] = None,
+    parts: Annotated[int | None, typer.Option(help="With --executor ray: answer every run in so many shares, on as many workers.")] = None,
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="Be one of N processes, wherever they run, that share the grid and --output.")
     ] = None,
@@ -104,7 +106,7 @@ def sweep(
 
         print_preview(Console(), preview(loaded, directory))
         return
-    _run(loaded, directory, retry_failed, executor=executor, processes=processes, shard=shard, todo=todo)
+    _run(loaded, directory, retry_failed, executor=executor, processes=processes, shard=shard, todo=todo, address=address, parts=parts)
 
 
 @app.command()

@@ -19,7 +19,7 @@ from loguru import logger
 from vlm_pruner_eval.errors import PruningError
 from vlm_pruner_eval.lmms.lines import encode, read_entries
 from vlm_pruner_eval.lmms.log import Answer
-from vlm_pruner_eval.lmms.plan import WHOLE, Batch, BatchSize, Compute, Done, Part
+from vlm_pruner_eval.lmms.plan import WHOLE, Batch, BatchSize, Compute, Done, Part, ShareDone
 from vlm_pruner_eval.lmms.prompts import Request, digest_of
 
 VERSION = 1
@@ -40,6 +40,8 @@ class Journal:
         The share of the run that this process answers; every part has a file of its own, and each reads those of all.
     watch
         Called again and again while this process waits for other parts; raises where that is in vain.
+    waits
+        Whether a part waits for the others and goes on with all answers; if not, it ends with a `ShareDone`.
 
     Raises
     ------
@@ -51,6 +53,7 @@ class Journal:
     head: Mapping[str, Any]
     part: Part = WHOLE
     watch: Callable[[], None] | None = None
+    waits: bool = True
     earlier_s: float = 0.0  # what the answers took that earlier processes left
     replayed: int = 0  # those answers
     computed_s: float = 0.0  # what answers took that were not there yet
@@ -122,6 +125,8 @@ class Journal:
             yield batch
         if self.part is not WHOLE:
             self._write({"call": call, "end": True})
+            if not self.waits:
+                raise ShareDone
             self._wait(call, digest)
             yield from self._replay(call, asked, digest, done)
 

@@ -78,6 +78,10 @@ class Part:
 WHOLE = Part()
 
 
+class ShareDone(Exception):
+    """A process that answers one share of a run, and nothing else, has done so."""
+
+
 @dataclass(frozen=True)
 class BatchSize:
     """Prompts per generate call, and the larger sizes for which the memory did not suffice."""

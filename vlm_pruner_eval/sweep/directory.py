@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.lmms.plan import Part
+from vlm_pruner_eval.lmms.plan import WHOLE, Part
 from vlm_pruner_eval.sweep.lock import SUFFIX, Holder, Lock, last_holder, living
 from vlm_pruner_eval.sweep.processes import machine_id
 
@@ -60,9 +60,9 @@ def shard_lock(shard: Part) -> str:
     return f"shard.{shard.index + 1}of{shard.count}{SUFFIX}"
 
 
-def claim(run_dir: Path, shard: Part) -> Lock:
-    """The lock that makes one run a shard's own, not taken yet."""
-    return Lock(run_dir / _RUN, f"shard {shard}")
+def claim(run_dir: Path, who: str, part: Part = WHOLE) -> Lock:
+    """The lock that makes one run, or a part of its answers, a process's own; not taken yet."""
+    return Lock(run_dir / f"run{part.suffix}{SUFFIX}", who)
 
 
 def claimed_by(run_dir: Path) -> Holder | None:

@@ -34,6 +34,8 @@ class Asked:
     processes: int | None = None
     shard: str | None = None
     todo: Path | None = None
+    address: str | None = None
+    parts: int | None = None
 
 
 def run(asked: Asked, report: Report) -> int:
@@ -52,7 +54,8 @@ def run(asked: Asked, report: Report) -> int:
         See `run_sweep`, `executors.choose` and `Part.parse`.
     """
     rank, shard = rank_of(), None if asked.shard is None else Part.parse(asked.shard)
-    executor = choose(asked.executor, processes=asked.processes, shard=shard, is_rank=rank is not None)
+    how = {"processes": asked.processes, "address": asked.address, "parts": asked.parts}
+    executor = choose(asked.executor, **how, shard=shard, is_rank=rank is not None)
     options = {"retry_failed": asked.retry_failed, "executor": executor, "shard": shard, "todo": asked.todo}
     with terminable():
         if asked.todo is not None:

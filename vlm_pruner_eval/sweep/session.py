@@ -7,12 +7,12 @@ import hashlib
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from vlm_pruner_eval.errors import StoppedError
 from vlm_pruner_eval.lmms.journal import Journal, Source
-from vlm_pruner_eval.lmms.plan import WHOLE, BatchSize, Part
+from vlm_pruner_eval.lmms.plan import WHOLE, BatchSize, Part, ShareDone
 from vlm_pruner_eval.shown import sentence, without_secrets
 from vlm_pruner_eval.sweep import documents, provenance, records
 from vlm_pruner_eval.sweep.config import SweepConfig
@@ -81,6 +81,27 @@ class Session:
         watch = None if self.team is None else functools.partial(self.team.check, run.run_id)
         return Journal(self.store.run_dir(run.run_id), {"run_id": run.run_id, "checkpoint": digest}, self.part, watch=watch)
 
+    def answer_share(self, run: Run, part: Part) -> str | None:
+        """Answer one share of a run into its journal, without waiting for others; who makes the run afterwards finds it there.
+
+        Returns what went wrong; it is not recorded, as it will be met again. A batch that is too large for the memory is left, too.
+        """
+        may_shrink, self.model.may_shrink = self.model.may_shrink, False
+        try:
+            with replace(self, part=part).journal(run) as journal:
+                journal.waits = False
+                self._prepare(run, journal)
+                evaluate(self.model, self.config, self.task_manager, self.store.run_dir(run.run_id))
+        except ShareDone:
+            return None
+        except (Exception, SystemExit) as error:  # as in `_record`
+            if is_disk_full(error):
+                raise _stopped(error) from error
+            return sentence(f"{type(error).__name__}: {error}".strip())
+        finally:
+            self.model.source, self.model.may_shrink = None, may_shrink
+        return None
+
     def begin_again(self, run: Run) -> None:
         """Before a failed run is tried again: with samples that failed it begins anew, else the answers that are there are used.
 
@@ -109,9 +130,7 @@ class Session:
             raise
 
     def _record(self, run: Run, journal: Journal, started: float) -> str | None:
-        self.model.configure(method=run.method, pruning_rate=run.pruning_rate, **run.params)
-        self.model.resume_at(self._batch_size(run, journal))
-        self.model.source = (self.sources or {}).get(run.run_id, journal)
+        self._prepare(run, journal)
         evaluated, problem, trace = Evaluated(), None, None
         try:
             evaluate_part = answer_only if self.part.index else evaluate
@@ -140,6 +159,11 @@ class Session:
         if problem is None or record["failures"]:
             journal.delete()  # of a run that failed after all was answered, the answers are used again
         return problem
+
+    def _prepare(self, run: Run, journal: Journal) -> None:
+        self.model.configure(method=run.method, pruning_rate=run.pruning_rate, **run.params)
+        self.model.resume_at(self._batch_size(run, journal))
+        self.model.source = (self.sources or {}).get(run.run_id, journal)
 
     def _batch_size(self, run: Run, journal: Journal) -> BatchSize | None:
         size = journal.batch_size()

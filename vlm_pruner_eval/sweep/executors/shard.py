@@ -58,7 +58,7 @@ class Shard:
                 claims[run.run_id].release()
 
     def _claim(self, work: Work, run: Run, stack: ExitStack) -> Lock | None:
-        lock = claim(work.store.run_dir(run.run_id), self.part)
+        lock = claim(work.store.run_dir(run.run_id), f"shard {self.part}")
         if work.is_made(run) or lock.acquire() is not None:
             return None
         if work.is_made(run):  # by one who held the claim until this moment
