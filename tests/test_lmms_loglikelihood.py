@@ -126,12 +126,12 @@ def test_behind_a_pruned_prompt_scores_are_those_of_decoding_step_by_step(tiny: 
     asked = [target(0, "x"), target(1, "x"), *([target(3, "x", messages=with_video)] if "video" in tiny.kinds else [])]
     for one in asked:
         prompt = tiny._prompt_of(Target.of(0, one).request)
-        decoded = tiny._read([prompt], options)
+        decoded = tiny.read(tiny.prepare([prompt]), options)
         ids = decoded.output.sequences[0, decoded.width :].tolist()
         steps = torch.cat(decoded.output.logits)  # as they were before tokens were suppressed
         expected = float(steps.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).sum())
         assert len(ids) == 5
-        found = score(tiny.model, tiny.pruner, tiny._read([prompt], PREFILL), [ids, ids[:2], ids])
+        found = score(tiny.model, tiny.pruner, tiny.read(tiny.prepare([prompt]), PREFILL), [ids, ids[:2], ids])
         assert found[0].loglikelihood == pytest.approx(expected, abs=CLOSE)
         assert found[0].is_greedy == (steps.argmax(-1).tolist() == ids)
         assert found[0] == found[2], "one continuation must leave no trace for the next"
@@ -153,7 +153,7 @@ def test_pruning_changes_scores_of_prompts_with_images_only(tiny: PrunedModel) -
 def test_the_greedy_answer_is_greedy_and_the_likeliest(model: PrunedModel) -> None:
     for method in ("none", "uniform"):
         model.configure(method, None if method == "none" else "3/4")
-        reading = model._read([model._prompt_of(Target.of(0, target(0, "x")).request)], PREFILL)
+        reading = model.read(model.prepare([model._prompt_of(Target.of(0, target(0, "x")).request)]), PREFILL)
         likeliest = reading.output.sequences[0, -1:].tolist()
         found = score(model.model, model.pruner, reading, [likeliest, [likeliest[0] - 1]])
         assert [one.is_greedy for one in found] == [True, False]

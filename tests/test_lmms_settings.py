@@ -52,6 +52,9 @@ NAN = float("nan")
         ({"pretrained": "x", "allow_bin": 1}, ["allow_bin: got 1, expected True or False."]),
         ({"pretrained": "x", "allow_bin": "yes"}, ["allow_bin: got 'yes', expected True or False."]),
         ({"pretrained": "x", "batch_size": None}, ["batch_size: got None, expected a whole number, 1 or more"]),
+        ({"pretrained": "x", "workers": -1}, ["workers: got -1, expected a whole number, from 0 to 64."]),
+        ({"pretrained": "x", "workers": 65}, ["workers: got 65, expected a whole number, from 0 to 64."]),
+        ({"pretrained": "x", "workers": True}, ["workers: got True, expected a whole number, from 0 to 64."]),
         # all of them at once
         (
             {"dtype": "f", "batch_size": -1, "method": "fastv", "pruning_rate": 2},
@@ -74,6 +77,7 @@ def test_good_arguments_are_parsed() -> None:
     sizes = {"max_frames_num": "16", "min_pixels": 784, "max_pixels": 784, "allow_bin": True}
     parsed = settings.parse({"pretrained": "x", **sizes})[0]
     assert (parsed.max_frames_num, parsed.min_pixels, parsed.max_pixels, parsed.allow_bin) == (16, 784, 784, True)
+    assert [settings.parse({"pretrained": "x", "workers": n})[0].workers for n in (0, "0", 3, None)] == [0, 0, 3, None]
     parsed = settings.parse({"pretrained": "x", "max_frames_num": None})[0]
     assert (parsed.max_frames_num, parsed.min_pixels, parsed.max_pixels, parsed.allow_bin) == (None, None, None, False)
     assert settings.parse({"pretrained": "x"})[1] == "none"

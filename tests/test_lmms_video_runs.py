@@ -20,6 +20,7 @@ from tiny_videos import all_frames, pictures, write_video
 
 from vlm_pruner_eval import ConfigError, keep_count
 from vlm_pruner_eval.lmms import PrunedModel, load
+from vlm_pruner_eval.lmms.inputs import move_inputs
 from vlm_pruner_eval.lmms.prompts import Request
 from vlm_pruner_eval.lmms.resolve import family_class
 
@@ -90,7 +91,7 @@ def model(family: str) -> PrunedModel:
 
 
 def inputs_of(model: PrunedModel, i: int) -> dict[str, torch.Tensor]:
-    return model._inputs([model._prompt_of(Request.of(0, asked(i)))])
+    return move_inputs(model._inputs([model._prompt_of(Request.of(0, asked(i)))]), model.device, model.dtype)
 
 
 def video_scopes(family: str, n_frames: int) -> list[int]:

@@ -312,22 +312,41 @@ def test_questions_are_answered_alike_at_any_batch_size(monkeypatch):
     assert result["same_answers"]
     assert result["n_questions"] == 6
     found = [(row["batch_size"], row["answers_that_differ"], row["kept_sets_that_differ"]) for row in result["rows"]]
-    assert found == [(1, 0, 0), (3, 0, 0)]
-    assert result["rows"][0]["speedup"] == 1
+    assert found == [(size, 0, 0) for size in (1, 1, 3, 3)]
+    assert [row["workers"] for row in result["rows"]] == [0, 2, 0, 2]
+    assert [row["speedup"] for row in result["rows"][:2]] == [1, 1]
+    assert [row["workers_speedup"] for row in result["rows"][::2]] == [1, 1]
+    assert min(row["prefill_ms"] for row in result["rows"]) > 0
+
+
+def test_pictures_are_enlarged_and_decoded_when_they_are_looked_up():
+    (document,) = questions._documents("read", 1, (500, 400))
+    assert document["image"].size == (500, 400)
+    assert questions._documents("read", 2, None)[1]["image"].size == (336, 336)
 
 
 def test_a_row_of_questions_counts_what_differs():
     right, wrong, moved = (questions.Answer(*x) for x in (("4", (1, 2)), ("5", (1, 2)), ("4", (1, 3))))
-    given = {1: [[right, right]] * 3, 4: [[right, right], [wrong, right], [moved, wrong]]}
-    row = questions.row_of(4, {1: [4.0, 4.0, 4.0], 4: [1.0, 2.0, 0.5]}, given)
-    assert (row["questions_per_s"], row["speedup"], row["noise"]) == (2.0, 4.0, 1.5)
+    one, alone, ahead = questions.Case(1, 0), questions.Case(4, 0), questions.Case(4, 2)
+    given = {one: [[right, right]] * 3, alone: [[right, right], [wrong, right], [moved, wrong]], ahead: [[right, right]] * 3}
+    times = {one: [4.0, 4.0, 4.0], alone: [1.0, 2.0, 0.5], ahead: [0.5, 0.5, 0.5], questions.Case(1, 2): [3.0, 3.0, 3.0]}
+    row = questions.row_of(alone, times, given)
+    assert (row["questions_per_s"], row["speedup"], row["noise"], row["workers_speedup"]) == (2.0, 4.0, 1.5, 1.0)
     assert (row["answers_that_differ"], row["kept_sets_that_differ"]) == (2, 1)
+    row = questions.row_of(ahead, times, given)
+    assert (row["batch_size"], row["workers"], row["speedup"], row["workers_speedup"]) == (4, 2, 6.0, 2.0)
 
 
 @pytest.mark.parametrize("sizes", [(2, 4), (1, 0), (1, 1), ()])
 def test_batch_sizes_need_something_to_compare_with(sizes):
     with pytest.raises(ConfigError, match=r"--batch-sizes: got .* 1 among them to compare with"):
         questions.bench_questions(sizes)
+
+
+def test_what_can_not_be_timed_is_refused_all_at_once():
+    with pytest.raises(ConfigError) as error:
+        questions.bench_questions((1,), workers=(2, -1), limit=0, image_size=(0, 5))
+    assert [problem.split(":")[0] for problem in error.value.problems] == ["--workers", "--limit", "--image-size"]
 
 
 def test_a_question_that_fails_is_no_answer(monkeypatch):
@@ -341,14 +360,18 @@ def test_a_question_that_fails_is_no_answer(monkeypatch):
 
 
 def test_the_last_line_is_json_and_differing_answers_exit_with_1(monkeypatch, tmp_path):
-    row = {"batch_size": 1, "questions_per_s": 2.0, "speedup": 1.0, "noise": 0.0, "answers_that_differ": 3, "kept_sets_that_differ": 0}
+    counts = {"answers_that_differ": 3, "kept_sets_that_differ": 0}
+    row = {"batch_size": 1, "workers": 2, "questions_per_s": 2.0, "noise": 0.0, "prefill_ms": 9.0, "workers_speedup": 1.0} | counts
+    row["speedup"] = 1.0
     asked, result = {}, {"same_answers": False, "rows": [row]}
     monkeypatch.setattr(questions, "bench_questions", lambda sizes, **options: asked.update(options) or result)
     done = CliRunner().invoke(app, ["questions", "--method", "none", "--out", str(tmp_path / "q.json")])
     assert done.exit_code == 1
     written = json.loads((tmp_path / "q.json").read_text())
     assert json.loads(done.stdout.splitlines()[-1]) == written == result
-    assert (asked["method"], asked["rate"]) == ("none", None)
+    assert (asked["method"], asked["rate"], asked["workers"], asked["image_size"]) == ("none", None, [0, 2], None)
+    CliRunner().invoke(app, ["questions", "--workers", "4", "--image-size", "40x30"])
+    assert (asked["workers"], asked["image_size"]) == ([4], (40, 30))
 
 
 def test_command_line_of_a_tiny_geometry(tiny):
@@ -365,6 +388,7 @@ def test_command_line_of_a_tiny_geometry(tiny):
     [
         (["prefill", "--batch-sizes", "1,two"], "--batch-sizes: got '1,two', expected whole numbers"),
         (["profile", "--geometry", "nano"], "--geometry: got 'nano'"),
+        (["questions", "--image-size", "40"], "--image-size: got '40', expected a width and a height in pixels"),
         (["prefill", "--methods", "fastw"], "fastv"),
     ],
 )

@@ -127,8 +127,9 @@ def test_what_is_kept_is_the_image_before_the_protocol_pads_it(tmp_path: Path) -
     model, store = load("vlmpruner_llava", pretrained=tiny_llava(), protocol="paper"), ImageStore(tmp_path)
     image = half_red(70, 40)
     model.task_dict = {"first": {"test": [{"question": "what", "images": [image]}]}}
-    model.on_prompt = Keeper(store, 1)
+    keep = Keeper(store, 1)
     prompt = model._prompt_of(model_request(lambda document: [{"role": "user", "content": [{"type": "image", "url": image}]}]))
+    keep(prompt)
     assert prompt.images[0].size == (70, 70)
     assert store.read(image_digest(image)).images[0].size == (70, 40)
     assert model.describe()["geometry"]["pad"] is True

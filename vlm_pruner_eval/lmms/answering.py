@@ -6,6 +6,7 @@ import functools
 import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from typing import NoReturn
 
 import torch
@@ -156,7 +157,8 @@ class Answering(lmms):
                 self.on_requests(len(asked))
             found = compute(Done(), WHOLE) if self.source is None else self.source(call, asked, compute, self.working_size)
             try:
-                return self._collect(asked, found)
+                with closing(found):  # what works ahead of a run must end with it, whatever ended it
+                    return self._collect(asked, found)
             except OutOfMemoryError as error:
                 sentence = str(error)
             self.answers = before  # outside the except clause, which would keep the failed batch's tensors alive

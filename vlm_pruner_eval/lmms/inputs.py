@@ -27,7 +27,8 @@ class Prepared:
     Attributes
     ----------
     inputs
-        What ``model.generate`` takes; it leaves these tensors as they are, so that several methods may read them.
+        What ``model.generate`` takes, on the CPU until it is asked; it leaves these tensors as they are, so that several methods may
+        read them.
     plans
         How small each prompt's images were made before the model; empty where they were left alone.
     n_prompt, n_visual
@@ -77,15 +78,8 @@ def _is_qwen3(part: object) -> bool:
     return type(part).__name__.startswith("Qwen3VLVideo")
 
 
-def build_inputs(
-    processor: ProcessorMixin, batch: Sequence[Prompt], settings: Settings, *, device: torch.device, dtype: torch.dtype
-) -> BatchFeature:
-    """Tokens and pixels of one batch of prompts, padded on the left.
-
-    Parameters
-    ----------
-    dtype
-        Of pixels; grids, sizes and times keep theirs.
+def build_inputs(processor: ProcessorMixin, batch: Sequence[Prompt], settings: Settings) -> BatchFeature:
+    """Tokens and pixels of one batch of prompts, padded on the left, on the CPU as the processor makes them.
 
     Raises
     ------
@@ -95,13 +89,23 @@ def build_inputs(
     # a list per prompt: LLaVA-OneVision cuts a prompt's only image into tiles, and leaves several images whole
     images = [prompt.images for prompt in batch if prompt.images]
     videos = [video for prompt in batch for video in prompt.videos]
-    inputs = processor(
+    return processor(
         text=[_unframed(prompt.text, processor) if prompt.videos else prompt.text for prompt in batch],
         images=images or None,
         **(_videos(processor, videos, settings) if videos else {}),
         padding=True,
         return_tensors="pt",
     )
+
+
+def move_inputs(inputs: BatchFeature, device: torch.device, dtype: torch.dtype) -> BatchFeature:
+    """Put a batch on the device, in place: what is there already is left as it is.
+
+    Parameters
+    ----------
+    dtype
+        Of pixels; grids, sizes and times keep theirs.
+    """
     inputs = inputs.to(device)
     for name in ("pixel_values", "pixel_values_videos"):
         if name in inputs:

@@ -65,11 +65,9 @@ class Target:
         asked = dataclasses.replace(instance, arguments=(context, to_messages, {}, doc_id, task, split))
         return cls(Request.of(index, asked), continuation, instance.idx, bool((instance.metadata or {}).get(TOTAL)))
 
-    def text(self, task_dict: Mapping) -> str:
+    def text(self, document: Mapping) -> str:
         """The continuation of this document."""
-        if isinstance(self.continuation, str):
-            return self.continuation
-        return self.continuation(task_dict[self.request.task][self.request.split][self.request.doc_id])
+        return self.continuation if isinstance(self.continuation, str) else self.continuation(document)
 
     def answer(self, text: str, score: Score, reading: Reading, images: tuple[str, ...] = (), question: str = "") -> Answer:
         """The record of a continuation that was scored; `reading` is the prefill that it shares with the other choices."""

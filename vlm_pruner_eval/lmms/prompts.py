@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,6 +81,7 @@ class Prompt:
     image_digests: list[str] = field(default_factory=list)
     originals: list[Image.Image] = field(default_factory=list)  # before the protocol; the same objects where it changes nothing
     question: str = ""
+    continuations: list[str] = field(default_factory=list)  # to be scored behind it
 
     @property
     def digests(self) -> tuple[str, ...]:
@@ -93,7 +95,13 @@ class Prompt:
 
 
 def build(
-    request: Request, task_dict: Mapping, processor: ProcessorMixin, kinds: Collection[str], protocol: Protocol, settings: Settings
+    request: Request,
+    task_dict: Mapping,
+    processor: ProcessorMixin,
+    kinds: Collection[str],
+    protocol: Protocol,
+    settings: Settings,
+    in_turn: AbstractContextManager[None] | None = None,
 ) -> Prompt:
     """Look the document up by the request's OWN task and split, and render it.
 
@@ -103,6 +111,9 @@ def build(
         Media that the model family takes, out of "image" and "video".
     settings
         `max_frames_num` and `system_prompt` are read.
+    in_turn
+        Open while what documents may have in common is touched, where prompts are built in several threads: the task's own code,
+        and pictures that it hands over without having read them.
 
     Raises
     ------
@@ -110,14 +121,17 @@ def build(
         A document with media that the family does not take, or that can't be opened.
     """
     document = task_dict[request.task][request.split][request.doc_id]
-    try:
-        messages = ChatMessages(messages=request.to_messages(document))
-    except SystemExit as error:  # how some tasks say that a video was not downloaded
-        raise ValueError(f"{request.sample_id}: the task gave up on this document ({error}).") from error
-    media = {kind: [part for message in messages.messages for part in message.content if part.type == kind] for kind in MEDIA}
-    for kind, found in media.items():
-        if found and kind not in kinds:
-            raise ValueError(f"{request.sample_id} holds {len(found)} {kind} input(s), expected {' and '.join(kinds)} only for this model.")
+    with in_turn or nullcontext():
+        messages = _messages_of(request, document)
+        media = {kind: [part for message in messages.messages for part in message.content if part.type == kind] for kind in MEDIA}
+        for kind, found in media.items():
+            if found and kind not in kinds:
+                raise ValueError(
+                    f"{request.sample_id} holds {len(found)} {kind} input(s), expected {' and '.join(kinds)} only for this model."
+                )
+        for part in media["image"]:
+            if isinstance(part.url, Image.Image):
+                part.url.load()  # nothing, of a picture that was read before
     images = [_as_rgb(part.url) for part in media["image"]]
     return Prompt(
         request,
@@ -128,6 +142,13 @@ def build(
         images,
         _text_of(messages)[:QUESTION_CHARACTERS],
     )
+
+
+def _messages_of(request: Request, document: Mapping) -> ChatMessages:
+    try:
+        return ChatMessages(messages=request.to_messages(document))
+    except SystemExit as error:  # how some tasks say that a video was not downloaded
+        raise ValueError(f"{request.sample_id}: the task gave up on this document ({error}).") from error
 
 
 def _text_of(messages: ChatMessages) -> str:

@@ -21,8 +21,8 @@ DEVICE = re.compile(r"(cpu|cuda|mps|xpu|npu|hpu)(:\d{1,3})?", re.ASCII)
 # What git allows in the name of a branch or tag, and the hub with it.
 REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
 _TEXTS = ("pretrained", "revision", "device", "dtype", "attn_implementation", "protocol", "system_prompt")
-_MOST = 2**31 - 1
-COUNTS = ("batch_size", "max_frames_num", "min_pixels", "max_pixels")  # whole numbers
+_MOST, _MOST_WORKERS = 2**31 - 1, 64
+COUNTS = ("batch_size", "workers", "max_frames_num", "min_pixels", "max_pixels")  # whole numbers
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,9 @@ class Settings:
         Default: this process's GPU, or the CPU where there is none.
     batch_size
         Prompts per generate call.
+    workers
+        Threads that read and decode documents while the model answers earlier ones; 0: none. No answer depends on it. None: 2 where
+        a GPU answers, 0 on a CPU, whose cores the model itself is timed on.
     protocol
         Whose prompt and image handling; "hf" is the checkpoint's own chat template and processor, "paper" that of the
         VLM-Pruner paper's numbers (families that have one say so).
@@ -60,6 +63,7 @@ class Settings:
     attn_implementation: str = "sdpa"
     device: str | None = None
     batch_size: int = 1
+    workers: int | None = None
     protocol: str = "hf"
     max_frames_num: int | None = None
     min_pixels: int | None = None
@@ -150,10 +154,11 @@ def _setting_problems(given: Mapping[str, object]) -> list[str]:
             problems.append(f"{name}: got {short(value)}, expected text without control characters, and not empty.")
     problems += named_problems(given)
     for name in COUNTS:
-        value = given.get(name, 1)
-        if not (_is_count(value) or (value is None and name != "batch_size")):
+        value, bounds = given.get(name, 1), (0, _MOST_WORKERS) if name == "workers" else (1, _MOST)
+        if not (_is_count(value, *bounds) or (value is None and name != "batch_size")):
+            expected = f"from 0 to {_MOST_WORKERS}" if name == "workers" else "1 or more"
             hint = "; automatic sizes are not offered." if name == "batch_size" else "."
-            problems.append(f"{name}: got {short(value)}, expected a whole number, 1 or more{hint}")
+            problems.append(f"{name}: got {short(value)}, expected a whole number, {expected}{hint}")
     if not isinstance(given.get("allow_bin", False), bool):
         problems.append(f"allow_bin: got {short(given['allow_bin'])}, expected True or False.")
     least, most = given.get("min_pixels"), given.get("max_pixels")
@@ -162,10 +167,10 @@ def _setting_problems(given: Mapping[str, object]) -> list[str]:
     return problems
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object, least: int = 1, most: int = _MOST) -> bool:
     if isinstance(value, str) and value.isdecimal() and value.isascii() and len(value) <= len(str(_MOST)):
         value = int(value)
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _plain(name: str) -> str:

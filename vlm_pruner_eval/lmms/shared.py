@@ -24,9 +24,10 @@ from vlm_pruner_eval.lmms.log import Answer
 from vlm_pruner_eval.lmms.plan import Batch, BatchSize, Compute, Done
 from vlm_pruner_eval.lmms.prompts import Generation, Prompt, Request, digest_of
 from vlm_pruner_eval.lmms.settings import build_pruner
-from vlm_pruner_eval.lmms.wrapper import PrunedModel
+from vlm_pruner_eval.lmms.wrapper import PrunedModel, Taker
 from vlm_pruner_eval.prefix import SharedPrefix, first_cut
 from vlm_pruner_eval.pruners import Pruner
+from vlm_pruner_eval.pruners.none import NoPruning
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class SharedRuns:
         self._tell(len(everywhere.indices), is_new=False)
         clock = time.monotonic()
         (part,) = {journal.part for journal in self.journals.values()}
-        for batch in self.model.batches_of(shared, everywhere, part, self._of_batch):
+        for batch in self.model.batches_of(shared, everywhere, part, self._of_batch, NoPruning()):
             now = time.monotonic()
             alive = self._alive([request for request, _ in batch])
             for key, run in alive:
@@ -147,9 +148,9 @@ class SharedRuns:
         indices = [request.index for request in batch]
         return [(key, run) for key, run in self._runs.items() if not run.tally.is_hopeless and not (indices and run.done.has(indices))]
 
-    def _of_batch(self, batch: list[Prompt], options: Generation) -> Iterator[tuple[Request, dict[str, Answer]]]:
+    def _of_batch(self, batch: list[Prompt], options: Generation, prepared: Taker) -> Iterator[tuple[Request, dict[str, Answer]]]:
         alive = self._alive([prompt.request for prompt in batch])
-        found = self._together(batch, options, [run for run in alive if not run[1].pruner.before_model])
+        found = self._together(batch, options, [run for run in alive if not run[1].pruner.before_model], prepared)
         for key, run in alive:
             if key not in found:
                 with self.model.using(run.method, run.pruner):
@@ -157,7 +158,9 @@ class SharedRuns:
         for i, prompt in enumerate(batch):
             yield prompt.request, {key: answers[i].untimed() for key, answers in found.items()}
 
-    def _together(self, batch: list[Prompt], options: Generation, runs: Sequence[tuple[str, _Run]]) -> dict[str, list[Answer]]:
+    def _together(
+        self, batch: list[Prompt], options: Generation, runs: Sequence[tuple[str, _Run]], prepared: Taker
+    ) -> dict[str, list[Answer]]:
         """The answers to a batch of the runs that read the same pixels, as far as nothing fails."""
         found: dict[str, list[Answer]] = {}
         if not runs:
@@ -165,8 +168,7 @@ class SharedRuns:
         layers = len(self.model.model.model.language_model.layers)
         depths = {key: first_cut(run.pruner, layers) for key, run in runs}
         try:
-            with self.model.using(runs[0][1].method, runs[0][1].pruner):  # one that leaves images as they are, like all of `runs`
-                prepared = self.model.prepare(batch)
+            inputs = prepared()
         except Exception as error:  # whatever it is, every run meets it again by itself, and records it
             _warn(batch, "all runs", error)
             return found
@@ -174,7 +176,7 @@ class SharedRuns:
             for key, run in sorted(runs, key=lambda item: -depths[item[0]]):
                 try:
                     with self.model.using(run.method, run.pruner), prefix.reading(depths[key]):
-                        found[key] = self.model.answer(prepared, options)
+                        found[key] = self.model.answer(inputs, options)
                 except Exception as error:  # as above
                     _warn(batch, key, error)
         return found

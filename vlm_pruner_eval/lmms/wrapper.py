@@ -7,11 +7,14 @@ the first one's task.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import itertools
 import json
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any, ClassVar
 
 import torch
@@ -24,13 +27,14 @@ from vlm_pruner_eval.cost import DecoderShape
 from vlm_pruner_eval.errors import ConfigError, OutOfMemoryError
 from vlm_pruner_eval.hook import prune
 from vlm_pruner_eval.lmms import prompts, settings
+from vlm_pruner_eval.lmms.ahead import Ahead, Job, Made, Step, Turn, default_workers
 from vlm_pruner_eval.lmms.answering import Answering, is_out_of_memory
 from vlm_pruner_eval.lmms.checkpoint import load_checkpoint
 from vlm_pruner_eval.lmms.checks import check_prompt_lengths, check_records, no_op_sentence
 from vlm_pruner_eval.lmms.device import pick_device
 from vlm_pruner_eval.lmms.downsampling import as_planned, hooked, sized
 from vlm_pruner_eval.lmms.geometry import describe_geometry
-from vlm_pruner_eval.lmms.inputs import Prepared, bound_pixels, build_inputs
+from vlm_pruner_eval.lmms.inputs import Prepared, bound_pixels, build_inputs, move_inputs
 from vlm_pruner_eval.lmms.log import Answer, Reading
 from vlm_pruner_eval.lmms.loglikelihood import PREFILL, Target, by_prompt, continuation_ids, score
 from vlm_pruner_eval.lmms.plan import Batch, Done, Part
@@ -43,7 +47,8 @@ from vlm_pruner_eval.shown import sentence
 from vlm_pruner_eval.timing import time_forwards
 from vlm_pruner_eval.vlms import family_of
 
-OfBatch = Callable[[list[Prompt], Generation], Iterable[tuple[Request, Any]]]
+Taker = Callable[[], Prepared]
+OfBatch = Callable[[list[Prompt], Generation, Taker], Iterable[tuple[Request, Any]]]
 
 
 class PrunedModel(Answering):
@@ -79,8 +84,13 @@ class PrunedModel(Answering):
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = pick_device(self.settings.device, self.accelerator)
+        if self.settings.workers is None:
+            self.settings = dataclasses.replace(self.settings, workers=default_workers(self.device))
         checkpoint = load_checkpoint(self.settings, self.device, self.model_types, self.model_id)
         self._model, self.processor, self.config = checkpoint.model, checkpoint.processor, checkpoint.model.config
+        # Held by whoever uses the processor, see `Ahead`: a fast tokenizer refuses to decode in one thread while another sets how it pads,
+        # and method=downsample changes sizes for the length of a batch.
+        self._processing = RLock()
         self.protocol.prepare(self.config, self.processor)
         bound_pixels(self.processor, self.settings)
         self.dtype, self._family, self._n_layers = self._model.dtype, family_of(self._model), len(self._model.model.language_model.layers)
@@ -177,58 +187,97 @@ class PrunedModel(Answering):
         """Of the progress bar."""
         return f"{self.model_id} {self.method}"
 
-    def batches_of(self, asked: Sequence[Request], done: Done, part: Part, of_batch: OfBatch | None = None) -> Iterator[Batch]:
+    def batches_of(
+        self, asked: Sequence[Request], done: Done, part: Part, of_batch: OfBatch | None = None, pruner: Pruner | None = None
+    ) -> Iterator[Batch]:
         """Requests with their answers, batch by batch; `of_batch` in place of `answers_of_batch` may find something else for them.
 
         A request that can't be made a prompt is a batch of its own, with a failed Answer in any case. Batches are planned with all
-        requests, those in `done` included, so that they are the same after a restart.
+        requests, those in `done` included, so that they are the same after a restart. They are prepared for `pruner`, by default
+        the model's.
         """
-        of_batch = of_batch or self.answers_of_batch
-        windows = prompts.windows(asked, self.batch_size, self.defaults)
-        for options, window in (planned for number, planned in enumerate(windows) if part.has(number)):
-            if done.has([request.index for request in window]):
-                continue
-            ready = []
-            for request in window:
-                if request.index in done.alone:
-                    continue
-                try:
-                    ready.append(self._prompt_of(request))
-                except Exception as error:  # a document can be broken in any way; it is recorded, and the run ends in failure
-                    yield [(request, self._failed(request, error))]
-            for batch in prompts.batches(ready, self.batch_size):
-                if not done.has([prompt.request.index for prompt in batch]):
-                    yield list(of_batch(batch, options))
+        windows = (
+            (options, [request for request in window if request.index not in done.alone])
+            for number, (options, window) in enumerate(prompts.windows(asked, self.batch_size, self.defaults))
+            if part.has(number) and not done.has([request.index for request in window])
+        )
+        plan = functools.partial(self._steps, done, of_batch or self.answers_of_batch, pruner or self.pruner)
+        with Ahead(self.settings.workers) as ahead:
+            yield from ahead.batches(windows, self._prompt_of, plan)
+
+    def _steps(self, done: Done, of_batch: OfBatch, pruner: Pruner, options: Generation, made: Made) -> Iterator[Step]:
+        ready = []
+        for request, job in made:
+            found = self._taken(request, job)
+            if isinstance(found, Answer):
+                yield Step(functools.partial(list, [(request, found)]))
+            else:
+                ready.append(found)
+        for batch in prompts.batches(ready, self.batch_size):
+            if not done.has([prompt.request.index for prompt in batch]):
+                prepared = Job(functools.partial(self.prepare, batch, pruner))
+                yield Step(functools.partial(of_batch, batch, options, prepared.take), prepared)
 
     def scored_batches_of(self, targets: Sequence[Target], done: Done, part: Part) -> Iterator[Batch]:
         """Targets with their answers, one prompt after the other."""
-        for number, same_prompt in enumerate(by_prompt(targets)):
-            if not part.has(number) or done.has([target.request.index for target in same_prompt]):
-                continue
-            try:
-                answers = self._score(self._prompt_of(same_prompt[0].request), same_prompt)
-            except Exception as error:  # as for generated answers: it is recorded, and the run ends in failure
-                answers = [target.failed(self._failed(target.request, error)) for target in same_prompt]
-            yield list(zip((target.request for target in same_prompt), answers, strict=True))
+        left = (
+            same_prompt
+            for number, same_prompt in enumerate(by_prompt(targets))
+            if part.has(number) and not done.has([target.request.index for target in same_prompt])
+        )
+        groups = iter(lambda: list(itertools.islice(left, prompts.WINDOW_BATCHES)), [])
+        with Ahead(self.settings.workers) as ahead:
+            yield from ahead.batches(((None, group) for group in groups), self._scored_prompt_of, self._scored_steps)
 
-    def _score(self, prompt: Prompt, targets: Sequence[Target]) -> list[Answer]:
-        texts = [target.text(self.task_dict) for target in targets]
-        tokens = [continuation_ids(self.tokenizer, prompt.text, text) for text in texts]
-        reading = self._read([prompt], PREFILL, n_more=max(map(len, tokens)))
-        scores = score(self.model, self._hooked, reading, tokens)
-        about = prompt.digests, prompt.question
-        return [target.answer(*found, reading, *about) for target, *found in zip(targets, texts, scores, strict=True)]
+    def _scored_prompt_of(self, targets: list[Target], in_turn: Turn | None = None) -> Prompt:
+        """The prompt of all `targets`, with their texts: these too are up to the task's own code."""
+        request, texts = targets[0].request, []
 
-    def _prompt_of(self, request: Request) -> Prompt:
-        prompt = prompts.build(request, self.task_dict, self.processor, self.kinds, self.protocol, self.settings)
-        if self.on_prompt is not None and not request.is_padding:
-            self.on_prompt(prompt)
+        def to_messages(document: Mapping[str, Any]) -> object:
+            messages = request.to_messages(document)
+            texts.extend(target.text(document) for target in targets)
+            return messages
+
+        prompt = self._prompt_of(dataclasses.replace(request, to_messages=to_messages), in_turn)
+        return dataclasses.replace(prompt, continuations=texts)
+
+    def _scored_steps(self, _: None, made: Made) -> Iterator[Step]:
+        for same_prompt, found in [(targets, self._taken(targets[0].request, job)) for targets, job in made]:
+            if isinstance(found, Answer):
+                yield Step(functools.partial(list, [(target.request, target.failed(found)) for target in same_prompt]))
+            else:
+                prepared = Job(functools.partial(self.prepare, [found], self.pruner))
+                yield Step(functools.partial(self._scored_batch, same_prompt, found, prepared.take), prepared)
+
+    def _scored_batch(self, targets: Sequence[Target], prompt: Prompt, prepared: Taker) -> Batch:
+        try:
+            with self._processing:
+                tokens = [continuation_ids(self.tokenizer, prompt.text, text) for text in prompt.continuations]
+            reading = self.read(prepared(), PREFILL, n_more=max(map(len, tokens)))
+            found = zip(targets, prompt.continuations, score(self.model, self._hooked, reading, tokens), strict=True)
+            answers = [target.answer(text, scored, reading, prompt.digests, prompt.question) for target, text, scored in found]
+        except Exception as error:  # as for generated answers: it is recorded, and the run ends in failure
+            answers = [target.failed(self._failed(target.request, error)) for target in targets]
+        return list(zip((target.request for target in targets), answers, strict=True))
+
+    def _prompt_of(self, request: Request, in_turn: Turn | None = None) -> Prompt:
+        return prompts.build(request, self.task_dict, self.processor, self.kinds, self.protocol, self.settings, in_turn)
+
+    def _taken(self, request: Request, job: Job[Prompt]) -> Prompt | Answer:
+        """The prompt, after telling about it, or the answer that stands for it where it failed."""
+        try:
+            prompt = job.take()
+            if self.on_prompt is not None and not request.is_padding:
+                with self._processing:  # frames of a video may be read in both places
+                    self.on_prompt(prompt)
+        except Exception as error:  # a document can be broken in any way; it is recorded, and the run ends in failure
+            return self._failed(request, error)
         return prompt
 
-    def answers_of_batch(self, batch: list[Prompt], options: Generation) -> Iterator[tuple[Request, Answer]]:
+    def answers_of_batch(self, batch: list[Prompt], options: Generation, prepared: Taker | None = None) -> Iterator[tuple[Request, Answer]]:
         """One batch, or its samples one by one where it fails as a whole, each with its own error."""
         try:
-            answers = self.answer(self.prepare(batch), options)
+            answers = self.answer(prepared() if prepared else self.prepare(batch), options)
         except Exception as error:  # whatever it is, it must cost its own sample only, and be recorded as that sample's failure
             if self.batch_size > 1 and is_out_of_memory(error):
                 raise OutOfMemoryError(f"A batch of {len(batch)} does not fit into the memory ({error}).") from error
@@ -243,35 +292,35 @@ class PrunedModel(Answering):
         else:
             yield from zip((prompt.request for prompt in batch), answers, strict=True)
 
-    def prepare(self, batch: list[Prompt], *, n_more: int = 0) -> Prepared:
-        """The tensors of a batch; `n_more` tokens must fit behind each prompt."""
+    def prepare(self, batch: list[Prompt], pruner: Pruner | None = None) -> Prepared:
+        """The tensors of a batch, for the model's own method or for `pruner`; any thread may call this."""
         sample_ids = [prompt.request.sample_id for prompt in batch]
-        with sized(batch, self.processor, self.pruner) as (resized, plans):
+        with self._processing, sized(batch, self.processor, pruner or self.pruner) as (resized, plans):
             inputs = self._inputs(resized)
         n_prompt = inputs["attention_mask"].sum(1).tolist()
-        check_prompt_lengths([n + n_more for n in n_prompt], sample_ids, self.config)
         n_visual = self._family.is_visual(self.config, inputs["input_ids"]).sum(1).tolist()
         return Prepared(batch, sample_ids, inputs, plans, n_prompt, n_visual)
 
-    def _read(self, batch: list[Prompt], options: Generation, *, n_more: int = 0) -> Reading:
-        return self._read_prepared(self.prepare(batch, n_more=n_more), options)
-
-    def _read_prepared(self, batch: Prepared, options: Generation) -> Reading:
-        """Generate under pruning, and hold what was measured against the prompts."""
+    def read(self, batch: Prepared, options: Generation, *, n_more: int = 0) -> Reading:
+        """Generate under pruning, and hold what was measured against the prompts; `n_more` tokens must fit behind each of them."""
         ids, asked = batch.sample_ids, {"n_beams": options.n_beams, "pruner": self._hooked, "n_layers": self._n_layers}
+        check_prompt_lengths([n + n_more for n in batch.n_prompt], ids, self.config)
+        inputs = move_inputs(batch.inputs, self.device, self.dtype)
         with time_forwards(self.model.model) as times, prune(self.model, self._hooked, sample_ids=ids) as ledger:
-            output = self.model.generate(**batch.inputs, **options.kwargs, pad_token_id=self.tokenizer.pad_token_id)
+            output = self.model.generate(**inputs, **options.kwargs, pad_token_id=self.tokenizer.pad_token_id)
         records = ledger.records
         check_records(records, ids, batch.n_visual, batch.n_prompt, **asked)
-        records, width = as_planned(records, batch.plans, ids), batch.inputs["input_ids"].shape[1]
+        records, width = as_planned(records, batch.plans, ids), inputs["input_ids"].shape[1]
         return Reading(output, width, batch.n_prompt, records, times.prefill_ms, times.decode_ms, times.peak_bytes)
 
     def answer(self, batch: Prepared, options: Generation) -> list[Answer]:
         """Answer a batch by one call of the model's `generate` under pruning; whatever that raises is not caught."""
-        return self._read_prepared(batch, options).answers(batch.prompts, options, self.tokenizer, self._eos_ids)
+        reading = self.read(batch, options)
+        with self._processing:
+            return reading.answers(batch.prompts, options, self.tokenizer, self._eos_ids)
 
     def _inputs(self, batch: list[Prompt]) -> BatchFeature:
-        inputs = build_inputs(self.processor, batch, self.settings, device=self.device, dtype=self.dtype)
+        inputs = build_inputs(self.processor, batch, self.settings)
         if "token_type_ids" not in inspect.signature(self.model.forward).parameters:
             inputs.pop("token_type_ids", None)  # some tokenizers add these zeros, and generate refuses what a model does not take
         return inputs

@@ -19,6 +19,7 @@ from vlm_pruner_eval.speed.options import (
     Repeats,
     TextTokens,
     Threads,
+    pixels,
     progress,
     sentences,
     whole_numbers,
@@ -108,6 +109,8 @@ def questions(
     method: Annotated[str, typer.Option(help="The method that prunes; none: the plain model.")] = "vlmpruner",
     rate: Annotated[str, typer.Option(help="The pruning rate; not used by none and blind.")] = "8/9",
     limit: Annotated[int, typer.Option(help="Questions of each of the six tasks.")] = 8,
+    workers: Annotated[str, typer.Option(help="Threads that make prompts ahead of the model; the first is compared with.")] = "0,2",
+    image_size: Annotated[str, typer.Option(help="Enlarge the pictures, for example to 4000x3000, so that decoding counts.")] = "",
     device: Device = None,
     threads: Threads = 1,
     out: Out = None,
@@ -118,8 +121,12 @@ def questions(
 
     asked = None if method in {"none", "blind"} else rate
     with machine.threads(threads):
-        sizes = whole_numbers("--batch-sizes", batch_sizes)
-        result = bench_questions(sizes, method=method, rate=asked, limit=limit, device=device, progress=progress)
+        options = {
+            "workers": whole_numbers("--workers", workers),
+            "image_size": pixels("--image-size", image_size) if image_size else None,
+            **{"method": method, "rate": asked, "limit": limit, "device": device, "progress": progress},
+        }
+        result = bench_questions(whole_numbers("--batch-sizes", batch_sizes), **options)
     show.print_questions(result)
     machine.write_json(result, out)
     if not result["same_answers"]:

@@ -16,7 +16,7 @@ from vlm_pruner_eval.shown import short
 
 P = ParamSpec("P")
 BAD_INPUT, FAILED = 2, 1
-_MOST_DIGITS = 9
+_MOST_DIGITS, _MOST_SIDE_DIGITS = 9, 5
 
 GeometryName = Annotated[str, typer.Option(help="llava-1.5-7b, llava-1.5-13b, llava-next-7b, qwen2-vl-7b, 100m or mini.")]
 BatchSizes = Annotated[str, typer.Option(help="Batch sizes.")]
@@ -82,6 +82,20 @@ def _whole(text: str) -> int:
     if len(text) > _MOST_DIGITS:
         raise ValueError(f"{len(text)} characters, expected at most {_MOST_DIGITS}")
     return int(text)
+
+
+def pixels(option: str, text: str) -> tuple[int, int]:
+    """Width and height of "4000x3000".
+
+    Raises
+    ------
+    ConfigError
+        Something else.
+    """
+    width, cross, height = text.partition("x")
+    if not (cross and all(side.isascii() and side.isdecimal() and len(side) <= _MOST_SIDE_DIGITS for side in (width, height))):
+        raise ConfigError(f"{option}: got {short(text)}, expected a width and a height in pixels, such as 4000x3000.")
+    return int(width), int(height)
 
 
 def progress(line: str) -> None:

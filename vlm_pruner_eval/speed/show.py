@@ -96,11 +96,13 @@ def print_profile(result: dict[str, Any]) -> None:
 
 
 def print_questions(result: dict[str, Any]) -> None:
-    """A line for every batch size."""
-    table = Table("batch", "questions/s", "x", "noise", "answers that differ", "kept sets that differ", box=None, pad_edge=False)
+    """A line for every batch size and number of threads."""
+    columns = "batch", "workers", "questions/s", "x of batch 1", "x of workers", "noise", "prefill ms", "answers that differ"
+    table = Table(*columns, "kept sets that differ", box=None, pad_edge=False)
     for row in result["rows"]:
         differ = str(row["answers_that_differ"]), str(row["kept_sets_that_differ"])
-        table.add_row(str(row["batch_size"]), f"{row['questions_per_s']:.2f}", f"{row['speedup']:.2f}", f"{row['noise']:.0%}", *differ)
+        speed = f"{row['questions_per_s']:.2f}", f"{row['speedup']:.2f}", f"{row['workers_speedup']:.2f}", f"{row['noise']:.0%}"
+        table.add_row(str(row["batch_size"]), str(row["workers"]), *speed, f"{row['prefill_ms']:.1f}", *differ)
     Console(width=WIDTH).print(table)
 
 

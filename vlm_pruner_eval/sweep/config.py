@@ -74,6 +74,9 @@ class ModelSection(BaseModel):
     revision: str | None = Field(None, description="a branch, tag or commit of the hub checkpoint, or null")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="one of auto, float32, float16, bfloat16")
     batch_size: Count = Field(1, description="a whole number, 1 or more")
+    workers: int | None = Field(
+        None, ge=0, le=64, description="a whole number of threads that read documents ahead, 0 to 64, or null: 2 with a GPU, 0 without"
+    )
     protocol: str = Field("hf", min_length=1, description="a protocol name such as hf (the checkpoint's own chat template)")
     attn_implementation: str = Field("sdpa", min_length=1, description="an attention backend such as sdpa or eager")
     device: str | None = Field(None, description="a device such as cpu or cuda:0, or null for the first GPU if there is one")

@@ -212,7 +212,7 @@ def _make_run(
     if iso_layer is not None:
         rate = canonical_rate(rate_at_layer_average(asked_rate, iso_layer, config.model.layers))
     resolved = {
-        "model": config.model.model_dump(exclude={"visual_tokens", "layers"}),
+        "model": config.model.model_dump(exclude={"visual_tokens", "layers", "workers"}),
         "method": method,
         "pruning_rate": rate,
         "parameters": _every_parameter(method, rate, params),
