@@ -19,10 +19,11 @@ import torch
 from ahead_runs import Lookups, asked, assert_same_with_threads, model_of_twenty, on_generate, our_threads, run, set_workers  # noqa: F401
 from lmms_requests import GREEDY, documents, picture, request, set_batch_size, texts, to_messages
 from PIL import Image
-from test_lmms_shared import configurations, timeless, together
+from test_lmms_shared import assert_same, configurations, separately, timeless, together
 
 from vlm_pruner_eval.lmms import PrunedModel
 from vlm_pruner_eval.lmms.prompts import WINDOW_BATCHES
+from vlm_pruner_eval.lmms.shared import Configuration
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 SOON_S = 20.0  # for what must happen; nothing waits so long unless it is broken
@@ -137,6 +138,20 @@ def test_runs_that_share_a_prefix(model: PrunedModel) -> None:
     assert found[0] == found[3]
 
 
+def test_runs_that_share_a_prefix_read_the_same_images_whichever_method_is_first() -> None:
+    """Downsampling changes how the processor sizes images, for itself alone."""
+    model = test_lmms_families._loaded("qwen2_vl")
+    model.task_dict = {"first": {"test": test_lmms_families.documents()}}
+    set_batch_size(model, 1)
+    requests = [request("first", i) for i in range(len(test_lmms_families.SIZES))]
+    chosen = {name: Configuration(name, "2/3") for name in ("downsample", "fastv")}
+    expected = separately(model, chosen, requests)
+    assert expected["downsample"][1][0]["record"]["n_visual"] < expected["fastv"][1][0]["record"]["n_visual"]
+    set_workers(model, 2)
+    assert_same(together(model, chosen, requests), expected)
+    set_workers(model, 0)
+
+
 # ---- the task's own code
 def test_the_tasks_code_runs_in_the_order_of_the_requests_one_at_a_time(model: PrunedModel) -> None:
     """Some tasks draw random numbers for a prompt: they must be drawn as without threads."""
@@ -247,17 +262,12 @@ def test_decoding_does_not_run_away(model: PrunedModel, monkeypatch: pytest.Monk
 
 def test_the_tokenizer_is_used_by_one_thread_at_a_time(model: PrunedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fast tokenizers raise "Already borrowed" where one thread decodes while another sets how they pad."""
-    inputs, decode, generate, using, answered = (
-        model._inputs,
-        type(model.tokenizer).batch_decode,
-        model.model.generate,
-        [],
-        threading.Event(),
-    )
+    inputs, decode, generate = model._inputs, type(model.tokenizer).batch_decode, model.model.generate
+    using, count, answered = [], iter(range(9)), threading.Event()
 
     def long(batch: list) -> Any:
         using.append("inputs")
-        if batch[0].request.index > 0:
+        if next(count) > 0:
             answered.wait(SOON_S)
             time.sleep(0.2)  # the answer before is ready to be decoded
         made = inputs(batch)

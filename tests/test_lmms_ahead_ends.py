@@ -21,7 +21,7 @@ from vlm_pruner_eval.lmms import PrunedModel, load
 from vlm_pruner_eval.lmms.ahead import Ahead, Job, Step, default_workers
 from vlm_pruner_eval.lmms.journal import Journal
 from vlm_pruner_eval.lmms.plan import WHOLE, Done
-from vlm_pruner_eval.lmms.prompts import Request
+from vlm_pruner_eval.lmms.prompts import WINDOW_BATCHES, Request
 from vlm_pruner_eval.sweep.config import validate
 from vlm_pruner_eval.sweep.grid import expand
 from vlm_pruner_eval.sweep.runner import _load_model
@@ -117,6 +117,27 @@ def test_nothing_runs_on_after_a_run_that_was_stopped(
     time.sleep(0.1)
     assert len(looked) == n
     del caught
+
+
+def test_what_stops_a_run_does_so_in_its_turn(model: PrunedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A document of the second window, met while the first is answered, costs no answer of the first."""
+    looked: list[int] = []
+
+    def look(index: int) -> None:
+        looked.append(index)
+        if len(looked) == WINDOW_BATCHES + 1:
+            interrupt(index)
+
+    def wait(batch: int) -> None:
+        while batch == WINDOW_BATCHES - 2 and len(looked) < 2 * WINDOW_BATCHES:
+            time.sleep(0.01)
+
+    model.task_dict["first"]["test"] = Lookups(documents(20, seed=0), look)
+    set_workers(model, 1)
+    on_generate(model, monkeypatch, lambda batch: (wait(batch), time.sleep(0.2)))
+    with pytest.raises(KeyboardInterrupt):
+        model.generate_until(asked())
+    assert len(model.answers) == WINDOW_BATCHES
 
 
 def test_nothing_runs_on_after_a_journal_that_can_not_be_written(
