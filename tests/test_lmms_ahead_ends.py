@@ -24,7 +24,7 @@ from vlm_pruner_eval.lmms.plan import WHOLE, Done
 from vlm_pruner_eval.lmms.prompts import WINDOW_BATCHES, Request
 from vlm_pruner_eval.sweep.config import validate
 from vlm_pruner_eval.sweep.grid import expand
-from vlm_pruner_eval.sweep.runner import _load_model
+from vlm_pruner_eval.sweep.opening import _load_model
 
 
 # ---- failures

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.lmms.plan import WHOLE, Part
-from vlm_pruner_eval.sweep.lock import SUFFIX, Holder, Lock, last_holder, living
+from vlm_pruner_eval.sweep.holder import Holder, living, read_holder
+from vlm_pruner_eval.sweep.lock import SUFFIX, Lock
 from vlm_pruner_eval.sweep.processes import machine_id
 
 _SWEEP, _SHARDS, _RUN = f"sweep{SUFFIX}", f"shard.*{SUFFIX}", f"run{SUFFIX}"
@@ -72,7 +73,7 @@ def claimed_by(run_dir: Path) -> Holder | None:
 
 def last_claim(run_dir: Path) -> Holder | None:
     """The process that makes a run or, if it died over it, made it."""
-    return last_holder(run_dir / _RUN)
+    return read_holder(run_dir / _RUN)
 
 
 def _is_parent(holder: Holder) -> bool:

@@ -1,81 +1,33 @@
 """Locks that survive a crash: a small file that says who holds it, and is touched for as long as its holder lives.
 
-On one machine the kernel says whether a holder lives, and looking at a lock and replacing it is one step (`flock` on a guard
-file). Between machines nothing is that certain: there a lock counts as left behind after ten minutes without a touch, and two
-processes that break it in the same moment see to it by the name of the file alone, which network disks keep in order but show late.
-A holder that finds its lock taken, because it or its disk stood still for so long, stops (`Lock.check`).
+On one machine, looking at a lock and replacing one that was left behind is one step (`flock` on a guard file). Between machines,
+two processes that replace one in the same moment see to it by the name of the file alone, which network disks keep in order but
+show late. A holder that finds its lock taken, because it or its disk stood still for so long, stops (`Lock.check`).
 """
 
 from __future__ import annotations
 
-import datetime
 import errno
 import json
 import os
-import socket
 import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 
 from vlm_pruner_eval.errors import ConfigError, StoppedError
 from vlm_pruner_eval.sweep.files import is_disk_full
-from vlm_pruner_eval.sweep.processes import is_running, machine_id, start_of
+from vlm_pruner_eval.sweep.holder import UNKNOWN, Holder, living, read_holder
 
 SUFFIX = ".lock"
 BEAT_S = 20.0
-SILENT_S = 600.0  # of a process on another machine
-# Of one on a host of this name that was booted at another time: it went with the reboot, or hosts share a name and it lives. Its
-# touches come every 20 s and are seen up to a minute late.
-REBOOTED_S = 120.0
 _ATTEMPTS = 4
+_ABANDONED_S = 3600.0  # nobody takes an hour to write a line
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
 _NO_FLOCK = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF}
-_READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
-
-
-@dataclass(frozen=True)
-class Holder:
-    """Who holds a lock.
-
-    Attributes
-    ----------
-    host, pid
-        The process.
-    started
-        When it was started, in the terms of its machine: a later process may be given the same pid.
-    machine
-        Tells hosts of the same name, boots of a host, and containers apart.
-    since
-        When it took the lock, by its own clock, for people.
-    what
-        What it does, for people.
-    token
-        Its own name of this lock.
-    """
-
-    host: str
-    pid: int
-    started: str
-    machine: str
-    since: str
-    what: str
-    token: str
-
-    @classmethod
-    def here(cls, what: str) -> Holder:
-        """The process that asks."""
-        now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
-        return cls(socket.gethostname(), os.getpid(), start_of(os.getpid()), machine_id(), now, what, uuid.uuid4().hex)
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on host {self.host} ({self.what}, since {self.since})" if self.pid else "a process unknown"
-
-
-_UNKNOWN = Holder("unknown", 0, "", "", "", "", "")
 
 
 class Lock:
@@ -161,7 +113,7 @@ class Lock:
             if left_behind is not None:
                 _remove(self.path, left_behind)
             if not _create(self.path, json.dumps(asdict(mine)) + "\n"):  # on a network disk another one was faster
-                return living(self.path) or _UNKNOWN
+                return living(self.path) or UNKNOWN
         self._mine = mine
         return None
 
@@ -171,7 +123,7 @@ class Lock:
         while mine is not None and not self._ended.wait(BEAT_S):
             with suppress(OSError):  # a network disk that is away: while it is, nobody else can take the lock either
                 if _token(self.path) != mine.token:
-                    self._taken_by = self._taken_by or _read(self.path) or _UNKNOWN
+                    self._taken_by = self._taken_by or read_holder(self.path) or UNKNOWN
                     return
                 os.utime(self.path)
 
@@ -192,53 +144,8 @@ def holder_of(directory: Path) -> Holder | None:
     return None
 
 
-def last_holder(path: Path) -> Holder | None:
-    """Who holds a lock or, of one that was left behind, held it."""
-    return _read(path)
-
-
-def living(path: Path) -> Holder | None:
-    """Who holds a lock, unless that process is known to be gone."""
-    holder, limit = _read(path), SILENT_S
-    if holder is None:
-        return None
-    if holder.machine == machine_id():
-        return holder if is_running(holder.pid, holder.started) else None
-    if holder.host == socket.gethostname():
-        limit = REBOOTED_S
-    try:
-        return holder if _silent_s(path) <= limit else None
-    except FileNotFoundError:
-        return None  # given back in this moment
-    except OSError as error:
-        if error.errno not in _READ_ONLY:
-            raise
-        return holder  # only someone who can't write there, and so only looks, has to believe it
-
-
-def _silent_s(path: Path) -> float:
-    """Seconds since a file was touched, by the clock that touches files in its folder: clocks of hosts differ."""
-    handle, probe = tempfile.mkstemp(dir=path.parent, prefix=".clock.")
-    os.close(handle)
-    try:
-        return os.stat(probe).st_mtime - path.stat().st_mtime
-    finally:
-        os.unlink(probe)
-
-
-def _read(path: Path) -> Holder | None:
-    """What stands in a lock; None where there is no file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return Holder(**{field.name: found[field.name] for field in fields(Holder)})
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):
-        return _UNKNOWN  # half written, by a crash or in this moment
-
-
 def _token(path: Path) -> str | None:
-    holder = _read(path)
+    holder = read_holder(path)
     return None if holder is None else holder.token
 
 
@@ -251,6 +158,7 @@ def _create(path: Path, content: str) -> bool:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)  # others must be able to read who it is
+        _remove_leftovers(path, before=os.stat(name).st_mtime - _ABANDONED_S)
         try:
             os.link(name, path)
             return True
@@ -262,6 +170,14 @@ def _create(path: Path, content: str) -> bool:
             return _create_plainly(path, content)
     finally:
         os.unlink(name)
+
+
+def _remove_leftovers(path: Path, before: float) -> None:
+    """Remove what processes that were killed in the middle of this left long ago."""
+    for other in path.parent.glob(f".{path.name}.*"):
+        with suppress(FileNotFoundError):
+            if other.stat().st_mtime < before:
+                other.unlink()
 
 
 def _create_plainly(path: Path, content: str) -> bool:
