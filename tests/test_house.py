@@ -16,6 +16,7 @@ MOST_LINES = 350
 ALLOWED = {
     "shown": set(),
     "errors": {"shown"},
+    "durable": set(),
     "host": set(),
     "budget": {"errors", "shown"},
     "cost": set(),
@@ -30,8 +31,9 @@ ALLOWED = {
     "hook": {"cut", "errors", "host", "ledger", "prefill", "probe", "pruners", "vlms"},
     "prefix": {"cut", "errors", "hook", "probe", "pruners", "vlms"},
     "bench": {"bench", "errors"},
-    "lmms": {"lmms", "prefix", "bench", "budget", "cost", "errors", "hook", "ledger", "pruners", "shown", "timing", "types", "vlms", ""},
-    "sweep": {"sweep", "lmms", "bench", "budget", "cost", "errors", "ledger", "pruners", "shown", "timing", ""},
+    "lmms": {"lmms", "prefix", "bench", "budget", "cost", "durable", "errors", "hook", "ledger", "pruners", "shown", "timing", "types"}
+    | {"vlms", ""},
+    "sweep": {"sweep", "lmms", "bench", "budget", "cost", "durable", "errors", "ledger", "pruners", "shown", "timing", ""},
     "speed": {
         "speed",
         "bench",
@@ -82,6 +84,7 @@ INSIDE_REPORT = {
 FORBIDDEN = {
     "shown": {"torch", "transformers", "lmms_eval"},
     "errors": {"torch", "transformers", "lmms_eval"},
+    "durable": {"torch", "transformers", "lmms_eval"},
     "budget": {"torch", "transformers", "lmms_eval"},
     "cost": {"torch", "transformers", "lmms_eval"},
     "types": {"transformers", "lmms_eval"},

@@ -18,6 +18,7 @@ from vlm_pruner_eval.errors import ConfigError, StoppedError
 from vlm_pruner_eval.speed.cli import app as bench_app
 from vlm_pruner_eval.sweep.commands import command_with
 from vlm_pruner_eval.sweep.config import SweepConfig
+from vlm_pruner_eval.sweep.files import stopped
 
 P = ParamSpec("P")
 
@@ -49,7 +50,9 @@ def _sentences(command: Callable[P, None]) -> Callable[P, None]:
             for problem in error.problems:
                 print(f"vlm-pruner-eval: {problem}", file=sys.stderr)
             raise typer.Exit(BAD_INPUT) from None
-        except StoppedError as error:
+        except (StoppedError, OSError) as error:
+            if isinstance(error, OSError) and not (error := stopped(error)):
+                raise
             print(f"vlm-pruner-eval: {error}", file=sys.stderr)
             raise typer.Exit(FAILED_RUNS) from None
 

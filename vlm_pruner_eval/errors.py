@@ -24,6 +24,10 @@ class ConfigError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
+class DamagedError(ConfigError):
+    """A file of results that is not what was written; nothing can go on before a person has looked at it."""
+
+
 class PruningError(RuntimeError):
     """What the tensors hold differs from what was asked, or a method can't answer (NaN, duplicates, wrong count)."""
 

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from loguru import logger
 
+from vlm_pruner_eval.durable import make_folder, sync_folder
 from vlm_pruner_eval.errors import PruningError
 from vlm_pruner_eval.lmms.lines import encode, read_entries
 from vlm_pruner_eval.lmms.log import Answer
@@ -45,7 +46,7 @@ class Journal:
 
     Raises
     ------
-    ConfigError
+    DamagedError
         A journal that was changed or damaged.
     """
 
@@ -171,12 +172,13 @@ class Journal:
         self._begun, self._size, self.earlier_s, self.replayed, self.computed_s = {}, size, 0.0, 0, 0.0
         end = self._usable(call, digest) if self.path.is_file() else 0
         self._noted = set(self._begun)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         self._file = self.path.open("r+b" if self.path.exists() else "w+b", buffering=0)
         self._file.truncate(end)
         self._file.seek(end)
         if not end:
             self._write({"head": self._head(), **size.as_json()})
+            sync_folder(self.folder)  # the file is new
 
     def _usable(self, call: str, digest: str) -> int:
         """Bytes of the file that can be continued: all its whole lines, or none."""

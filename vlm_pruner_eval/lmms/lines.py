@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.errors import DamagedError
 
 _LINE = re.compile(rb'\{"crc": "([0-9a-f]{8})", "entry": (\{.*\})\}\n')
 _ANSWERS = b', "answers": ['  # the last key of an entry, and nearly all of its bytes
@@ -28,7 +28,7 @@ def read_entries(path: Path, *, answers: bool = True) -> Iterator[tuple[int, dic
 
     Raises
     ------
-    ConfigError
+    DamagedError
         A whole line that is not what was written, with file and line.
     """
     offset = 0
@@ -38,7 +38,7 @@ def read_entries(path: Path, *, answers: bool = True) -> Iterator[tuple[int, dic
                 return
             found = _LINE.fullmatch(line)
             if found is None or int(found[1], 16) != zlib.crc32(found[2]):
-                raise ConfigError(
+                raise DamagedError(
                     f"{path}, line {number}: got a line that does not fit its checksum, so the file was changed or its disk is failing; "
                     "the answers in it can't be trusted. Delete the run's folder and run the sweep again."
                 )

@@ -24,6 +24,7 @@ from transformers import BatchFeature
 
 from vlm_pruner_eval.budget import Rate
 from vlm_pruner_eval.cost import DecoderShape
+from vlm_pruner_eval.durable import is_disk_full
 from vlm_pruner_eval.errors import ConfigError, OutOfMemoryError
 from vlm_pruner_eval.hook import prune
 from vlm_pruner_eval.lmms import prompts, settings
@@ -88,8 +89,7 @@ class PrunedModel(Answering):
             self.settings = dataclasses.replace(self.settings, workers=default_workers(self.device))
         checkpoint = load_checkpoint(self.settings, self.device, self.model_types, self.model_id)
         self._model, self.processor, self.config = checkpoint.model, checkpoint.processor, checkpoint.model.config
-        # Held by whoever uses the processor, see `Ahead`: a fast tokenizer refuses to decode in one thread while another sets how it pads,
-        # and method=downsample changes sizes for the length of a batch.
+        # held by whoever uses the processor, see `Ahead`: a fast tokenizer can't be used by two, and downsample changes sizes for a batch
         self._processing = RLock()
         self.protocol.prepare(self.config, self.processor)
         bound_pixels(self.processor, self.settings)
@@ -271,6 +271,8 @@ class PrunedModel(Answering):
                 with self._processing:  # frames of a video may be read in both places
                     self.on_prompt(prompt)
         except Exception as error:  # a document can be broken in any way; it is recorded, and the run ends in failure
+            if is_disk_full(error):
+                raise  # no picture fits any more, which says nothing about the document
             return self._failed(request, error)
         return prompt
 

@@ -1,20 +1,26 @@
-"""Files that a reader never sees half of, and disks that are full."""
+"""Files that a reader never sees half of, and sweeps that stop because the disk is full."""
 
 from __future__ import annotations
 
-import errno
 import os
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+from vlm_pruner_eval.durable import is_disk_full, make_folder, sync_folder
+from vlm_pruner_eval.errors import StoppedError
+
+TEMPORARY = ".tmp"  # behind the eight random characters of a file that is being written
+_ABANDONED_S = 3600.0  # nobody takes an hour to write a file
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace a file in one step: a crash leaves the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Replace a file in one step: a crash leaves the old file or the new one, never a part.
+
+    What a crash does leave beside it is a file with a random name, see `remove_leftovers`.
+    """
+    make_folder(path.parent)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     with ExitStack() as undo:
         undo.callback(os.unlink, name)
         with os.fdopen(handle, "wb") as file:
@@ -24,24 +30,26 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         os.chmod(name, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(name, path)
         undo.pop_all()
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """So that the new name is on the disk, too, after a power cut."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def remove_leftovers(folder: Path, *, like: Path | None = None) -> None:
+    """Remove what crashes left of `write_atomic`, and of locks that were being taken, in a folder.
+
+    All of it, where no other process can be writing there; else give a file that has just been written: what is an hour older than
+    that is removed, by the clock of the disk, which is the same for all machines that write there.
+    """
+    latest = None if like is None else like.stat().st_mtime - _ABANDONED_S
+    for path in folder.glob(f".*.????????{TEMPORARY}"):
+        try:
+            if latest is None or path.stat().st_mtime < latest:
+                path.unlink()
+        except FileNotFoundError:
+            continue  # another process was faster
 
 
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an exception, or one that it was raised from or during, says that a disk or a quota is full."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def stopped(error: BaseException) -> StoppedError | None:
+    """What a full disk means to a sweep; None where `error` comes from something else."""
+    if not is_disk_full(error):
+        return None
+    return StoppedError(f"The disk is full ({error}). Nothing that was answered is lost: make room, then run the same command again.")

@@ -16,6 +16,7 @@ import uuid
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from vlm_pruner_eval.sweep.files import TEMPORARY
 from vlm_pruner_eval.sweep.processes import is_running, machine_id, start_of
 
 SILENT_S = 600.0  # of a process on another machine
@@ -98,7 +99,7 @@ def living(path: Path) -> Holder | None:
 
 def _silent_s(path: Path) -> float:
     """Seconds since a file was touched, by the clock that touches files in its folder: clocks of hosts differ."""
-    handle, probe = tempfile.mkstemp(dir=path.parent, prefix=".clock.")
+    handle, probe = tempfile.mkstemp(dir=path.parent, prefix=".clock.", suffix=TEMPORARY)
     os.close(handle)
     try:
         return os.stat(probe).st_mtime - path.stat().st_mtime

@@ -18,8 +18,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from vlm_pruner_eval.durable import make_folder
 from vlm_pruner_eval.errors import ConfigError, StoppedError
-from vlm_pruner_eval.sweep.files import is_disk_full
+from vlm_pruner_eval.sweep.files import TEMPORARY, stopped
 from vlm_pruner_eval.sweep.holder import UNKNOWN, Holder, living, read_holder
 
 SUFFIX = ".lock"
@@ -63,8 +64,8 @@ class Lock:
             holder = self._take(Holder.here(self._what))
         except OSError as error:
             self._remove_folders()
-            if is_disk_full(error):
-                raise StoppedError(f"The disk is full ({error}); make room, then run the same command again.") from error
+            if full := stopped(error):
+                raise full from error
             raise ConfigError(f"output: {str(self.path.parent)!r} can't be written ({error}); choose another folder.") from error
         if holder is not None:
             self._remove_folders()
@@ -151,7 +152,7 @@ def _token(path: Path) -> str | None:
 
 def _create(path: Path, content: str) -> bool:
     """Make a file with its content in one step, unless there is one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(content)
@@ -196,7 +197,7 @@ def _remove(path: Path, token: str) -> None:
     Where the guard does not reach, another process may have replaced it since it was looked at: then it is put back, and should a
     third one have come in between, its owner notices at its next heartbeat.
     """
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
     try:
         path.rename(aside)
     except FileNotFoundError:
@@ -245,5 +246,5 @@ def _is_at(handle: int, path: Path) -> bool:
 def _make_folders(folder: Path) -> list[Path]:
     """Make a folder and those above it; returns the new ones, the topmost first."""
     new = [one for one in (folder, *folder.parents) if not one.exists()][::-1]
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     return new

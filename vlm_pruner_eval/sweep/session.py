@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from vlm_pruner_eval.errors import StoppedError
+from vlm_pruner_eval.errors import DamagedError, StoppedError
 from vlm_pruner_eval.lmms.journal import Journal, Source
 from vlm_pruner_eval.lmms.plan import WHOLE, BatchSize, Part, ShareDone
 from vlm_pruner_eval.shown import sentence, without_secrets
 from vlm_pruner_eval.sweep import documents, provenance, records
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.evaluate import Evaluated, answer_only, evaluate, samples_of
-from vlm_pruner_eval.sweep.files import is_disk_full
+from vlm_pruner_eval.sweep.files import stopped
 from vlm_pruner_eval.sweep.grid import Run
 from vlm_pruner_eval.sweep.store import FAILED, FINISHED, Store, to_json
 
@@ -94,9 +94,11 @@ class Session:
                 evaluate(self.model, self.config, self.task_manager, self.store.run_dir(run.run_id))
         except ShareDone:
             return None
+        except (StoppedError, DamagedError):
+            raise
         except (Exception, SystemExit) as error:  # as in `_record`
-            if is_disk_full(error):
-                raise _stopped(error) from error
+            if full := stopped(error):
+                raise full from error
             return sentence(f"{type(error).__name__}: {error}".strip())
         finally:
             self.model.source, self.model.may_shrink = None, may_shrink
@@ -118,15 +120,15 @@ class Session:
         ------
         StoppedError
             The disk is full, or another process has taken this one's place.
-        ConfigError
+        DamagedError
             The run's journal was changed or damaged.
         """
         try:
             with self.journal(run) as journal:
                 return self._record(run, journal, time.time())
         except OSError as error:
-            if is_disk_full(error):
-                raise _stopped(error) from error
+            if full := stopped(error):
+                raise full from error
             raise
 
     def _record(self, run: Run, journal: Journal, started: float) -> str | None:
@@ -135,11 +137,11 @@ class Session:
         try:
             evaluate_part = answer_only if self.part.index else evaluate
             evaluated = evaluate_part(self.model, self.config, self.task_manager, self.store.run_dir(run.run_id))
-        except StoppedError:
+        except (StoppedError, DamagedError):  # the journal may be that of another run, which is answered together with this one
             raise
         except (Exception, SystemExit) as error:  # whatever a task or a model raises costs one run, not the sweep: it is recorded below
-            if is_disk_full(error):
-                raise _stopped(error) from error
+            if full := stopped(error):
+                raise full from error
             problem, trace = sentence(f"{type(error).__name__}: {error}".strip()), without_secrets(traceback.format_exc())
             if self.team is not None:
                 self.team.give_up(run.run_id, problem)
@@ -218,7 +220,3 @@ def _problem(samples: list[dict[str, Any]], evaluated: Evaluated, raised: str | 
         first = failed[0]
         return f"{len(failed)} of {len(samples)} samples failed (first: {first['task']}, document {first['doc_id']}: {first['error']})"
     return raised or " ".join(records.missing_answers(samples, evaluated.logged)) or None
-
-
-def _stopped(error: BaseException) -> StoppedError:
-    return StoppedError(f"The disk is full ({error}). Nothing that was answered is lost: make room, then run the same command again.")

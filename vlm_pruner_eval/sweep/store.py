@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.sweep.files import write_atomic
+from vlm_pruner_eval.sweep.files import remove_leftovers, stopped, write_atomic
 
 FINISHED, FAILED = "finished", "failed"
 _LONGEST_NAME = 255
@@ -77,10 +77,17 @@ class Store:
         ------
         ConfigError
             The directory can't be written.
+        StoppedError
+            The disk is full.
         """
+        path = self.root / "sweep.json"
         try:
-            write_atomic(self.root / "sweep.json", to_json({"name": name, "config": source, "runs": list(runs)}) + "\n")
+            write_atomic(path, to_json({"name": name, "config": source, "runs": list(runs)}) + "\n")
+            for folder in (self.root, *(child for child in self.root.iterdir() if child.is_dir())):
+                remove_leftovers(folder, like=path)
         except OSError as error:
+            if full := stopped(error):
+                raise full from error
             raise ConfigError(f"output: {str(self.root)!r} can't be written ({error}); choose another folder with --output.") from error
 
     def run_dir(self, run_id: str) -> Path:
@@ -121,6 +128,7 @@ class Store:
     def write_run(self, record: dict[str, Any], samples: Iterable[dict[str, Any]], draws: Mapping[str, np.ndarray] | None = None) -> None:
         """Write a run's samples and the resampled values of its scores, then its record: the record is what makes the run exist."""
         folder = self.run_dir(record["run_id"])
+        remove_leftovers(folder)  # a run is recorded by one process at a time
         self.forget(record["run_id"])  # an old record must not vouch for new samples
         write_atomic(folder / "samples.jsonl", "".join(to_json(sample, indent=None) + "\n" for sample in samples))
         short = {task: [float(f"{value:.9g}") for value in values] for task, values in (draws or {}).items()}

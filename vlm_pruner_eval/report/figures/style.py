@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlm_pruner_eval.report.rows import Cell, Row, is_plumbing
+from vlm_pruner_eval.sweep.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,6 +111,8 @@ def plumbing_note(tasks: Sequence[str]) -> str:
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write a figure as .png and .svg next to `stem`, the same bytes for the same figure; returns the two paths."""
     paths = [stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")]
-    figure.savefig(paths[0], dpi=150)
-    figure.savefig(paths[1], metadata={"Date": None})
+    for path, options in zip(paths, ({"dpi": 150}, {"metadata": {"Date": None}}), strict=True):
+        content = io.BytesIO()
+        figure.savefig(content, format=path.suffix.removeprefix("."), **options)
+        write_atomic(path, content.getvalue())
     return paths

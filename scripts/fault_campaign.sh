@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Breaks sweeps in every way that the world does (kills, power cuts, full disks, damaged journals, too little memory) and shows that
+# nothing is lost, doubled or different afterwards. Takes half an hour to an hour on two cores; the last line is a JSON summary.
+# Small file systems are tried where they may be mounted (as root). Installs what it needs into .venv.
+# Usage: bash scripts/fault_campaign.sh [--short] [--seed N] [--lanes N] [--only SECTION ...]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/_venv.bash
+ensure_venv test
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+exec .venv/bin/python tests/fault_campaign.py "$@"

@@ -1,0 +1,315 @@
+"""The process that a fault campaign kills: the real command line, run by a fork of a process that has imported everything.
+
+A kill so costs milliseconds and hits the sweep, not its imports. The model is a stand-in that answers through the wrapper's own
+planning of batches, or MiniVLM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import RLock
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import lmms_eval.tasks
+import matplotlib.backends.backend_agg
+import matplotlib.backends.backend_svg
+import matplotlib.figure
+import torch
+from fault_trace import NO_TRAP, Trace, Trap
+from PIL import Image
+from sweep_standin import N_VISUAL, StandIn, task_manager, write_tasks
+
+from vlm_pruner_eval import cli
+from vlm_pruner_eval.lmms import wrapper
+from vlm_pruner_eval.lmms.journal import Journal
+from vlm_pruner_eval.lmms.log import Answer
+from vlm_pruner_eval.lmms.prompts import Defaults, Prompt, Request, image_digest
+from vlm_pruner_eval.lmms.wrapper import PrunedModel
+from vlm_pruner_eval.report import build, terminal
+from vlm_pruner_eval.report.figures import style
+from vlm_pruner_eval.sweep import runner
+from vlm_pruner_eval.sweep.config import SweepConfig, load
+from vlm_pruner_eval.sweep.grid import method_problems
+
+# what a fork must not spend its life on
+IMPORTED = (
+    *(build, terminal, style, runner),
+    *(matplotlib.backends.backend_agg, matplotlib.backends.backend_svg, matplotlib.figure),
+)
+_POLL_S, _DEAF_S = 0.002, 60.0
+DOCUMENTS_A_PICTURE = 5
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What happens to one attempt from inside.
+
+    Attributes
+    ----------
+    trap
+        At one of its writes, see `fault_trace`.
+    file_bytes
+        The longest file that it may write; with `kill_at_limit` it dies there in the middle of a write, else the write fails.
+    memory_seed, memory_share
+        Batches that do not fit: this share of those with several prompts, drawn anew by every process.
+    """
+
+    trap: Trap = NO_TRAP
+    file_bytes: int | None = None
+    kill_at_limit: bool = False
+    memory_seed: int | None = None
+    memory_share: float = 0.0
+
+
+NO_FAULTS = Faults()
+
+
+class PausingStandIn(StandIn):
+    """A stand-in that takes its time for every batch, shows pictures, and may lack memory."""
+
+    defaults = Defaults()
+    # the real planning, and the real treatment of batches that fail
+    batches_of = PrunedModel.batches_of
+    _steps, _taken = PrunedModel._steps, PrunedModel._taken
+    pruner = None
+    answers_of_batch = PrunedModel.answers_of_batch
+    _failed = PrunedModel._failed
+
+    def __init__(self, size: int, pause_s: float, faults: Faults):
+        super().__init__(size=size)
+        self.pause_s, self.faults, self.memory = pause_s, faults, random.Random(faults.memory_seed)
+        self.settings, self._processing = SimpleNamespace(workers=2), RLock()
+
+    def describe(self) -> dict[str, object]:
+        return super().describe() | {"geometry": {"family": "qwen2_vl", "temporal_patch": 2}}
+
+    def _prompt_of(self, request: Request, in_turn: AbstractContextManager[None]) -> Prompt:
+        with in_turn:
+            picture = _picture(request.doc_id // DOCUMENTS_A_PICTURE)
+        return Prompt(request, "?" * request.length, [picture], image_digests=[image_digest(picture)], originals=[picture])
+
+    def prepare(self, batch: list[Prompt], pruner: object = None) -> list[Prompt]:
+        return batch
+
+    def answer(self, batch: list[Prompt], options: object) -> list[Answer]:
+        time.sleep(self.pause_s)
+        if self.batch_size > 1 and self.memory.random() < self.faults.memory_share:
+            raise self.memory.choice([MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")])
+        return [self._of(prompt, len(batch)) for prompt in batch]
+
+    def _of(self, prompt: Prompt, n: int) -> Answer:
+        request = prompt.request
+        answer = self._answer(request.doc_id, request.task, request.split)
+        record = dataclasses.replace(answer.record, layouts=[[N_VISUAL, 6, 6, 1]])
+        return dataclasses.replace(answer, batch_size=n, images=prompt.digests, record=record)
+
+
+@functools.cache
+def _picture(seed: int) -> Image.Image:
+    return Image.new("RGB", (40, 30), (50 * seed % 256, 90, 200))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A command that can be attempted again and again."""
+
+    file: Path
+    output: Path
+    tasks: Any
+    make: Callable[[Faults], Any]
+    options: tuple[str, ...] = ()
+    has_report: bool = True
+    beside: Path | None = None  # folder of the log, default beside the results
+
+    @property
+    def argv(self) -> list[str]:
+        return ["sweep", str(self.file), "--output", str(self.output), *self.options]
+
+    def config(self) -> SweepConfig:
+        overrides = {"share_prefix": True} if "--share-prefix" in self.options else {}
+        return load(self.file, overrides=overrides, check=method_problems)
+
+    def into(self, output: Path) -> Sweep:
+        return dataclasses.replace(self, output=output)
+
+    def unreported(self) -> Sweep:
+        """The same up to the report, which takes longer than all before it."""
+        return dataclasses.replace(self, has_report=False)
+
+    @property
+    def log(self) -> Path:
+        return (self.beside or self.output.parent) / f"{self.output.name}.log"
+
+    @property
+    def events(self) -> Path:
+        return (self.beside or self.output.parent) / f"{self.output.name}.events"
+
+
+@dataclass(frozen=True)
+class End:
+    """How an attempt ended: an exit code, or the signal that ended it."""
+
+    code: int | None
+    signal: int | None
+    log: str
+    events: list[str]
+    seconds: float
+    was_deaf: bool = False
+
+    @property
+    def killed(self) -> bool:
+        return self.signal is not None
+
+
+def standin_sweep(folder: Path, *, pause_s: float = 0.0, n_runs: int = 7, limit: int = 12, size: int = 3) -> Sweep:
+    """The stand-in on three tasks; at `pause_s` 0.6 and otherwise as it is, about a minute."""
+    methods = ["vlmpruner", {"name": "random", "seeds": [0, 1]}, "blind", "uniform", "fastv"]
+    tasks = ["tiny_mean", "tiny_pairs", "tiny_state"]
+    raw = {
+        "name": "faults",
+        "model": {"id": "vlmpruner_llava", "pretrained": "somewhere/tiny", "batch_size": size, "visual_tokens": N_VISUAL},
+        "tasks": tasks if n_runs > 3 else tasks[:2],
+        "pruning_rates": ["2/3"],
+        "methods": methods if n_runs > 3 else methods[0 : n_runs - 1 : 2],
+        "limit": limit,
+        "gallery": 10,
+    }
+    tasks = task_manager(write_tasks(folder / "tasks"))
+    make = functools.partial(PausingStandIn, size, pause_s)
+    return Sweep(_write(folder, raw), folder / "out", tasks, make)
+
+
+def minivlm_sweep(folder: Path, *, limit: int = 8, options: tuple[str, ...] = ()) -> Sweep:
+    """MiniVLM on two tasks of DIGITSCENES; loaded here, once for all attempts."""
+    from vlm_pruner_eval.bench import tasks_path
+
+    args = {"pretrained": "minivlm", "batch_size": 4, "device": "cpu"}
+    raw = {
+        "name": "faults",
+        "model": {"id": "vlmpruner_llava", **args, "visual_tokens": 576},
+        "tasks": ["digitscenes_exist", "digitscenes_pairs"],
+        "pruning_rates": ["8/9"],
+        "methods": ["vlmpruner", "fastv", {"name": "random", "seeds": [0]}, "blind"],
+        "limit": limit,
+        "gallery": 4,
+    }
+    model = wrapper.load("vlmpruner_llava", **args)
+    index = lmms_eval.tasks.TaskManager("ERROR", include_path=[str(tasks_path())], include_defaults=False, model_name="vlmpruner_llava")
+    return Sweep(_write(folder, raw), folder / "out", index, lambda faults: model, options)
+
+
+def _write(folder: Path, raw: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "sweep.yaml"
+    path.write_text(json.dumps(raw))  # JSON is YAML
+    return path
+
+
+def use_cache(folder: Path) -> None:
+    """Data sets are prepared there by the first attempt, not in the user's cache."""
+    datasets.config.HF_DATASETS_CACHE = folder
+
+
+class Attempt:
+    """One start of a sweep's command, running."""
+
+    def __init__(self, sweep: Sweep, faults: Faults = NO_FAULTS):
+        self.sweep, self.started = sweep, time.monotonic()
+        for path in (sweep.events, sweep.log):
+            path.unlink(missing_ok=True)
+        self.pid = os.fork()
+        if not self.pid:
+            _live(sweep, faults)
+        with contextlib.suppress(OSError):  # the child does the same; whoever is first
+            os.setpgid(self.pid, self.pid)
+
+    def wait(self, kill_after_s: float | None = None, with_signal: int = signal.SIGKILL) -> End:
+        """Its end; after so many seconds its process group gets a signal, and after another minute, which is a finding, the last one."""
+        told_at, is_deaf = None, False
+        while True:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            now = time.monotonic()
+            if pid:
+                return self._end(status, is_deaf)
+            if told_at is None and kill_after_s is not None and now - self.started >= kill_after_s:
+                os.killpg(self.pid, with_signal)
+                told_at = now
+            if told_at is not None and now - told_at > _DEAF_S:
+                os.killpg(self.pid, signal.SIGKILL)
+                is_deaf = True
+            time.sleep(_POLL_S)
+
+    def _end(self, status: int, is_deaf: bool) -> End:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)  # what it started itself, such as git
+        events = self.sweep.events.read_text().splitlines() if self.sweep.events.exists() else []
+        by_signal = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+        code = os.WEXITSTATUS(status) if by_signal is None else None
+        log = self.sweep.log.read_text(errors="replace") if self.sweep.log.exists() else ""  # killed before its first line
+        return End(code, by_signal, log, events, time.monotonic() - self.started, is_deaf)
+
+
+def _live(sweep: Sweep, faults: Faults) -> None:
+    """The life of the fork; it never returns."""
+    code = 70
+    try:
+        os.setpgid(0, 0)
+        _own_streams(sweep.log)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        wrapper.load = lambda *args, **kwargs: sweep.make(faults)
+        lmms_eval.tasks.TaskManager = lambda **kwargs: sweep.tasks
+        if not sweep.has_report:
+            cli._report = lambda directory: {"md": directory}
+        sys.argv = ["vlm-pruner-eval", *sweep.argv]
+        if faults.file_bytes is None:
+            trace = Trace(sweep.output, sweep.events, faults.trap)
+            trace.install()
+            _note_answers(trace)
+        else:  # without a trace, whose own file would be limited, too
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL if faults.kill_at_limit else signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (faults.file_bytes, faults.file_bytes))
+        cli.app(sweep.argv)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # as the interpreter does it
+        code = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _note_answers(trace: Trace) -> None:
+    """Every answer that is found anew shows in the trace."""
+    append = Journal.append
+
+    def noting(self: Journal, call: str, batch: list[Any], seconds: float) -> None:
+        append(self, call, batch, seconds)
+        trace.note("answers", self.folder.name, len(batch))
+
+    Journal.append = noting
+
+
+def _own_streams(log: Path) -> None:
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for stream in (1, 2):
+        os.dup2(handle, stream)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115  # they live as long as it does
