@@ -52,7 +52,7 @@ ALLOWED = {
     }
     | {""},
     "report": {"report", "sweep", "budget", "cost", "errors", "shown", ""},
-    "doctor": {"doctor", "bench", "errors", "lmms", "sweep", ""},
+    "doctor": {"doctor", "bench", "errors", "lmms", "shown", "sweep", ""},
     "reproduce": {"reproduce", "report", "sweep", "lmms", "pruners", "errors", "shown", ""},
 }
 # what a part of report may import of report: from reading over numbers to tables and pictures, and from those to formats

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
@@ -17,8 +17,10 @@ from rich.table import Table
 from vlm_pruner_eval.errors import ConfigError, StoppedError
 from vlm_pruner_eval.speed.cli import app as bench_app
 from vlm_pruner_eval.sweep.commands import command_with
-from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.files import stopped
+
+if TYPE_CHECKING:
+    from vlm_pruner_eval.sweep.config import SweepConfig
 
 P = ParamSpec("P")
 
@@ -225,21 +227,15 @@ def reproduce(
 def doctor(
     config: Annotated[Path | None, typer.Argument(help="A sweep file (YAML) whose checkpoint, tasks and data are looked up, too.")] = None,
     output: Annotated[Path | None, typer.Option(help="The results directory; default: as of `sweep`.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object, too, as the last line.")] = False,
 ) -> None:
-    """Look for what would get into the way of a sweep, and say how to mend it. Downloads nothing. Exit code 1 if anything fails."""
-    from vlm_pruner_eval.sweep.progress import quieten
+    """Look for what would get into the way of a sweep, and say how to mend it. Downloads nothing.
 
-    quieten()
-    from vlm_pruner_eval.doctor.examine import examine, print_findings
-    from vlm_pruner_eval.sweep import config as sweep_config
-    from vlm_pruner_eval.sweep.grid import method_problems
+    Exit code 1 if anything fails, 2 for a bad sweep file.
+    """
+    from vlm_pruner_eval.doctor.examine import run
 
-    loaded = None if config is None else sweep_config.load(config, check=method_problems)
-    found = list(examine(loaded, output or (Path("output") if loaded is None else _output_of(loaded))))
-    print_findings(Console(), found)
-    counts = {status: sum(finding.status == status for finding in found) for status in ("ok", "warn", "fail")}
-    print(json.dumps({**counts, "findings": [finding.as_json() for finding in found]}), flush=True)
-    if counts["fail"]:
+    if not run(config, output, as_json=as_json):
         raise typer.Exit(FAILED_RUNS)
 
 

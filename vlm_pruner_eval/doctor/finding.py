@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vlm_pruner_eval.shown import sentence
+
 OK, WARN, FAIL = "ok", "warn", "fail"
 
 
@@ -43,9 +45,25 @@ Check = Callable[[], Iterable[Finding]]
 
 
 def findings(checks: Iterable[tuple[str, Check]]) -> Iterator[Finding]:
-    """What all checks find; one that breaks is a finding itself."""
+    """What all checks find, fit to be shown; one that breaks is a finding itself."""
     for name, check in checks:
         try:
-            yield from check()
+            for finding in check():
+                yield _presentable(finding)
         except Exception as error:  # what a broken package raises when it is imported can be anything; it is what the doctor looks for
-            yield Finding(name, FAIL, f"{type(error).__name__}: {error}", "Mend what is named here, or make the environment anew.")
+            yield broken(name, error)
+
+
+def broken(name: str, error: Exception) -> Finding:
+    """A check that could not be made."""
+    return _presentable(Finding(name, FAIL, named(error), "Mend what is named here, or make the environment anew."))
+
+
+def named(error: Exception) -> str:
+    """Type and text of an exception."""
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
+def _presentable(finding: Finding) -> Finding:
+    """On one line each, without tokens: messages of libraries and paths are not ours."""
+    return Finding(sentence(finding.name), finding.status, sentence(finding.found), sentence(finding.fix))

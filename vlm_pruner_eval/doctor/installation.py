@@ -1,29 +1,78 @@
-"""Is the package installed as it was tested: versions, parts that must fit together, the plugin, what is embedded."""
+"""Is the package installed as it was tested: the copy that is meant, versions, parts that must fit together."""
 
 from __future__ import annotations
 
-import hashlib
+import configparser
 import importlib
 import json
 import platform
+import re
 import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-
-from packaging.markers import UndefinedEnvironmentName
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import vlm_pruner_eval
-from vlm_pruner_eval.doctor.finding import FAIL, OK, WARN, Finding
+from vlm_pruner_eval.doctor.finding import FAIL, OK, WARN, Finding, named
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 DISTRIBUTION = "vlm-pruner-eval"
 REINSTALL = "Install the package again: pip install -e . in its folder."
+_BUILD = re.compile(r"cpu|cu\d+|rocm[\d.]+|xpu")  # behind the "+" of a version, and the name of a package index as well
+
+
+def source() -> Iterator[Finding]:
+    """Whether the folder that Python imports is the one that was installed, and was installed as it is now."""
+    imported = Path(vlm_pruner_eval.__file__).resolve().parent.parent
+    try:
+        installed = metadata.distribution(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        found = f"{imported} is imported, but not installed: lmms-eval can't find its models, and the tested versions are not known"
+        yield Finding("source", FAIL, found, REINSTALL)
+        return
+    home = _home(installed)
+    if home is not None and home != imported:
+        fix = "Leave the folder or unset PYTHONPATH, or install the copy that you want to use: pip install -e ."
+        yield Finding("source", WARN, f"{imported} is imported, but {home} is installed", fix)
+    elif installed.version != vlm_pruner_eval.__version__:
+        yield Finding("source", WARN, f"{vlm_pruner_eval.__version__} is imported, but installed as {installed.version}", REINSTALL)
+    elif changed := _changed_requirements(imported / "setup.cfg"):
+        yield Finding("source", WARN, f"requirements have changed since it was installed: {', '.join(changed)}", REINSTALL)
+    else:
+        yield Finding("source", OK, f"{imported}, on {sys.executable}")
+
+
+def _home(installed: metadata.Distribution) -> Path | None:
+    """The folder that holds the installed package: its checkout, or site-packages; None if the installation does not say."""
+    direct = json.loads(installed.read_text("direct_url.json") or "{}")
+    if direct.get("dir_info", {}).get("editable"):
+        return Path(url2pathname(urlsplit(direct["url"]).path)).resolve()
+    files = [file for file in installed.files or () if file.parts[-2:] == ("vlm_pruner_eval", "__init__.py")]
+    return Path(str(files[0].locate())).resolve().parent.parent if files else None
+
+
+def _changed_requirements(setup: Path) -> list[str]:
+    """Names whose ranges in a checkout differ from those that pip wrote down when the checkout was installed."""
+    from packaging.requirements import Requirement
+
+    if not setup.is_file():
+        return []
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read(setup, encoding="utf-8")
+    lines = parser.get("options", "install_requires", fallback="").splitlines()
+    now = {requirement for requirement in map(Requirement, filter(str.strip, lines)) if _applies(requirement)}
+    return sorted({requirement.name for requirement in now ^ set(_requirements())})
 
 
 def python() -> Iterator[Finding]:
     """The interpreter, against the range in the package's metadata."""
+    from packaging.specifiers import SpecifierSet
+
     wanted, found = metadata.metadata(DISTRIBUTION)["Requires-Python"], platform.python_version()
     if SpecifierSet(wanted).contains(found, prereleases=True):
         yield Finding("python", OK, f"{found} ({wanted})")
@@ -33,9 +82,7 @@ def python() -> Iterator[Finding]:
 
 def versions() -> Iterator[Finding]:
     """Every required package, against the range that the package was tested with, as its metadata say."""
-    for requirement in map(Requirement, metadata.requires(DISTRIBUTION) or ()):
-        if not _applies(requirement):
-            continue
+    for requirement in _requirements():
         name, wanted = requirement.name, str(requirement.specifier) or "any"
         fix = f"pip install '{requirement.name}{requirement.specifier}'"
         try:
@@ -49,77 +96,50 @@ def versions() -> Iterator[Finding]:
             yield Finding(name, FAIL, f"{found}, tested {wanted}", f"Install a tested version: {fix}.")
 
 
+def _requirements() -> list[Requirement]:
+    """What the installed package itself requires, here: no extras, no other platform."""
+    from packaging.requirements import Requirement
+
+    return [requirement for requirement in map(Requirement, metadata.requires(DISTRIBUTION) or ()) if _applies(requirement)]
+
+
 def _applies(requirement: Requirement) -> bool:
-    """Whether a requirement is one of the package itself, here."""
-    try:
-        return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-    except UndefinedEnvironmentName:
-        return False
+    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
 
 
 def torch_and_torchvision() -> Iterator[Finding]:
     """Builds that do not match break when they are imported, not when they are installed."""
-    import torch
+    name, fix, loaded = "torch and torchvision", _pair(), []
+    for module in ("torch", "torchvision"):
+        try:
+            loaded.append(importlib.import_module(module).__version__)
+        except Exception as error:  # operators that do not exist, libraries that can't be loaded: all of it is a mismatch
+            beside = f" beside torch {loaded[0]}" if loaded else ""
+            yield Finding(name, FAIL, f"{module} can't be imported{beside} ({named(error)})", fix)
+            return
+    builds = {version.partition("+")[2] for version in loaded}
+    expected = torchvision_for(loaded[0])
+    if expected and not loaded[1].startswith(f"{expected}."):
+        yield Finding(name, WARN, f"{loaded[0]} and {loaded[1]}; this torch goes with torchvision {expected}", fix)
+    elif len(builds) == 2 and all(_BUILD.fullmatch(build) for build in builds):
+        yield Finding(name, WARN, f"{loaded[0]} and {loaded[1]} are builds for different devices", fix)
+    else:
+        yield Finding(name, OK, f"{loaded[0]} and {loaded[1]} fit together")
 
+
+def torchvision_for(torch_version: str) -> str | None:
+    """Release of torchvision that is made for a torch 2.x: their minor versions are 15 apart (0.20 for 2.5, 0.29 for 2.14)."""
+    major, minor = torch_version.split(".")[:2]
+    return f"0.{int(minor) + 15}" if major == "2" else None
+
+
+def _pair() -> str:
+    """How to get two builds that belong together, for the torch that is installed."""
     try:
-        torchvision = importlib.import_module("torchvision")
-    except Exception as error:  # operators that do not exist, libraries that can't be loaded: all of it is a mismatch
-        fix = "Install both from one place: pip install --force-reinstall torch torchvision."
-        yield Finding("torchvision", FAIL, f"can't be imported beside torch {torch.__version__} ({error})", fix)
-        return
-    yield Finding("torch and torchvision", OK, f"{torch.__version__} and {torchvision.__version__} fit together")
-
-
-def plugin() -> Iterator[Finding]:
-    """Whether lmms-eval finds our models and tasks, and whether it is this very package that it finds."""
-    from lmms_eval.models import get_model_manifest
-
-    from vlm_pruner_eval.lmms.plugin import MODELS
-
-    known = {entry.name for entry in metadata.entry_points(group="lmms_eval.models")}
-    if "vlm_pruner_eval" not in known:
-        yield Finding("plugin", FAIL, "lmms-eval does not see the package's entry point", REINSTALL)
-        return
-    missing = [model_id for model_id in MODELS if not _is_known(get_model_manifest, model_id)]
-    if missing:
-        yield Finding("plugin", FAIL, f"lmms-eval does not know {', '.join(missing)}", REINSTALL)
-    else:
-        yield Finding("plugin", OK, f"lmms-eval knows {len(MODELS)} model ids of {Path(vlm_pruner_eval.__file__).parent}")
-
-
-def _is_known(get_model_manifest: object, model_id: str) -> bool:
-    try:
-        get_model_manifest(model_id)
-    except ValueError:
-        return False
-    return True
-
-
-def embedded() -> Iterator[Finding]:
-    """The checkpoint and the questions inside the package: there, and as they were packed."""
-    from vlm_pruner_eval.bench import minivlm_path, questions_path
-
-    weights = minivlm_path() / "model.safetensors"
-    with weights.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    end = 8 + size + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-    if end != weights.stat().st_size:
-        yield Finding("embedded checkpoint", FAIL, f"{weights} holds {weights.stat().st_size} bytes, its header says {end}", REINSTALL)
-    else:
-        digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
-        yield Finding("embedded checkpoint", OK, f"minivlm, {len(header)} tensors, SHA-256 {digest}...")
-    import pyarrow.parquet as pq
-
-    yield Finding("embedded questions", OK, f"DIGITSCENES, {pq.read_metadata(questions_path()).num_rows} rows")
-
-
-def source() -> Iterator[Finding]:
-    """Whether the folder that Python imports is the one that was installed."""
-    imported = Path(vlm_pruner_eval.__file__).resolve().parent.parent
-    files = [Path(str(file.locate())).resolve() for file in metadata.files(DISTRIBUTION) or () if file.name == "__init__.py"]
-    if files and all(imported not in file.parents for file in files):
-        fix = "Leave the folder or unset PYTHONPATH, or install the copy that you want to use: pip install -e ."
-        yield Finding("source", WARN, f"{imported} is imported, but {files[0].parents[1]} is installed", fix)
-    else:
-        yield Finding("source", OK, f"{imported}, on {sys.executable}")
+        release, _, build = metadata.version("torch").partition("+")
+    except metadata.PackageNotFoundError:
+        release = build = ""
+    fitting = torchvision_for(release) if release else None
+    wanted = f"'torch=={release}' 'torchvision=={fitting}.*'" if fitting else "torch torchvision"
+    index = f" --index-url https://download.pytorch.org/whl/{build}" if _BUILD.fullmatch(build) else ""
+    return f"Install both from one place: pip install --force-reinstall {wanted}{index}."
