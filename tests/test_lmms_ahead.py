@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import test_lmms_families
 import test_lmms_loglikelihood
@@ -89,6 +88,8 @@ def test_continuations_that_a_task_draws(model: PrunedModel) -> None:
 
 
 def test_documents_of_datasets_are_decoded_in_threads(model: PrunedModel) -> None:
+    import datasets
+
     def encoded(seed: int) -> dict:
         content = io.BytesIO()
         picture(seed).save(content, "PNG")
