@@ -201,7 +201,7 @@ def test_the_key_and_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ConfigError, match=r"share_prefix: got 'yes' .str., expected true or false"):
         make(share_prefix="yes")
     asked: list[SweepConfig] = []
-    monkeypatch.setattr(cli, "_run", lambda config, *others: asked.append(config))
+    monkeypatch.setattr(cli, "_run", lambda config, *others, **how: asked.append(config))
     for options in ([], ["--share-prefix"], ["--share-prefix", "--limit", "2"]):
         result = CliRunner().invoke(cli.app, ["sweep", str(write(tmp_path)), *options])
         assert result.exit_code == 0, result.output
