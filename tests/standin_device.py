@@ -112,7 +112,7 @@ class CountSyncs(TorchDispatchMode):
         if not here and not to_device:
             return func(*args, **kwargs)
         packet = func.overloadpacket
-        if packet not in COPIES:
+        if packet not in COPIES | INDEXING:
             apart = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, OnDevice) and leaf.dim()]
             assert not apart, f"{func} mixes tensors of the host and of the device"
         name = str(packet).removeprefix("aten.")
@@ -129,7 +129,8 @@ class CountSyncs(TorchDispatchMode):
 
     def _waits(self, packet: Any, args: tuple, kwargs: dict, from_device: bool, to_device: bool) -> bool:
         if packet in INDEXING:
-            return any(isinstance(index, OnDevice) and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+            indices = [index for index in args[1] if index is not None]  # those of the host are allowed, and copied to the device
+            return any(not isinstance(index, OnDevice) or index.dtype in (torch.bool, torch.uint8) for index in indices)
         if packet in COPIES and not any(value.numel() for value in args if isinstance(value, Tensor)):
             return False
         if packet is aten._to_copy:
