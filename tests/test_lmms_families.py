@@ -46,13 +46,13 @@ def documents() -> list[dict]:
 def _loaded(family: str) -> PrunedModel:
     model = load(f"vlmpruner_{family}", pretrained=checkpoint(family))
     model.keep_loaded = True
-    model.task_dict = {"first": {"test": documents()}}
     return model
 
 
 @pytest.fixture
 def model(family: str) -> PrunedModel:
     model = _loaded(family)
+    model.task_dict = {"first": {"test": documents()}}
     model.configure("none")
     set_batch_size(model, 1)
     return model
@@ -140,10 +140,7 @@ def test_several_images_reach_the_model_in_order(family: str, model: PrunedModel
     model.configure("uniform", "1/2")
     document = documents()[TWO_IMAGES]
     model.task_dict = {"first": {"test": [document, document | {"images": document["images"][::-1]}]}}
-    try:
-        one, other = texts(model, [request("first", i, options=GREEDY | {"max_new_tokens": 20}) for i in range(2)])
-    finally:
-        model.task_dict = {"first": {"test": documents()}}
+    one, other = texts(model, [request("first", i, options=GREEDY | {"max_new_tokens": 20}) for i in range(2)])
     assert one != other
 
 

@@ -32,7 +32,7 @@ from vlm_pruner_eval.report.build import build
 from vlm_pruner_eval.report.latex import escape as latex_escape
 from vlm_pruner_eval.report.markdown import inert, table
 from vlm_pruner_eval.shown import HIDDEN, sentence, spelled_out, without_secrets
-from vlm_pruner_eval.sweep import grid, hub_code, runner
+from vlm_pruner_eval.sweep import grid, hub_code, opening
 from vlm_pruner_eval.sweep.provenance import command_line
 from vlm_pruner_eval.sweep.runner import run_sweep
 
@@ -59,13 +59,13 @@ def test_a_task_that_runs_code_from_the_hub_is_refused_unless_asked_for(tmp_path
     (folder / "group.yaml").write_text(yaml.safe_dump({"group": "mixed", "task": ["tiny_mean", "trusting"]}))
     tasks = task_manager(folder)
     config = make_config(tasks=["tiny_mean", "mixed"])
-    runner.check_tasks(config, tasks)  # the installed datasets can't run scripts
+    opening.check_tasks(config, tasks)  # the installed datasets can't run scripts
     monkeypatch.setattr(hub_code.metadata, "version", lambda package: "3.6.0")
     with pytest.raises(ConfigError, match="tasks: trusting runs code that comes with its dataset") as refused:
-        runner.check_tasks(config, tasks)
+        opening.check_tasks(config, tasks)
     assert len(refused.value.problems) == 1
     monkeypatch.setenv(hub_code.SWITCH, "1")
-    runner.check_tasks(config, tasks)
+    opening.check_tasks(config, tasks)
 
 
 def test_code_beside_a_checkpoint_is_not_run(tmp_path: Path) -> None:
