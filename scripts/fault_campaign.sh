@@ -3,9 +3,12 @@
 # nothing is lost, doubled or different afterwards. Takes half an hour to an hour on two cores; the last line is a JSON summary.
 # Small file systems are tried where they may be mounted (as root). Installs what it needs into .venv.
 # Usage: bash scripts/fault_campaign.sh [--short] [--seed N] [--lanes N] [--only SECTION ...]
+#        bash scripts/fault_campaign.sh ray [--short] [--seed N] [--only SECTION ...]    (workers and nodes of a Ray cluster; a quarter of an hour)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/_venv.bash
 ensure_venv test
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
-exec .venv/bin/python tests/fault_campaign.py "$@"
+campaign=fault_campaign
+if [ "${1:-}" = ray ]; then campaign=ray_campaign; shift; fi
+exec .venv/bin/python "tests/$campaign.py" "$@"

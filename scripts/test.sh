@@ -16,7 +16,8 @@ output="$(mktemp -d)"
 trap 'rm -rf "$output"' EXIT
 bash scripts/quickstart.sh "$output/ci" configs/ci.yaml
 .venv/bin/vlm-pruner-eval report "$output/ci" --check results/reference/ci.json
-.venv/bin/python -m pytest
+parallel=(-n 2 --dist loadfile)  # files stay whole: their tests share models
+.venv/bin/python -m pytest "${parallel[@]}"
 ensure_oldest
 PYTHONPATH="$OLDEST" .venv/bin/python -c 'import transformers as t; assert t.__version__.startswith("4.57."), t.__version__'
-PYTHONPATH="$OLDEST" .venv/bin/python -m pytest tests/test_hook_*.py tests/test_vlms.py
+PYTHONPATH="$OLDEST" .venv/bin/python -m pytest "${parallel[@]}" tests/test_hook_*.py tests/test_vlms.py

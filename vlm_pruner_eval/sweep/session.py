@@ -7,7 +7,7 @@ import hashlib
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from vlm_pruner_eval.errors import DamagedError, StoppedError
@@ -64,6 +64,8 @@ class Session:
         Of runs whose answers are computed together, by run id, see `lmms.shared`.
     team
         The processes of the other parts.
+    made_by
+        Goes into the provenance of every run, in place of what this process would say of itself.
     """
 
     config: SweepConfig
@@ -74,6 +76,7 @@ class Session:
     part: Part = WHOLE
     sources: Mapping[str, Source] | None = None
     team: Team | None = None
+    made_by: Mapping[str, Any] = field(default_factory=dict)
 
     def journal(self, run: Run) -> Journal:
         """Where a run's answers are written as they come."""
@@ -201,15 +204,19 @@ class Session:
             "kept_digest": records.run_digest(samples),
             "n_answers": len(samples),
             "failures": records.failures(samples)[:50],
-            "provenance": provenance.collect(described, self.checkpoint, started),
+            "provenance": provenance.collect(described, self.checkpoint, started) | self.made_by,
         }
+
+
+def without_model(config: SweepConfig, store: Store) -> Session:
+    """A session of a process that sees to what others make: it has their journals, and answers nothing."""
+    files = provenance.checkpoint_files(config.model.pretrained, config.model.revision)
+    return Session(config, store, _NoModel(BatchSize(config.model.batch_size)), None, files)
 
 
 def record_lost(config: SweepConfig, store: Store, run: Run, problem: str) -> None:
     """Record a run as failed for a process that could not do it itself, as it died. What it answered stays in the journal."""
-    files = provenance.checkpoint_files(config.model.pretrained, config.model.revision)
-    session = Session(config, store, _NoModel(BatchSize(config.model.batch_size)), None, files)
-    record = session._describe(run, [], Evaluated(), 0.0) | {"status": FAILED, "problem": problem, "traceback": None}
+    record = without_model(config, store)._describe(run, [], Evaluated(), 0.0) | {"status": FAILED, "problem": problem, "traceback": None}
     store.write_run(record, [])
 
 

@@ -85,6 +85,12 @@ class Watch:
             self._say(f"{len(self._begun)} runs under way, {rate:.3g} questions per second")
             self._answers, self._said = 0, now
 
+    def begun(self, run: Run, who: str) -> None:
+        """Say that a run is begun, where that is known sooner than a claim is seen."""
+        if run.run_id not in self._begun:
+            self._begun[run.run_id] = time.monotonic()
+            self._say(f"{run.key}: started by {who}")
+
     def _look_at_runs(self) -> None:
         for run in list(self._open):
             if self._work.is_made(run):
@@ -93,8 +99,7 @@ class Watch:
                 took = "" if since is None else f" in {time.monotonic() - since:.0f} s"
                 self._progress.end(run.key, self._outcome(run) + took)
             elif run.run_id not in self._begun and (holder := claimed_by(self._work.store.run_dir(run.run_id))):
-                self._begun[run.run_id] = time.monotonic()
-                self._say(f"{run.key}: started by {holder.what}, process {holder.pid}")
+                self.begun(run, f"{holder.what}, process {holder.pid}")
 
     def _outcome(self, run: Run) -> str:
         record = self._work.store.read(run.run_id) or {}
