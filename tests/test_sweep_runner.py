@@ -112,6 +112,16 @@ def test_finished_runs_are_skipped_and_nothing_is_loaded_for_them(sweep: Sweep) 
     assert {path: path.stat().st_mtime_ns for path in sweep.output.rglob("run.json")} == before
 
 
+def test_a_journal_that_outlived_its_run_is_removed(sweep: Sweep) -> None:
+    """A process was killed after it had recorded the last run."""
+    config = make_config()
+    sweep(config)
+    journal = sweep.store.run_dir(sweep.record(config, "vlmpruner-2of3")["run_id"]) / "journal.jsonl"
+    journal.write_text("any\n")
+    assert sweep(config).skipped == 6
+    assert not journal.exists() and len(sweep.loaded) == 1
+
+
 def test_only_what_is_new_or_unfinished_is_run(sweep: Sweep) -> None:
     sweep(make_config())
     config = make_config(methods=["vlmpruner", "fastv"])
@@ -206,6 +216,23 @@ def test_an_output_that_is_a_file_is_refused_before_loading(sweep: Sweep) -> Non
 def test_half_of_torchruns_environment_is_refused(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="got WORLD_SIZE=2 without RANK and MASTER_ADDR and MASTER_PORT; start by torchrun"):
+        sweep(make_config())
+    assert not sweep.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "match"),
+    [
+        ({"WORLD_SIZE": "two"}, "got WORLD_SIZE='two', expected a whole number; start by torchrun, or unset it"),
+        ({"WORLD_SIZE": "-2"}, "got WORLD_SIZE='-2', expected a whole number"),
+        ({"WORLD_SIZE": "2", "RANK": "1.5"}, "got RANK='1.5', expected a whole number"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "got RANK=2 and WORLD_SIZE=2, expected a rank from 0 to 1"),
+    ],
+)
+def test_what_no_torchrun_says_is_refused(sweep: Sweep, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], match: str) -> None:
+    for name, value in ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} | variables).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=match):
         sweep(make_config())
     assert not sweep.output.exists()
 

@@ -232,6 +232,10 @@ def test_processes_that_die_are_replaced_and_a_deadly_run_fails_alone(surroundin
     record = Store(output).read(dead)
     assert record["problem"].startswith("3 processes died while they made this run; the last one was ended by SIGKILL, see ")
     assert made[dead]["status"] == "failed" and "journal.jsonl" in made[dead]["files"]
+    commands = {Store(output).read(run_id)["provenance"]["command"] for run_id in made}
+    assert len(commands) == 1 and commands.pop().endswith("--output workers --processes 2"), (
+        "the command that was typed, not the processes'"
+    )
     assert {run_id: made[run_id] for run_id in made if run_id != dead} == {run_id: plain[run_id] for run_id in plain if run_id != dead}
     assert "fastv-2of3" in (output / "report.md").read_text()
     before = len(surroundings.answered())

@@ -177,8 +177,8 @@ class Journal:
         self._file.truncate(end)
         self._file.seek(end)
         if not end:
+            sync_folder(self.folder)  # the file may be new: what is written to it counts from now on
             self._write({"head": self._head(), **size.as_json()})
-            sync_folder(self.folder)  # the file is new
 
     def _usable(self, call: str, digest: str) -> int:
         """Bytes of the file that can be continued: all its whole lines, or none."""

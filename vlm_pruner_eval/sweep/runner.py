@@ -84,8 +84,8 @@ def run_sweep(
         return _run_rank(work, rank, retry_failed)
     with hold(output, shard, is_child=todo is not None) as lock:
         before = _status(work)
-        stamps = _stamps(work, before, retry_failed) if todo is None else read_todo(todo, work.runs)
-        work = replace(work, status=before, check=lock.check)
+        stamps, made_by = (_stamps(work, before, retry_failed), {}) if todo is None else read_todo(todo, work.runs)
+        work = replace(work, status=before, check=lock.check, made_by=made_by)
         _make(work, stamps, Shard(shard) if shard is not None else executor or Local())
         after = _status(work)
     return _outcome(work, after, is_shard=shard is not None)
@@ -104,12 +104,13 @@ def _stamps(work: Work, status: dict[str, str | None], retry_failed: bool) -> di
 
 
 def _make(work: Work, stamps: dict[str, str | None], executor: Executor) -> None:
-    """Let the executor make the runs that have a stamp; where there are none, only the grid is written."""
+    """Let the executor make the runs that have a stamp; where there are none, only the grid is written, and order made."""
     work = replace(work, todo=[run for run in work.runs if run.run_id in stamps], stamps=stamps)
     if work.todo:
         executor.run(work)
     else:
         work.begin()
+        work.tidy()
 
 
 def _run_rank(work: Work, part: Part, retry_failed: bool) -> Outcome:

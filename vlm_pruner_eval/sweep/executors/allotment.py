@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.sweep import provenance
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.executors.base import Work
 from vlm_pruner_eval.sweep.files import write_atomic
@@ -34,7 +35,8 @@ class Allotment:
         """Write both files."""
         made = cls(work.store.root / FOLDER)
         write_atomic(made.sweep, yaml.safe_dump(sweep_file(work.config), sort_keys=False, allow_unicode=True))
-        write_atomic(made.todo, json.dumps({run.run_id: work.stamps[run.run_id] for run in work.todo}, indent=1) + "\n")
+        stamps = {run.run_id: work.stamps[run.run_id] for run in work.todo}
+        write_atomic(made.todo, json.dumps({"command": provenance.command_line(), "runs": stamps}, indent=1) + "\n")
         return made
 
     @property
@@ -44,7 +46,7 @@ class Allotment:
 
     @property
     def todo(self) -> Path:
-        """The runs, each with the stamp of its present record."""
+        """The command of the sweep, and the runs, each with the stamp of its present record."""
         return self.folder / "todo.json"
 
     def remove_unless_begun(self, store: Store) -> None:
@@ -53,8 +55,8 @@ class Allotment:
             shutil.rmtree(self.folder)
 
 
-def read_todo(path: Path, runs: list[Run]) -> dict[str, str | None]:
-    """The stamps of the runs that a process of the sweep is to make.
+def read_todo(path: Path, runs: list[Run]) -> tuple[dict[str, str | None], dict[str, str]]:
+    """The stamps of the runs that a process of the sweep is to make, and what their records say of who made them (`Session.made_by`).
 
     Raises
     ------
@@ -62,14 +64,15 @@ def read_todo(path: Path, runs: list[Run]) -> dict[str, str | None]:
         The file can't be read, or was written by other code: its runs are not those of the grid.
     """
     try:
-        stamps = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        stamps, command = told["runs"], told["command"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             f"--todo: {str(path)!r} can't be read ({error}); it is given by a sweep to its own processes, leave it out."
         ) from error
     if unknown := set(stamps) - {run.run_id for run in runs}:
         raise ConfigError(f"--todo: {min(unknown)!r} is no run of the grid; the package was changed while the sweep ran, start it again.")
-    return stamps
+    return stamps, {"command": command}
 
 
 def end_with_parent() -> None:

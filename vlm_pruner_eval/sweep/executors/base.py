@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from rich.console import Console
 
+from vlm_pruner_eval.lmms.journal import Journal
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.grid import Run
 from vlm_pruner_eval.sweep.opening import Loader, open_session, sharing
@@ -41,6 +42,8 @@ class Work:
         `Store.stamp` of the runs to be made, by run id: a run whose record is still that one has not been made yet.
     check
         Raises a StoppedError when another process has taken this one's place in the directory.
+    made_by
+        See `Session`.
     """
 
     config: SweepConfig
@@ -53,6 +56,7 @@ class Work:
     status: Mapping[str, str | None] = field(default_factory=dict)
     stamps: Mapping[str, str | None] = field(default_factory=dict)
     check: Callable[[], None] = lambda: None
+    made_by: Mapping[str, Any] = field(default_factory=dict)
 
     def begin(self) -> None:
         """Write the grid; only after everything that can be checked has been."""
@@ -60,18 +64,23 @@ class Work:
 
     def open(self, **options: Any) -> Session:
         """Load the model, see `open_session`."""
-        return open_session(
+        session = open_session(
             self.config, self.store, self.todo, console=self.console, load=self.load, task_manager=self.task_manager, **options
         )
+        return replace(session, made_by=self.made_by)
 
     def prepare(self, session: Session, runs: Sequence[Run]) -> None:
         """Before `runs` are begun: drop the journals of those that failed and are tried again, and of those that need none any more."""
         for run in runs:
             if self.status.get(run.run_id) == FAILED:
                 session.begin_again(run)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Drop the journals of runs that are finished: a process was killed after it had recorded one."""
         for run in self.runs:
             if self.status.get(run.run_id) == FINISHED:
-                session.journal(run).delete()  # a process was killed after it had recorded the run
+                Journal(self.store.run_dir(run.run_id), {}).delete()
 
     def is_made(self, run: Run) -> bool:
         """Whether someone has recorded a run since the work began."""

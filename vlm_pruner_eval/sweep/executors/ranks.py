@@ -32,14 +32,27 @@ def rank_of() -> Part | None:
     Raises
     ------
     ConfigError
-        The environment says half of it.
+        The environment says half of it, or what no torchrun says.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if _number("WORLD_SIZE", "1") < 2:
         return None
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(f"got WORLD_SIZE={os.environ['WORLD_SIZE']} without {' and '.join(missing)}; start by torchrun, or unset it.")
-    return Part(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    rank, count = _number("RANK"), _number("WORLD_SIZE")
+    if rank >= count:
+        raise ConfigError(
+            f"got RANK={rank} and WORLD_SIZE={count}, expected a rank from 0 to {count - 1}; start by torchrun, or unset both."
+        )
+    return Part(rank, count)
+
+
+def _number(name: str, default: str = "") -> int:
+    """A number of the environment."""
+    text = os.environ.get(name, default)
+    if not (text.isascii() and text.isdecimal()):
+        raise ConfigError(f"got {name}={text!r}, expected a whole number; start by torchrun, or unset it.")
+    return int(text)
 
 
 class Ranks:
