@@ -86,6 +86,18 @@ def test_samples_can_be_read_without_their_positions(tmp_path: Path) -> None:
     assert light[1] == full[1]
 
 
+@pytest.mark.parametrize("line", [b'{"a": 1', b"\xff\xfe\n"])
+def test_a_damaged_sample_is_a_sentence_with_its_line(tmp_path: Path, line: bytes) -> None:
+    store = Store(tmp_path)
+    store.write_run({"run_id": "r-1"}, [{"answer": "a"}])
+    with (store.run_dir("r-1") / "samples.jsonl").open("ab") as file:
+        file.write(line)
+    samples = store.each_sample("r-1")
+    assert next(samples) == {"answer": "a"}
+    with pytest.raises(ConfigError, match=r"samples\.jsonl, line 2: can't be read .*; delete the run's folder and run the sweep again"):
+        next(samples)
+
+
 def test_json_is_plain_and_strict() -> None:
     text = to_json({"nan": float("nan"), "np": np.float32(0.5), "n": np.int64(3), "set": {"b", "a"}, 1: (True, None), "p": Path("x")})
     assert json.loads(text) == {"nan": None, "np": 0.5, "n": 3, "set": ["a", "b"], "1": [True, None], "p": "x"}

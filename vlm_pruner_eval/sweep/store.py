@@ -161,11 +161,21 @@ class Store:
         """The same one by one: all samples of a large run at once, with their kept positions, fill gigabytes.
 
         Without `positions`, `kept_positions` and `order` of the records are empty, and reading takes two thirds of the time or less.
+
+        Raises
+        ------
+        ConfigError
+            A line that is not what was written, with file and line.
         """
         path = self.run_dir(run_id) / "samples.jsonl"
         with path.open("rb") as file:
-            for line in file:
-                yield json.loads(line if positions else _POSITIONS.sub(rb"\1[]", line))
+            for number, line in enumerate(file, start=1):
+                try:
+                    sample = json.loads(line if positions else _POSITIONS.sub(rb"\1[]", line))
+                except ValueError as error:
+                    problem = f"{path}, line {number}: can't be read ({error}); delete the run's folder and run the sweep again."
+                    raise ConfigError(problem) from error
+                yield sample
 
     def read_grid(self) -> dict[str, Any]:
         """The grid of the sweep as `begin` wrote it.
