@@ -31,6 +31,7 @@ import matplotlib.backends.backend_svg
 import matplotlib.figure
 import torch
 from fault_trace import NO_TRAP, Trace, Trap
+from forked import live, own_streams
 from PIL import Image
 from sweep_standin import N_VISUAL, StandIn, task_manager, write_tasks
 
@@ -234,7 +235,7 @@ class Attempt:
             path.unlink(missing_ok=True)
         self.pid = os.fork()
         if not self.pid:
-            _live(sweep, faults)
+            live(lambda: _live(sweep, faults))
         with contextlib.suppress(OSError):  # the child does the same; whoever is first
             os.setpgid(self.pid, self.pid)
 
@@ -265,35 +266,23 @@ class Attempt:
 
 
 def _live(sweep: Sweep, faults: Faults) -> None:
-    """The life of the fork; it never returns."""
-    code = 70
-    try:
-        os.setpgid(0, 0)
-        _own_streams(sweep.log)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        wrapper.load = lambda *args, **kwargs: sweep.make(faults)
-        lmms_eval.tasks.TaskManager = lambda **kwargs: sweep.tasks
-        if not sweep.has_report:
-            cli._report = lambda directory: {"md": directory}
-        sys.argv = ["vlm-pruner-eval", *sweep.argv]
-        if faults.file_bytes is None:
-            trace = Trace(sweep.output, sweep.events, faults.trap)
-            trace.install()
-            _note_answers(trace)
-        else:  # without a trace, whose own file would be limited, too
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL if faults.kill_at_limit else signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (faults.file_bytes, faults.file_bytes))
-        cli.app(sweep.argv)
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-    except BaseException:
-        sys.excepthook(*sys.exc_info())  # as the interpreter does it
-        code = 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    """The life of the fork."""
+    os.setpgid(0, 0)
+    own_streams(sweep.log)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    wrapper.load = lambda *args, **kwargs: sweep.make(faults)
+    lmms_eval.tasks.TaskManager = lambda **kwargs: sweep.tasks
+    if not sweep.has_report:
+        cli._report = lambda directory: {"md": directory}
+    sys.argv = ["vlm-pruner-eval", *sweep.argv]
+    if faults.file_bytes is None:
+        trace = Trace(sweep.output, sweep.events, faults.trap)
+        trace.install()
+        _note_answers(trace)
+    else:  # without a trace, whose own file would be limited, too
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL if faults.kill_at_limit else signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (faults.file_bytes, faults.file_bytes))
+    cli.app(sweep.argv)
 
 
 def _note_answers(trace: Trace) -> None:
@@ -305,11 +294,3 @@ def _note_answers(trace: Trace) -> None:
         trace.note("answers", self.folder.name, len(batch))
 
     Journal.append = noting
-
-
-def _own_streams(log: Path) -> None:
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    for stream in (1, 2):
-        os.dup2(handle, stream)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115  # they live as long as it does

@@ -16,6 +16,7 @@ from typing import Any
 
 import standin_main
 import yaml
+from forked import live, own_streams
 from sweep_standin import N_VISUAL, write_tasks
 
 from vlm_pruner_eval.sweep.store import Store
@@ -89,7 +90,12 @@ class Fork:
         if not self.pid:
             os.chdir(surroundings.folder)
             os.environ.update(surroundings.environment | environment)
-            _live(argv, self._output, main)
+            live(lambda: self._run(argv, main))
+
+    def _run(self, argv: list[str], main: Callable[[], object]) -> None:
+        own_streams(self._output)
+        sys.argv = argv
+        main()
 
     def wait(self, timeout_s: float = 120.0) -> tuple[int, str]:
         """Exit code, negative where it was a signal; and what it printed."""
@@ -102,28 +108,6 @@ class Fork:
                 os.kill(self.pid, signal.SIGKILL)
                 raise AssertionError(f"it did not end in time; it printed: {self._output.read_text()[-2000:]}")
             time.sleep(0.01)
-
-
-def _live(argv: list[str], output: Path, main: Callable[[], object]) -> None:
-    """The life of the copy; it never returns."""
-    code = 70
-    try:
-        handle = os.open(output, os.O_WRONLY | os.O_CREAT, 0o644)
-        for stream in (1, 2):
-            os.dup2(handle, stream)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115  # they live as long as it does
-        sys.argv = argv
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        main()
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-    except BaseException:
-        sys.excepthook(*sys.exc_info())  # as the interpreter does it
-        code = 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 def left_behind(output: Path) -> dict[str, Any]:

@@ -16,7 +16,8 @@ MOST_LINES = 350
 ALLOWED = {
     "shown": set(),
     "errors": {"shown"},
-    "durable": set(),
+    "durable": {"errors"},
+    "ending": {"durable", "errors"},
     "host": set(),
     "budget": {"errors", "shown"},
     "cost": set(),
@@ -33,12 +34,13 @@ ALLOWED = {
     "bench": {"bench", "errors"},
     "lmms": {"lmms", "prefix", "bench", "budget", "cost", "durable", "errors", "hook", "ledger", "pruners", "shown", "timing", "types"}
     | {"vlms", ""},
-    "sweep": {"sweep", "lmms", "bench", "budget", "cost", "durable", "errors", "ledger", "pruners", "shown", "timing", ""},
+    "sweep": {"sweep", "lmms", "bench", "budget", "cost", "durable", "ending", "errors", "ledger"} | {"pruners", "shown", "timing", ""},
     "speed": {
         "speed",
         "bench",
         "budget",
         "cost",
+        "ending",
         "errors",
         "hook",
         "ledger",

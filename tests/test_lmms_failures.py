@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 import torch
@@ -21,20 +19,8 @@ def model() -> PrunedModel:
     return fresh_model()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sabotage(Uniform):
-    """Fails on samples whose id holds `on`."""
-
-    name: ClassVar[str] = "sabotage"
-    on: str = ""
-
-    def choose(self, tokens, keep: int) -> torch.Tensor:
-        chosen = super().choose(tokens, keep)
-        return chosen[:1].expand(keep) if self.on in tokens.sample_id else chosen
-
-
 def sabotage(model: PrunedModel, on: str) -> None:
-    model.configure(f"{__name__}:Sabotage", 0.5, on=on)
+    model.configure("toy_pruners:Sabotage", 0.5, on=on)
 
 
 def test_one_failed_sample_costs_no_other(model: PrunedModel) -> None:

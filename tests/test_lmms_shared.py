@@ -8,9 +8,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import test_lmms_families
@@ -25,24 +23,11 @@ from vlm_pruner_eval.lmms import PrunedModel, load
 from vlm_pruner_eval.lmms.journal import Journal
 from vlm_pruner_eval.lmms.shared import Configuration, SharedRuns
 from vlm_pruner_eval.prefix import SharedPrefix
-from vlm_pruner_eval.pruners.uniform import Uniform
 
 FAMILIES = sorted(["llava", *PROCESSORS, "llava_video"])
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 NO_RATE = ("none", "blind")
 TIMES = ("prefill_ms", "decode_ms", "peak_bytes")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sabotage(Uniform):
-    """Fails on samples whose id holds `on`."""
-
-    name: ClassVar[str] = "sabotage"
-    on: str = ""
-
-    def choose(self, tokens, keep: int) -> torch.Tensor:
-        chosen = super().choose(tokens, keep)
-        return chosen[:1].expand(keep) if self.on in tokens.sample_id else chosen
 
 
 def configurations(*rates: str, skip: tuple[str, ...] = ()) -> dict[str, Configuration]:
@@ -235,7 +220,7 @@ def test_other_requests_than_the_first_runs_are_refused(model: PrunedModel) -> N
 # ---- failures
 @pytest.fixture
 def failing() -> dict[str, Configuration]:
-    sabotage = Configuration(f"{__name__}:Sabotage", "1/2", {"on": "first/test/2"})
+    sabotage = Configuration("toy_pruners:Sabotage", "1/2", {"on": "first/test/2"})
     return {"none": Configuration("none", None), "sabotage": sabotage, "fastv": Configuration("fastv", "1/2")}
 
 
@@ -252,7 +237,7 @@ def test_a_method_that_fails_on_a_sample_harms_no_other(model: PrunedModel, fail
 def test_a_method_that_always_fails_ends_its_own_run_only(model: PrunedModel) -> None:
     model.task_dict["first"]["test"] = documents(24, seed=0)
     requests = [request("first", i) for i in range(24)]
-    chosen = {"sabotage": Configuration(f"{__name__}:Sabotage", "1/2", {"on": "first"}), "fastv": Configuration("fastv", "1/2")}
+    chosen = {"sabotage": Configuration("toy_pruners:Sabotage", "1/2", {"on": "first"}), "fastv": Configuration("fastv", "1/2")}
     expected = separately(model, {"fastv": chosen["fastv"]}, requests)
     with shared(model, chosen) as runs:
         model.source = runs.source("sabotage")

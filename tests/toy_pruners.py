@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlm_pruner_eval import Pruner, Selection, Stage, VisualTokens, list_pruners
 from vlm_pruner_eval.pruners import pruner_class
+from vlm_pruner_eval.pruners.uniform import Uniform
 
 IN_MODEL = [name for name in list_pruners() if not pruner_class(name).before_model]  # what `prune` takes
 
@@ -87,3 +88,15 @@ class NoCheck(Broken):
 
     def select(self, tokens: VisualTokens, keep: int | None = None) -> Selection:
         return Selection(self.choose(tokens, keep))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sabotage(Uniform):
+    """Fails on samples whose id holds `on`."""
+
+    name: ClassVar[str] = "sabotage"
+    on: str = ""
+
+    def choose(self, tokens: VisualTokens, keep: int) -> Tensor:
+        chosen = super().choose(tokens, keep)
+        return chosen[:1].expand(keep) if self.on in tokens.sample_id else chosen

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
@@ -14,17 +12,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vlm_pruner_eval.errors import ConfigError, StoppedError
+from vlm_pruner_eval.ending import FAILED, sentences
+from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.speed.cli import app as bench_app
 from vlm_pruner_eval.sweep.commands import command_with
-from vlm_pruner_eval.sweep.files import stopped
 
 if TYPE_CHECKING:
     from vlm_pruner_eval.sweep.config import SweepConfig
 
 P = ParamSpec("P")
-
-BAD_INPUT, FAILED_RUNS = 2, 1
 
 app = typer.Typer(
     add_completion=False,
@@ -41,28 +37,8 @@ def main() -> None:
     app()
 
 
-def _sentences(command: Callable[P, None]) -> Callable[P, None]:
-    """What a user did wrong is a sentence on stderr and exit code 2, never a traceback."""
-
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except ConfigError as error:
-            for problem in error.problems:
-                print(f"vlm-pruner-eval: {problem}", file=sys.stderr)
-            raise typer.Exit(BAD_INPUT) from None
-        except (StoppedError, OSError) as error:
-            if isinstance(error, OSError) and not (error := stopped(error)):
-                raise
-            print(f"vlm-pruner-eval: {error}", file=sys.stderr)
-            raise typer.Exit(FAILED_RUNS) from None
-
-    return run
-
-
 @sweep_app.command("status")
-@_sentences
+@sentences
 def sweep_status(directory: Annotated[Path, typer.Argument(help="A results directory written by `sweep`.")]) -> None:
     """Show how far a sweep is: every run's state and answers, and which process is at work. Exit code 2 if there is no sweep."""
     from vlm_pruner_eval.sweep.lock import holder_of
@@ -72,7 +48,7 @@ def sweep_status(directory: Annotated[Path, typer.Argument(help="A results direc
 
 
 @app.command(cls=command_with(sweep_app))
-@_sentences
+@sentences
 def sweep(
     config: Annotated[Path, typer.Argument(help="A sweep file (YAML), for example configs/quickstart.yaml.")],
     output: Annotated[Path | None, typer.Option(help="Results directory; default: the file's `output`, else ./output/NAME.")] = None,
@@ -115,7 +91,7 @@ def sweep(
 
 
 @app.command()
-@_sentences
+@sentences
 def report(
     directory: Annotated[Path | None, typer.Argument(help="A results directory written by `sweep`.")] = None,
     check: Annotated[Path | None, typer.Option(help="Compare with this reference file; exit code 1 on a regression.")] = None,
@@ -141,13 +117,13 @@ def report(
             print(f"regression: {problem}", file=sys.stderr)
         print(json.dumps({"check": str(check), "problems": len(problems)}))
         if problems:
-            raise typer.Exit(FAILED_RUNS)
+            raise typer.Exit(FAILED)
     if check is None and write_reference is None:
         _report(directory)
 
 
 @app.command()
-@_sentences
+@sentences
 def show(
     directory: Annotated[Path, typer.Argument(help="A results directory written by `sweep`.")],
     doc: Annotated[str | None, typer.Option(help="A document: TASK/SPLIT/ID, or ID with --task.")] = None,
@@ -176,7 +152,7 @@ def show(
 
 
 @app.command()
-@_sentences
+@sentences
 def reproduce(
     model: Annotated[str | None, typer.Option(help="A model of the paper, for example llava-1.5-7b.")] = None,
     config: Annotated[Path | None, typer.Option(help="A sweep file (YAML) instead of a model of the paper.")] = None,
@@ -219,11 +195,11 @@ def reproduce(
     counts = {name: getattr(done.counts, name) for name in ("runs", "skipped", "failed")}
     print(json.dumps({"gate": done.gate.status, **counts, "rows": done.rows is not None, "report": str(paths["md"])}), flush=True)
     if done.failed:
-        raise typer.Exit(FAILED_RUNS)
+        raise typer.Exit(FAILED)
 
 
 @app.command()
-@_sentences
+@sentences
 def doctor(
     config: Annotated[Path | None, typer.Argument(help="A sweep file (YAML) whose checkpoint, tasks and data are looked up, too.")] = None,
     output: Annotated[Path | None, typer.Option(help="The results directory; default: as of `sweep`.")] = None,
@@ -236,11 +212,11 @@ def doctor(
     from vlm_pruner_eval.doctor.examine import run
 
     if not run(config, output, as_json=as_json):
-        raise typer.Exit(FAILED_RUNS)
+        raise typer.Exit(FAILED)
 
 
 @app.command("list")
-@_sentences
+@sentences
 def list_() -> None:
     """Show the methods with their parameters, the model ids, and the packaged tasks."""
     from vlm_pruner_eval.bench import GROUP, TASKS

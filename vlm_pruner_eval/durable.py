@@ -6,6 +6,8 @@ import errno
 import os
 from pathlib import Path
 
+from vlm_pruner_eval.errors import StoppedError
+
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -37,3 +39,10 @@ def is_disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def stopped(error: BaseException) -> StoppedError | None:
+    """What a full disk means to a sweep; None where `error` comes from something else."""
+    if not is_disk_full(error):
+        return None
+    return StoppedError(f"The disk is full ({error}). Nothing that was answered is lost: make room, then run the same command again.")

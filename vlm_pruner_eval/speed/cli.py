@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vlm_pruner_eval.ending import FAILED, sentences
 from vlm_pruner_eval.speed.options import (
-    FAILED,
     BatchSizes,
     Device,
     Dtype,
@@ -21,7 +21,6 @@ from vlm_pruner_eval.speed.options import (
     Threads,
     pixels,
     progress,
-    sentences,
     whole_numbers,
     words,
 )

@@ -1,21 +1,17 @@
-"""What the commands of `bench` share: options, lists of numbers, and sentences for what went wrong."""
+"""What the commands of `bench` share: options and lists of numbers."""
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated
 
 import typer
 
-from vlm_pruner_eval.errors import ConfigError, PruningError
+from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.shown import short
 
-P = ParamSpec("P")
-BAD_INPUT, FAILED = 2, 1
 _MOST_DIGITS, _MOST_SIDE_DIGITS = 9, 5
 
 GeometryName = Annotated[str, typer.Option(help="llava-1.5-7b, llava-1.5-13b, llava-next-7b, qwen2-vl-7b, 100m or mini.")]
@@ -39,24 +35,6 @@ def writable(out: Path | None) -> Path | None:
 
 
 Out = Annotated[Path | None, typer.Option(help="Write the JSON object to this file too.", callback=writable)]
-
-
-def sentences(command: Callable[P, None]) -> Callable[P, None]:
-    """What a user did wrong, or pruning could not do, becomes a sentence on stderr and exit code 2 or 1, never a traceback."""
-
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except ConfigError as error:
-            for problem in error.problems:
-                print(f"vlm-pruner-eval: {problem}", file=sys.stderr)
-            raise typer.Exit(BAD_INPUT) from None
-        except PruningError as error:
-            print(f"vlm-pruner-eval: {error}", file=sys.stderr)
-            raise typer.Exit(FAILED) from None
-
-    return run
 
 
 def words(text: str) -> list[str]:

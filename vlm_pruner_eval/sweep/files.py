@@ -1,4 +1,4 @@
-"""Files that a reader never sees half of, and sweeps that stop because the disk is full."""
+"""Files that a reader never sees half of."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from vlm_pruner_eval.durable import is_disk_full, make_folder, sync_folder
-from vlm_pruner_eval.errors import StoppedError
+from vlm_pruner_eval.durable import make_folder, sync_folder
 
 TEMPORARY = ".tmp"  # behind the eight random characters of a file that is being written
 _ABANDONED_S = 3600.0  # nobody takes an hour to write a file
@@ -46,10 +45,3 @@ def remove_leftovers(folder: Path, *, like: Path | None = None) -> None:
                 path.unlink()
         except FileNotFoundError:
             continue  # another process was faster
-
-
-def stopped(error: BaseException) -> StoppedError | None:
-    """What a full disk means to a sweep; None where `error` comes from something else."""
-    if not is_disk_full(error):
-        return None
-    return StoppedError(f"The disk is full ({error}). Nothing that was answered is lost: make room, then run the same command again.")

@@ -18,9 +18,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from vlm_pruner_eval.durable import make_folder
+from vlm_pruner_eval.durable import make_folder, stopped
 from vlm_pruner_eval.errors import ConfigError, StoppedError
-from vlm_pruner_eval.sweep.files import TEMPORARY, stopped
+from vlm_pruner_eval.sweep.files import TEMPORARY
 from vlm_pruner_eval.sweep.holder import UNKNOWN, Holder, living, read_holder
 
 SUFFIX = ".lock"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlm_pruner_eval.ending import FAILED
 from vlm_pruner_eval.errors import StoppedError
 from vlm_pruner_eval.lmms.plan import Part
 from vlm_pruner_eval.sweep.config import SweepConfig
@@ -19,7 +20,6 @@ from vlm_pruner_eval.sweep.lock import Lock
 from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
 from vlm_pruner_eval.sweep.signals import terminable
 
-_FAILED_RUNS = 1
 Report = Callable[[Path], dict[str, Path]]
 
 
@@ -68,7 +68,7 @@ def run(asked: Asked, report: Report) -> int:
     if shard is not None:
         summary |= {"left": outcome.left}
     print(json.dumps(summary | {"report": str(paths["md"]) if paths else None}), flush=True)
-    return _FAILED_RUNS if outcome.failed else 0
+    return FAILED if outcome.failed else 0
 
 
 def _as_child(asked: Asked, options: dict) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from vlm_pruner_eval.durable import stopped
 from vlm_pruner_eval.errors import DamagedError, StoppedError
 from vlm_pruner_eval.lmms.journal import Journal, Source
 from vlm_pruner_eval.lmms.plan import WHOLE, BatchSize, Part, ShareDone
@@ -17,7 +18,6 @@ from vlm_pruner_eval.shown import sentence, without_secrets
 from vlm_pruner_eval.sweep import documents, provenance, records
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.evaluate import Evaluated, answer_only, evaluate, samples_of
-from vlm_pruner_eval.sweep.files import stopped
 from vlm_pruner_eval.sweep.grid import Run
 from vlm_pruner_eval.sweep.store import FAILED, FINISHED, Store, to_json
 

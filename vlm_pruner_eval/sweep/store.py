@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from vlm_pruner_eval.durable import stopped
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.sweep.files import remove_leftovers, stopped, write_atomic
+from vlm_pruner_eval.sweep.files import remove_leftovers, write_atomic
 
 FINISHED, FAILED = "finished", "failed"
 _LONGEST_NAME = 255

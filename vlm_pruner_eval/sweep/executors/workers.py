@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from vlm_pruner_eval.ending import BAD_INPUT
 from vlm_pruner_eval.errors import ConfigError, StoppedError
 from vlm_pruner_eval.lmms.plan import Part
 from vlm_pruner_eval.sweep.directory import claim, last_claim
@@ -28,7 +29,7 @@ from vlm_pruner_eval.sweep.session import record_lost
 COMMAND = (sys.executable, "-m", "vlm_pruner_eval")
 MOST_DEATHS = 3  # in the same run, or before the first one
 _POLL_S, _PATIENCE_S = 0.2, 20.0
-_BAD_INPUT, _SAYS = 2, "vlm-pruner-eval: "
+_SAYS = "vlm-pruner-eval: "
 
 
 @dataclass
@@ -145,7 +146,7 @@ class _Shift:
         worker.process.stdin.close()
         if code == 0:
             worker.process = None
-        elif code == _BAD_INPUT:
+        elif code == BAD_INPUT:
             raise ConfigError(worker.sentences() or [f"a process ended with exit code 2; {worker.log} says why."])
         elif code == STOPPED:
             raise StoppedError(" ".join(worker.sentences()) or f"a process can't go on; {worker.log} says why.")
