@@ -36,6 +36,19 @@ def reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
     return found
 
 
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["/opt/bin/vlm-pruner-eval", "sweep", "a b.yaml"], "vlm-pruner-eval sweep 'a b.yaml'"),
+        (["/lib/vlm_pruner_eval/__main__.py", "sweep", "x"], "python -m vlm_pruner_eval sweep x"),
+        (["/lib/lmms_eval/__main__.py", "--tasks", "pope"], "python -m lmms_eval --tasks pope"),
+    ],
+)
+def test_the_command_is_one_that_can_be_typed(argv: list[str], line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance.sys, "argv", argv)
+    assert provenance.command_line() == line
+
+
 def write(folder: Path, content: bytes) -> Path:
     folder.mkdir(exist_ok=True)
     path = folder / "model.safetensors"

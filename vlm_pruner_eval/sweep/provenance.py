@@ -69,7 +69,9 @@ def collect(describe: dict[str, Any], checkpoint: dict[str, Any], started: float
 
 def command_line() -> str:
     """The command that was typed, without the access tokens in it: records and reports are shared."""
-    return without_secrets(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    program = Path(sys.argv[0])
+    words = ["python", "-m", program.parent.name] if program.name == "__main__.py" else [program.name]
+    return without_secrets(shlex.join([*words, *sys.argv[1:]]))
 
 
 def _utc(seconds: float) -> str:
