@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -21,6 +22,7 @@ from tiny_models import (
     step_logits,
     views_from,
 )
+from torch.utils.flop_counter import FlopCounterMode
 from toy_pruners import KeyNorm, StateNorm, Stride, TwoStages
 from transformers import DynamicCache
 
@@ -60,6 +62,23 @@ def test_cached_decoding_equals_masked_recompute(tiny_model, family, attention, 
     expected = [inputs["input_ids"].shape[1] + new] * layer + [widest + new] * (N_LAYERS - layer)
     assert [cache_layer.keys.shape[2] for cache_layer in cache.layers] == expected
     assert cache.get_seq_length() == inputs["input_ids"].shape[1] + new
+
+
+@pytest.mark.parametrize("method", ["none", "vlmpruner", "fastv"])
+def test_pruning_nothing_computes_nothing_more(tiny_model, family, method):
+    """No matrix product and no attention beyond the plain model's: what a hook costs at rate 0 are a few small operations."""
+
+    def computed(*context):
+        model, inputs = tiny_model(family), prompts(family, MIXED)
+        with FlopCounterMode(display=False) as counter, contextlib.ExitStack() as stack:
+            for entered in context:
+                stack.enter_context(entered)
+            generate(model, inputs, 3)
+        return counter.get_flop_counts()["Global"]
+
+    hooked = computed(prune(tiny_model(family), get_pruner(method, pruning_rate=0)))
+    assert hooked == computed()
+    assert sum(hooked.values()) > 1e6
 
 
 @pytest.mark.parametrize("family", sorted(name for name, tiny in FAMILIES.items() if tiny.videos))
