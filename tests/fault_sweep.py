@@ -86,20 +86,20 @@ class PausingStandIn(StandIn):
     defaults = Defaults()
     # the real planning, and the real treatment of batches that fail
     batches_of = PrunedModel.batches_of
-    _steps, _taken = PrunedModel._steps, PrunedModel._taken
+    _steps, taken = PrunedModel._steps, PrunedModel.taken
     pruner = None
     answers_of_batch = PrunedModel.answers_of_batch
-    _failed = PrunedModel._failed
+    failed = PrunedModel.failed
 
     def __init__(self, size: int, pause_s: float, faults: Faults):
         super().__init__(size=size)
         self.pause_s, self.faults, self.memory = pause_s, faults, random.Random(faults.memory_seed)
-        self.settings, self._processing = SimpleNamespace(workers=2), RLock()
+        self.settings, self.processing = SimpleNamespace(workers=2), RLock()
 
     def describe(self) -> dict[str, object]:
         return super().describe() | {"geometry": {"family": "qwen2_vl", "temporal_patch": 2}}
 
-    def _prompt_of(self, request: Request, in_turn: AbstractContextManager[None]) -> Prompt:
+    def prompt_of(self, request: Request, in_turn: AbstractContextManager[None]) -> Prompt:
         with in_turn:
             picture = _picture(request.doc_id // DOCUMENTS_A_PICTURE)
         return Prompt(request, "?" * request.length, [picture], image_digests=[image_digest(picture)], originals=[picture])

@@ -238,7 +238,7 @@ def test_the_next_batch_is_prepared_while_the_model_answers(
 def test_decoding_does_not_run_away(model: PrunedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """However slow the model is: at most a window of prompts ahead of the one that is answered, and one batch of tensors."""
     model.task_dict["first"]["test"] = documents(40, seed=0)
-    inputs, build, made = model._inputs, model._prompt_of, {"prompts": 0, "tensors": 0}
+    inputs, build, made = model._inputs, model.prompt_of, {"prompts": 0, "tensors": 0}
     most = {"prompts": 0, "tensors": 0}
 
     def counting(name: str, make: Callable) -> Callable:
@@ -255,7 +255,7 @@ def test_decoding_does_not_run_away(model: PrunedModel, monkeypatch: pytest.Monk
         most["tensors"] = max(most["tensors"], made["tensors"] - batch - 1)
 
     monkeypatch.setattr(model, "_inputs", counting("tensors", inputs))
-    monkeypatch.setattr(model, "_prompt_of", counting("prompts", build))
+    monkeypatch.setattr(model, "prompt_of", counting("prompts", build))
     on_generate(model, monkeypatch, slow)
     texts(model, asked(40))
     assert most == {"prompts": WINDOW_BATCHES, "tensors": 1}

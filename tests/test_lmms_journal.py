@@ -263,7 +263,7 @@ def test_one_sample_that_never_fits_is_a_failed_sample(model: PrunedModel, monke
 
 
 def longest(model: PrunedModel) -> int:
-    return max(model.prepare([model._prompt_of(journal.Request.of(i, r))]).inputs["input_ids"].shape[1] for i, r in enumerate(requests(3)))
+    return max(model.prepare([model.prompt_of(journal.Request.of(i, r))]).inputs["input_ids"].shape[1] for i, r in enumerate(requests(3)))
 
 
 def limit_memory(

@@ -125,7 +125,7 @@ def test_behind_a_pruned_prompt_scores_are_those_of_decoding_step_by_step(tiny: 
     tiny.configure(method, rate)
     asked = [target(0, "x"), target(1, "x"), *([target(3, "x", messages=with_video)] if "video" in tiny.kinds else [])]
     for one in asked:
-        prompt = tiny._prompt_of(Target.of(0, one).request)
+        prompt = tiny.prompt_of(Target.of(0, one).request)
         decoded = tiny.read(tiny.prepare([prompt]), options)
         ids = decoded.output.sequences[0, decoded.width :].tolist()
         steps = torch.cat(decoded.output.logits)  # as they were before tokens were suppressed
@@ -153,7 +153,7 @@ def test_pruning_changes_scores_of_prompts_with_images_only(tiny: PrunedModel) -
 def test_the_greedy_answer_is_greedy_and_the_likeliest(model: PrunedModel) -> None:
     for method in ("none", "uniform"):
         model.configure(method, None if method == "none" else "3/4")
-        reading = model.read(model.prepare([model._prompt_of(Target.of(0, target(0, "x")).request)]), PREFILL)
+        reading = model.read(model.prepare([model.prompt_of(Target.of(0, target(0, "x")).request)]), PREFILL)
         likeliest = reading.output.sequences[0, -1:].tolist()
         found = score(model.model, model.pruner, reading, [likeliest, [likeliest[0] - 1]])
         assert [one.is_greedy for one in found] == [True, False]

@@ -107,7 +107,7 @@ SIZES = [(40, 40), (100, 100), (480, 640), (60, 400), (500, 50), (112, 112), (12
 
 
 def inputs_of(model: PrunedModel, i: int) -> dict[str, torch.Tensor]:
-    return model._inputs([model._prompt_of(Request.of(0, request("first", i)))])
+    return model._inputs([model.prompt_of(Request.of(0, request("first", i)))])
 
 
 # ---- Qwen2-VL

@@ -224,12 +224,12 @@ def test_a_sweep_scores_minivlm_by_likelihood(manager: TaskManager, tmp_path: Pa
 
 
 def test_a_failed_choice_fails_the_run_of_a_sweep(manager: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlm_pruner_eval.lmms import wrapper
+    from vlm_pruner_eval.lmms import scoring
 
     def broken(*args: Any) -> Any:
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(wrapper, "score", broken)
+    monkeypatch.setattr(scoring, "score", broken)
     outcome, _, (record, _) = sweep(tmp_path, manager, methods=["blind"], limit=2)
     assert outcome.failed == 2
     assert record["problem"].startswith("4 of 4 samples failed (first: exist_choice, document 0: RuntimeError: the device is gone")

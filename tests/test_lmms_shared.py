@@ -146,7 +146,7 @@ def test_pixels_are_read_once_and_the_tower_sees_them_once(model: PrunedModel, m
 
         monkeypatch.setattr(owner, method, wrapper)
 
-    counted("prompts", model, "_prompt_of")
+    counted("prompts", model, "prompt_of")
     counted("inputs", model, "_inputs")
     counted("tower", model.model.model.vision_tower, "forward")
     together(model, chosen, requests)

@@ -91,7 +91,7 @@ def model(family: str) -> PrunedModel:
 
 
 def inputs_of(model: PrunedModel, i: int) -> dict[str, torch.Tensor]:
-    return move_inputs(model._inputs([model._prompt_of(Request.of(0, asked(i)))]), model.device, model.dtype)
+    return move_inputs(model._inputs([model.prompt_of(Request.of(0, asked(i)))]), model.device, model.dtype)
 
 
 def video_scopes(family: str, n_frames: int) -> list[int]:

@@ -112,7 +112,7 @@ def test_long_questions_are_cut() -> None:
         parts = [{"type": "text", "text": "why" + "?" * 30}, {"type": "text", "text": "x" * QUESTION_CHARACTERS}]
         return [{"role": "user", "content": parts}]
 
-    prompt = model._prompt_of(model_request(long))
+    prompt = model.prompt_of(model_request(long))
     assert prompt.question.startswith("why???") and "\nxx" in prompt.question
     assert len(prompt.question) == QUESTION_CHARACTERS
 
@@ -128,7 +128,7 @@ def test_what_is_kept_is_the_image_before_the_protocol_pads_it(tmp_path: Path) -
     image = half_red(70, 40)
     model.task_dict = {"first": {"test": [{"question": "what", "images": [image]}]}}
     keep = Keeper(store, 1)
-    prompt = model._prompt_of(model_request(lambda document: [{"role": "user", "content": [{"type": "image", "url": image}]}]))
+    prompt = model.prompt_of(model_request(lambda document: [{"role": "user", "content": [{"type": "image", "url": image}]}]))
     keep(prompt)
     assert prompt.images[0].size == (70, 70)
     assert store.read(image_digest(image)).images[0].size == (70, 40)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import itertools
 import json
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,12 +36,13 @@ from vlm_pruner_eval.lmms.downsampling import as_planned, hooked, sized
 from vlm_pruner_eval.lmms.geometry import describe_geometry
 from vlm_pruner_eval.lmms.inputs import Prepared, bound_pixels, build_inputs, move_inputs
 from vlm_pruner_eval.lmms.log import Answer, Reading
-from vlm_pruner_eval.lmms.loglikelihood import PREFILL, Target, by_prompt, continuation_ids, score
+from vlm_pruner_eval.lmms.loglikelihood import Target
 from vlm_pruner_eval.lmms.plan import Batch, Done, Part
 from vlm_pruner_eval.lmms.plugin import exit_with
 from vlm_pruner_eval.lmms.prompts import Defaults, Generation, Prompt, Request
 from vlm_pruner_eval.lmms.protocols import HF, Protocol
 from vlm_pruner_eval.lmms.resolve import family_class, resolve
+from vlm_pruner_eval.lmms.scoring import Scorer
 from vlm_pruner_eval.pruners import Pruner
 from vlm_pruner_eval.shown import sentence
 from vlm_pruner_eval.timing import time_forwards
@@ -60,6 +60,15 @@ class PrunedModel(Answering):
     model_args
         The fields of `settings.Settings`, `method` (default "none", the plain model), `pruning_rate`, and the
         parameters of the method.
+
+    Attributes
+    ----------
+    method, pruner
+        As configured last.
+    hooked
+        What `prune` takes for it: `pruner`, but `none` where a method is done before the model.
+    processing
+        A lock, held by whoever uses the processor or its tokenizer.
 
     Raises
     ------
@@ -90,7 +99,7 @@ class PrunedModel(Answering):
         checkpoint = load_checkpoint(self.settings, self.device, self.model_types, self.model_id)
         self._model, self.processor, self.config = checkpoint.model, checkpoint.processor, checkpoint.model.config
         # held by whoever uses the processor, see `Ahead`: a fast tokenizer can't be used by two, and downsample changes sizes for a batch
-        self._processing = RLock()
+        self.processing = RLock()
         self.protocol.prepare(self.config, self.processor)
         bound_pixels(self.processor, self.settings)
         self.dtype, self._family, self._n_layers = self._model.dtype, family_of(self._model), len(self._model.model.language_model.layers)
@@ -122,18 +131,18 @@ class PrunedModel(Answering):
     def _use(self, method: str, pruner: Pruner) -> None:
         inside = hooked(pruner, self.processor, self.model_id)
         prune(self.model, inside)  # not entered: refuses layers and positions that this model does not have
-        self.method, self.pruner, self._hooked = method, pruner, inside
+        self.method, self.pruner, self.hooked = method, pruner, inside
         self.forget_answers()
 
     @contextmanager
     def using(self, method: str, pruner: Pruner) -> Iterator[None]:
         """Another method while the context is open; the answers so far stay."""
-        before = self.method, self.pruner, self._hooked
-        self.method, self.pruner, self._hooked = method, pruner, hooked(pruner, self.processor, self.model_id)
+        before = self.method, self.pruner, self.hooked
+        self.method, self.pruner, self.hooked = method, pruner, hooked(pruner, self.processor, self.model_id)
         try:
             yield
         finally:
-            self.method, self.pruner, self._hooked = before
+            self.method, self.pruner, self.hooked = before
 
     def describe(self) -> dict[str, object]:
         """The resolved configuration, in plain types: everything that an answer depends on, and where it ran."""
@@ -203,12 +212,12 @@ class PrunedModel(Answering):
         )
         plan = functools.partial(self._steps, done, of_batch or self.answers_of_batch, pruner or self.pruner)
         with Ahead(self.settings.workers) as ahead:
-            yield from ahead.batches(windows, self._prompt_of, plan)
+            yield from ahead.batches(windows, self.prompt_of, plan)
 
     def _steps(self, done: Done, of_batch: OfBatch, pruner: Pruner, options: Generation, made: Made) -> Iterator[Step]:
         ready = []
         for request, job in made:
-            found = self._taken(request, job)
+            found = self.taken(request, job)
             if isinstance(found, Answer):
                 yield Step(functools.partial(list, [(request, found)]))
             else:
@@ -220,60 +229,23 @@ class PrunedModel(Answering):
 
     def scored_batches_of(self, targets: Sequence[Target], done: Done, part: Part) -> Iterator[Batch]:
         """Targets with their answers, one prompt after the other."""
-        left = (
-            same_prompt
-            for number, same_prompt in enumerate(by_prompt(targets))
-            if part.has(number) and not done.has([target.request.index for target in same_prompt])
-        )
-        groups = iter(lambda: list(itertools.islice(left, prompts.WINDOW_BATCHES)), [])
-        with Ahead(self.settings.workers) as ahead:
-            yield from ahead.batches(((None, group) for group in groups), self._scored_prompt_of, self._scored_steps)
+        return Scorer(self).batches(targets, done, part)
 
-    def _scored_prompt_of(self, targets: list[Target], in_turn: Turn | None = None) -> Prompt:
-        """The prompt of all `targets`, with their texts: these too are up to the task's own code."""
-        request, texts = targets[0].request, []
-
-        def to_messages(document: Mapping[str, Any]) -> object:
-            messages = request.to_messages(document)
-            texts.extend(target.text(document) for target in targets)
-            return messages
-
-        prompt = self._prompt_of(dataclasses.replace(request, to_messages=to_messages), in_turn)
-        return dataclasses.replace(prompt, continuations=texts)
-
-    def _scored_steps(self, _: None, made: Made) -> Iterator[Step]:
-        for same_prompt, found in [(targets, self._taken(targets[0].request, job)) for targets, job in made]:
-            if isinstance(found, Answer):
-                yield Step(functools.partial(list, [(target.request, target.failed(found)) for target in same_prompt]))
-            else:
-                prepared = Job(functools.partial(self.prepare, [found], self.pruner))
-                yield Step(functools.partial(self._scored_batch, same_prompt, found, prepared.take), prepared)
-
-    def _scored_batch(self, targets: Sequence[Target], prompt: Prompt, prepared: Taker) -> Batch:
-        try:
-            with self._processing:
-                tokens = [continuation_ids(self.tokenizer, prompt.text, text) for text in prompt.continuations]
-            reading = self.read(prepared(), PREFILL, n_more=max(map(len, tokens)))
-            found = zip(targets, prompt.continuations, score(self.model, self._hooked, reading, tokens), strict=True)
-            answers = [target.answer(text, scored, reading, prompt.digests, prompt.question) for target, text, scored in found]
-        except Exception as error:  # as for generated answers: it is recorded, and the run ends in failure
-            answers = [target.failed(self._failed(target.request, error)) for target in targets]
-        return list(zip((target.request for target in targets), answers, strict=True))
-
-    def _prompt_of(self, request: Request, in_turn: Turn | None = None) -> Prompt:
+    def prompt_of(self, request: Request, in_turn: Turn | None = None) -> Prompt:
+        """What the model is asked by a request; `in_turn` see `prompts.build`."""
         return prompts.build(request, self.task_dict, self.processor, self.kinds, self.protocol, self.settings, in_turn)
 
-    def _taken(self, request: Request, job: Job[Prompt]) -> Prompt | Answer:
+    def taken(self, request: Request, job: Job[Prompt]) -> Prompt | Answer:
         """The prompt, after telling about it, or the answer that stands for it where it failed."""
         try:
             prompt = job.take()
             if self.on_prompt is not None and not request.is_padding:
-                with self._processing:  # frames of a video may be read in both places
+                with self.processing:  # frames of a video may be read in both places
                     self.on_prompt(prompt)
         except Exception as error:  # a document can be broken in any way; it is recorded, and the run ends in failure
             if is_disk_full(error):
                 raise  # no picture fits any more, which says nothing about the document
-            return self._failed(request, error)
+            return self.failed(request, error)
         return prompt
 
     def answers_of_batch(self, batch: list[Prompt], options: Generation, prepared: Taker | None = None) -> Iterator[tuple[Request, Answer]]:
@@ -285,7 +257,7 @@ class PrunedModel(Answering):
                 raise OutOfMemoryError(f"A batch of {len(batch)} does not fit into the memory ({error}).") from error
             answers = None
             if len(batch) == 1:
-                answers = [self._failed(batch[0].request, error)]
+                answers = [self.failed(batch[0].request, error)]
             else:
                 logger.warning(f"A batch of {len(batch)} failed ({type(error).__name__}: {error}); its samples are tried one by one.")
         if answers is None:  # outside the except clause, which would keep the failed batch's tensors alive
@@ -297,7 +269,7 @@ class PrunedModel(Answering):
     def prepare(self, batch: list[Prompt], pruner: Pruner | None = None) -> Prepared:
         """The tensors of a batch, for the model's own method or for `pruner`; any thread may call this."""
         sample_ids = [prompt.request.sample_id for prompt in batch]
-        with self._processing, sized(batch, self.processor, pruner or self.pruner) as (resized, plans):
+        with self.processing, sized(batch, self.processor, pruner or self.pruner) as (resized, plans):
             inputs = self._inputs(resized)
         n_prompt = inputs["attention_mask"].sum(1).tolist()
         n_visual = self._family.is_visual(self.config, inputs["input_ids"]).sum(1).tolist()
@@ -305,10 +277,10 @@ class PrunedModel(Answering):
 
     def read(self, batch: Prepared, options: Generation, *, n_more: int = 0) -> Reading:
         """Generate under pruning, and hold what was measured against the prompts; `n_more` tokens must fit behind each of them."""
-        ids, asked = batch.sample_ids, {"n_beams": options.n_beams, "pruner": self._hooked, "n_layers": self._n_layers}
+        ids, asked = batch.sample_ids, {"n_beams": options.n_beams, "pruner": self.hooked, "n_layers": self._n_layers}
         check_prompt_lengths([n + n_more for n in batch.n_prompt], ids, self.config)
         inputs = move_inputs(batch.inputs, self.device, self.dtype)
-        with time_forwards(self.model.model) as times, prune(self.model, self._hooked, sample_ids=ids) as ledger:
+        with time_forwards(self.model.model) as times, prune(self.model, self.hooked, sample_ids=ids) as ledger:
             output = self.model.generate(**inputs, **options.kwargs, pad_token_id=self.tokenizer.pad_token_id)
         records = ledger.records
         check_records(records, ids, batch.n_visual, batch.n_prompt, **asked)
@@ -318,7 +290,7 @@ class PrunedModel(Answering):
     def answer(self, batch: Prepared, options: Generation) -> list[Answer]:
         """Answer a batch by one call of the model's `generate` under pruning; whatever that raises is not caught."""
         reading = self.read(batch, options)
-        with self._processing:
+        with self.processing:
             return reading.answers(batch.prompts, options, self.tokenizer, self._eos_ids)
 
     def _inputs(self, batch: list[Prompt]) -> BatchFeature:
@@ -327,7 +299,8 @@ class PrunedModel(Answering):
             inputs.pop("token_type_ids", None)  # some tokenizers add these zeros, and generate refuses what a model does not take
         return inputs
 
-    def _failed(self, request: Request, error: Exception) -> Answer:
+    def failed(self, request: Request, error: Exception) -> Answer:
+        """The answer that records a failure, which is logged with its traceback."""
         logger.error("Sample {} failed:\n{}", request.sample_id, "".join(traceback.format_exception(error)))
         return Answer(request.task, request.split, request.doc_id, "", error=sentence(f"{type(error).__name__}: {error}"))
 
