@@ -37,6 +37,7 @@ from rich.console import Console
 from sweep_processes import RAW, left_behind
 from sweep_standin import StandIn, task_manager, write_tasks
 
+from vlm_pruner_eval.sweep import provenance
 from vlm_pruner_eval.sweep.config import SweepConfig, validate
 from vlm_pruner_eval.sweep.executors import RayExecutor, on_ray
 from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
@@ -273,7 +274,13 @@ def campaign(sections: dict[str, Section], folder: Path, seed: int) -> dict[str,
     finally:
         nodes.end()
     complete = all(done[name]["kills"] == section.kills for name, section in sections.items())
-    where = {"ray": ray.__version__, "python": platform.python_version(), "cores": os.cpu_count(), "seed": seed}
+    where = {
+        "command": provenance.command_line(),
+        "ray": ray.__version__,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "seed": seed,
+    }
     found = {name: made.found[name] for name in FOUND}
     return {"sections": done, "found": found, "complete": complete, **where, "seconds": round(time.monotonic() - started)}
 
