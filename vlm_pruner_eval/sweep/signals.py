@@ -24,13 +24,18 @@ def terminable() -> Iterator[None]:
         yield
         return
 
+    received: list[int] = []
+
     def end(number: int, frame: object) -> None:
+        received.append(number)
         raise Terminated
 
     signal.signal(signal.SIGTERM, end)
     try:
         yield
-    except Terminated:
+    except KeyboardInterrupt:  # Ray, waiting, makes a plain one of any
+        if not received:
+            raise
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
     finally:
