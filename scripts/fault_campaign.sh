@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Breaks sweeps in every way that the world does (kills, power cuts, full disks, damaged journals, too little memory) and shows that
-# nothing is lost, doubled or different afterwards. Takes half an hour to an hour on two cores; the last line is a JSON summary.
+# nothing is lost, doubled or different afterwards. Takes 20 minutes to an hour on two cores; the last line is a JSON summary.
 # Small file systems are tried where they may be mounted (as root). Installs what it needs into .venv.
 # Usage: bash scripts/fault_campaign.sh [--short] [--seed N] [--lanes N] [--only SECTION ...]
 #        bash scripts/fault_campaign.sh ray [--short] [--seed N] [--only SECTION ...]    (workers and nodes of a Ray cluster; a quarter of an hour)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,8 +19,6 @@ from vlm_pruner_eval.sweep.commands import command_with
 
 if TYPE_CHECKING:
     from vlm_pruner_eval.sweep.config import SweepConfig
-
-P = ParamSpec("P")
 
 app = typer.Typer(
     add_completion=False,
