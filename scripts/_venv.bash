@@ -1,30 +1,76 @@
-# Sourced by the other scripts: makes .venv in the repository once, and again when the dependencies change.
-# Usage: ensure_venv [EXTRA]     EXTRA: an extra of setup.cfg, for example "test"
+# Sourced by the other scripts, in the repository's root: installs exactly scripts/requirements.lock and this package into .venv, once,
+# and again when the lock or setup.cfg changes. PYTHON=/path/to/python3 chooses the interpreter.
+# Usage: ensure_venv
+
+LOCK=scripts/requirements.lock
 
 ensure_venv() {
-  local extra="${1:-core}" python="${PYTHON:-python3}" spec what="."
-  spec="$(cat setup.cfg pyproject.toml | cksum)"
-  if [ "$(cat ".venv/installed-$extra" 2>/dev/null)" = "$spec" ]; then return; fi
-  if ! "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))'; then
-    echo "Got $("$python" --version 2>&1) at $(command -v "$python"), expected Python 3.10 to 3.13; set PYTHON=/path/to/python3." >&2
-    return 2
-  fi
-  echo "Installing into .venv (torch and its companions: about 5 GB, a few minutes) ..." >&2
-  if [ "$extra" != core ]; then what=".[$extra]"; fi
-  [ -x .venv/bin/python ] || "$python" -m venv .venv
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable "$what"
-  echo "$spec" > ".venv/installed-$extra"
-  echo "$spec" > .venv/installed-core  # an extra comes on top of everything else
+  local wanted python
+  wanted="$(cat "$LOCK" setup.cfg pyproject.toml | cksum)"
+  if [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ]; then return; fi
+  python="$(find_python)" || return
+  (
+    # of several tasks of a cluster that start at once, one installs
+    if command -v flock >/dev/null; then exec 9>.venv.lock; flock 9; fi
+    if [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ]; then exit 0; fi
+    install_lock "$python" && echo "$wanted" > .venv/installed
+  ) && return
+  echo "The installation into .venv did not finish, see above. It needs the package index (PyPI or a mirror) once and 7 GB of disk;" \
+    "mend what is named there and call this again. What is downloaded is kept." >&2
+  return 1
 }
 
-# The oldest supported transformers, laid over .venv in a folder of its own: everything else stays the same.
-# Usage: ensure_oldest; PYTHONPATH="$OLDEST" .venv/bin/python ...
-OLDEST=.venv/transformers-4.57
-ensure_oldest() {
-  local wanted="transformers==4.57.* huggingface-hub>=0.34,<1 tokenizers>=0.22,<0.23"
-  if [ "$(cat "$OLDEST/installed" 2>/dev/null)" = "$wanted" ]; then return; fi
-  rm -rf "$OLDEST"
-  # shellcheck disable=SC2086  # three requirements
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target "$OLDEST" $wanted
-  echo "$wanted" > "$OLDEST/installed"
+install_lock() {  # PYTHON
+  echo "Installing the packages of $LOCK into .venv (7 GB with torch for CUDA) ..." >&2
+  rm -f .venv/installed
+  "$1" -m venv .venv || {
+    echo "$1 can't make a virtual environment; install its venv module (Debian, Ubuntu: apt install python3-venv)." >&2
+    return 1
+  }
+  SECONDS=0
+  if .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep -o '^uv==[^ ;]*' "$LOCK")"; then
+    # the build tools of packages without a wheel are locked, too
+    .venv/bin/uv pip install --python .venv/bin/python --no-deps --build-constraints "$LOCK" --requirements "$LOCK" &&
+      .venv/bin/uv pip install --python .venv/bin/python --no-deps --no-build-isolation --editable . || return
+  else
+    echo "uv can't be installed; pip takes its place, which takes longer." >&2
+    .venv/bin/python -m pip install --disable-pip-version-check --no-deps --requirement "$LOCK" &&
+      .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable . || return
+  fi
+  echo "Installed in $SECONDS s." >&2
+}
+
+find_python() {
+  local python
+  for python in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10}; do
+    if "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; then
+      echo "$python"
+      return
+    fi
+  done
+  python="${PYTHON:-python3}"
+  echo "Got $("$python" --version 2>&1) at $(command -v "$python"), expected Python 3.10 to 3.13; set PYTHON=/path/to/python3." >&2
+  return 2
+}
+
+# Another minor of transformers with the hub client and tokenizers that it asks for, laid over .venv in a folder of its own.
+# Usage: ensure_transformers 4.57; PYTHONPATH="$OVERLAY" .venv/bin/python ...
+ensure_transformers() {
+  OVERLAY=".venv/transformers-$1"
+  if [ -e "$OVERLAY/installed" ]; then return; fi
+  local into=(.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --target "$OVERLAY") companions
+  rm -rf "$OVERLAY"
+  "${into[@]}" "transformers==$1.*" || return
+  mapfile -t companions < <(.venv/bin/python - "$OVERLAY" <<'PYTHON'
+import sys
+from importlib.metadata import distributions
+from packaging.requirements import Requirement
+
+(found,) = distributions(name="transformers", path=sys.argv[1:])
+for wanted in map(Requirement, found.requires):
+    if wanted.name in ("huggingface-hub", "tokenizers") and wanted.marker is None:
+        print(f"{wanted.name}{wanted.specifier}")
+PYTHON
+  )
+  "${into[@]}" "${companions[@]}" && touch "$OVERLAY/installed"
 }

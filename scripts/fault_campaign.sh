@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/_venv.bash
-ensure_venv test
+ensure_venv
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 campaign=fault_campaign
 if [ "${1:-}" = ray ]; then campaign=ray_campaign; shift; fi

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Run a sweep: bash scripts/sweep.sh CONFIG [--output DIR] [--limit N] [--dry-run]
+# Run a sweep, by the vlm-pruner-eval of .venv (which is made if need be), or by the one on the PATH where there is no .venv.
+# Usage: bash scripts/sweep.sh CONFIG [--output DIR] [--limit N] [--dry-run]
 set -euo pipefail
 if [[ $# -eq 0 ]]; then
     echo "usage: bash scripts/sweep.sh CONFIG [--output DIR] [--limit N] [--dry-run]" >&2
     exit 2
 fi
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-if [[ -x "$root/.venv/bin/vlm-pruner-eval" ]]; then
-    exec "$root/.venv/bin/vlm-pruner-eval" sweep "$@"
-elif command -v vlm-pruner-eval >/dev/null; then
+if [[ ! -d "$root/.venv" ]] && command -v vlm-pruner-eval >/dev/null; then
     exec vlm-pruner-eval sweep "$@"
 fi
-echo "vlm-pruner-eval is not installed: expected it in $root/.venv or on the PATH; 'bash scripts/quickstart.sh' creates it." >&2
-exit 2
+source "$root/scripts/_venv.bash"
+(cd "$root" && ensure_venv)
+exec "$root/.venv/bin/vlm-pruner-eval" sweep "$@"

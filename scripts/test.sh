@@ -1,23 +1,35 @@
 #!/usr/bin/env bash
-# The linter, the regression sweep against results/reference/ci.json, all tests, and the tests of the hook once more on the
-# oldest supported transformers. Installs what it needs into .venv.
-# Usage: bash scripts/test.sh [pytest arguments]     (with arguments: pytest only)
+# The linter, the regression sweep against results/reference/ci.json, and all tests, on exactly the locked packages, in .venv.
+# Usage: bash scripts/test.sh
+#        bash scripts/test.sh --oldest              tests of the hook on the oldest supported transformers
+#        bash scripts/test.sh --transformers 5.12   the same on another minor
+#        bash scripts/test.sh --newest              what releases newer than the locked ones would break, as a table
+#        bash scripts/test.sh PYTEST-ARGUMENTS      pytest alone, for example tests/test_hook_exact.py -x
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/_venv.bash
-ensure_venv test
+ensure_venv
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-if [ "$#" -gt 0 ]; then
-  exec .venv/bin/python -m pytest "$@"
-fi
+parallel=(-n 2 --dist loadfile)  # files stay whole: their tests share models
+
+hook_tests() {  # MINOR of transformers
+  ensure_transformers "$1"
+  export PYTHONPATH="$OVERLAY"
+  .venv/bin/python -c 'import sys, transformers; print("transformers", transformers.__version__); sys.exit(not transformers.__version__.startswith(sys.argv[1] + "."))' "$1"
+  .venv/bin/python -m pytest "${parallel[@]}" tests/test_hook_*.py tests/test_vlms.py tests/test_prefix.py
+}
+
+case "${1:-}" in
+  "") ;;
+  --oldest) hook_tests 4.57; exit ;;
+  --transformers) hook_tests "${2:?expected a minor such as 5.12}"; exit ;;
+  --newest) exec .venv/bin/python tests/newest.py "${@:2}" ;;
+  *) exec .venv/bin/python -m pytest "$@" ;;
+esac
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 output="$(mktemp -d)"
 trap 'rm -rf "$output"' EXIT
 bash scripts/quickstart.sh "$output/ci" configs/ci.yaml
 .venv/bin/vlm-pruner-eval report "$output/ci" --check results/reference/ci.json
-parallel=(-n 2 --dist loadfile)  # files stay whole: their tests share models
 .venv/bin/python -m pytest "${parallel[@]}"
-ensure_oldest
-PYTHONPATH="$OLDEST" .venv/bin/python -c 'import transformers as t; assert t.__version__.startswith("4.57."), t.__version__'
-PYTHONPATH="$OLDEST" .venv/bin/python -m pytest "${parallel[@]}" tests/test_hook_*.py tests/test_vlms.py
