@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load, load_file
 
 from vlm_pruner_eval import SampleRecord, get_pruner, prune
+from vlm_pruner_eval.hf_compat import cache_of
 
 GOLDEN = Path(os.environ.get("VLM_PRUNER_EVAL_GOLDEN", Path(__file__).parent / "golden")) / "e2e"
 RUNS = {"none": 0, "889": "8/9", "778": "7/9", "667": "2/3"}
@@ -88,7 +89,7 @@ def check_run(
     if run == "none":
         return
     for i in (0, 1, 2, 5):
-        mean = out.past_key_values.layers[i].keys[0, :, : record.kv_lengths[i]].mean(1)
+        mean = cache_of(out).layers[i].keys[0, :, : record.kv_lengths[i]].mean(1)
         assert torch.allclose(mean, golden[f"{run}.kv_key_mean_l{i}"], atol=close)
     text = (ids != visual).nonzero()[:, 0].tolist()
     assert sorted(record.kept_positions + text) == golden[f"{run}.keep_positions"].tolist()

@@ -26,7 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy_pruners import KeyNorm, StateNorm, Stride, TwoStages
 from transformers import DynamicCache
 
-from vlm_pruner_eval import prune
+from vlm_pruner_eval import hf_compat, prune
+from vlm_pruner_eval.hf_compat import cache_of, with_cache
 from vlm_pruner_eval.pruners import get_pruner
 
 ONE = [[4, "i0", 7]]
@@ -57,7 +58,7 @@ def test_cached_decoding_equals_masked_recompute(tiny_model, family, attention, 
     assert apart < CLOSE
     assert distance(step_logits(output)[:, :1], step_logits(generate(model, inputs, 1))) > 1e-2, "pruning changed nothing"
     assert [record.n_kept for record in records] == [record.n_asked for record in records]
-    cache, new = output.past_key_values, 5  # the last token was never fed back
+    cache, new = cache_of(output), 5  # the last token was never fed back
     widest = max(record.kv_lengths[-1] for record in records)
     expected = [inputs["input_ids"].shape[1] + new] * layer + [widest + new] * (N_LAYERS - layer)
     assert [cache_layer.keys.shape[2] for cache_layer in cache.layers] == expected
@@ -201,7 +202,7 @@ def test_a_decoding_loop_written_by_hand(tiny_model, family, layer, with_mask):
         del step["attention_mask"]
     with prune(model, StateNorm(pruning_rate="2/3", layer=layer)) as ledger, torch.no_grad():
         for t in range(n):
-            out = model(**step, past_key_values=cache, use_cache=True)
+            out = model(**step, **with_cache(model.forward, cache), use_cache=True)
             out.logits[..., 100:104] = -1e4
             logits.append(out.logits[:, -1])
             tokens.append(logits[-1].argmax(-1, keepdim=True))
@@ -217,9 +218,9 @@ def test_text_in_a_second_turn_continues_a_pruned_cache(tiny_model, family):
     model, inputs, turn = tiny_model(family), prompts(family, ONE), torch.tensor([[11, 12, 13, 14]])
     length = inputs["input_ids"].shape[1]
     with prune(model, KeyNorm(pruning_rate="2/3")) as ledger, torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = cache_of(model(**inputs, use_cache=True))
         mask = torch.ones(1, length + 4, dtype=torch.long)
-        logits = model(input_ids=turn, attention_mask=mask, past_key_values=cache, **next_positions(model, inputs, 4)).logits
+        logits = model(input_ids=turn, attention_mask=mask, **with_cache(model.forward, cache), **next_positions(model, inputs, 4)).logits
     assert len(ledger.records) == 1
     slow = masked_recompute(model, inputs, views_from(ledger.records, inputs), turn)[:, -4:]
     assert distance(logits, slow) < CLOSE
@@ -228,12 +229,14 @@ def test_text_in_a_second_turn_continues_a_pruned_cache(tiny_model, family):
 def test_prompts_may_be_interleaved_on_their_own_caches(tiny_model, family):
     model, both = tiny_model(family), [prompts(family, [sample]) for sample in MIXED[:2]]
     with prune(model, KeyNorm(pruning_rate="2/3")) as ledger, torch.no_grad():
-        caches = [model(**inputs, use_cache=True).past_key_values for inputs in both]
+        caches = [cache_of(model(**inputs, use_cache=True)) for inputs in both]
         steps = []
         for cache, inputs in zip(caches, both, strict=True):
             mask = torch.ones(1, inputs["input_ids"].shape[1] + 1, dtype=torch.long)
             positions = next_positions(model, inputs)
-            steps.append(model(input_ids=torch.tensor([[7]]), attention_mask=mask, past_key_values=cache, **positions).logits[:, -1])
+            steps.append(
+                model(input_ids=torch.tensor([[7]]), attention_mask=mask, **with_cache(model.forward, cache), **positions).logits[:, -1]
+            )
     for inputs, record, step in zip(both, ledger.records, steps, strict=True):
         slow = masked_recompute(model, inputs, views_from([record], inputs), torch.tensor([[7]]))[:, -1]
         assert distance(step, slow) < CLOSE
@@ -246,10 +249,10 @@ def test_a_copy_of_a_pruned_cache_decodes_on_its_own(tiny_model, family, layer):
 
     def step(cache, n):
         mask, positions = torch.ones(1, n + 1, dtype=torch.long), next_positions(model, inputs, after=n - length)
-        return model(input_ids=torch.tensor([[7]]), attention_mask=mask, past_key_values=cache, **positions).logits
+        return model(input_ids=torch.tensor([[7]]), attention_mask=mask, **with_cache(model.forward, cache), **positions).logits
 
     with prune(model, StateNorm(pruning_rate="2/3", layer=layer)), torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = cache_of(model(**inputs, use_cache=True))
         copied = copy.deepcopy(cache)
         first = step(cache, length)
         step(cache, length + 1)
@@ -329,17 +332,17 @@ def test_half_precision(tiny_model, family, dtype):
 @pytest.mark.parametrize("mistake", ["renumbered positions", "unmasked fillers", "stale decoding mask"])
 def test_these_tests_would_notice(tiny_model, monkeypatch, mistake):
     """Negative controls: three plausible mistakes of the hook move the logits far beyond the tolerance."""
-    from vlm_pruner_eval import cut, hook
+    from vlm_pruner_eval import hook
 
     if mistake == "renumbered positions":
         monkeypatch.setattr(hook, "take", lambda x, index: x[..., : index.shape[1], :].expand(len(index), -1, -1))
     else:
-        right = cut.causal_mask
+        right = hf_compat.causal_mask
 
         def wrong(config, hidden, mask, view):
             if mistake == "unmasked fillers":
                 return right(config, hidden, None, view)
             return right(config, hidden, mask if view.length == 0 else mask.flip(1), view)
 
-        monkeypatch.setattr(cut, "causal_mask", wrong)
+        monkeypatch.setattr(hf_compat, "causal_mask", wrong)
     assert compare(tiny_model("llava"), prompts("llava", MIXED), KeyNorm(pruning_rate="2/3"))[2] > 1e-2

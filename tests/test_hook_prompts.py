@@ -12,7 +12,8 @@ from tiny_models import FAMILIES, generate, masked_recompute, prompts, scopes_of
 from torch import Tensor, nn
 from toy_pruners import IN_MODEL, KeyNorm, StateNorm, Stride
 
-from vlm_pruner_eval import PruningError, cut, hook, prune
+from vlm_pruner_eval import PruningError, hf_compat, hook, prune
+from vlm_pruner_eval.hf_compat import cache_of, with_cache
 from vlm_pruner_eval.pruners import get_pruner
 
 VIDEO_FAMILIES = sorted(name for name, tiny in FAMILIES.items() if tiny.videos)
@@ -164,10 +165,10 @@ def test_text_in_later_turns_continues_a_pruned_cache_of_a_batch(tiny_model, fam
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(turns)], 1)
     length, found, positions = inputs["input_ids"].shape[1], [], all_positions(model, inputs, turns)
     with prune(model, StateNorm(pruning_rate="2/3", layer=layer)) as ledger, torch.no_grad():
-        cache = model(**inputs, **plain_positions(family, inputs), use_cache=True).past_key_values
+        cache = cache_of(model(**inputs, **plain_positions(family, inputs), use_cache=True))
         for first, last in ((length, length + 4), (length + 4, length + 7)):
             later = {"position_ids": positions[..., first:last], "attention_mask": mask[:, :last]}
-            found.append(model(input_ids=turns[:, first - length : last - length], past_key_values=cache, **later).logits)
+            found.append(model(input_ids=turns[:, first - length : last - length], **with_cache(model.forward, cache), **later).logits)
     assert len(ledger.records) == len(rows), "a later turn is no prefill"
     slow = masked_recompute(model, inputs, views_from(ledger.records, inputs), turns)[:, -7:]
     assert distance(torch.cat(found, 1), slow) < CLOSE
@@ -177,8 +178,8 @@ def _later_media(model: nn.Module, family: str, segment: str) -> None:
     late = prompts(family, [[4, segment, 7]])
     del late["attention_mask"]
     with torch.no_grad():
-        cache = model(**prompts(family, [[9]]), use_cache=True).past_key_values
-        model(**late, position_ids=torch.arange(9, 9 + late["input_ids"].shape[1])[None], past_key_values=cache)
+        cache = cache_of(model(**prompts(family, [[9]]), use_cache=True))
+        model(**late, position_ids=torch.arange(9, 9 + late["input_ids"].shape[1])[None], **with_cache(model.forward, cache))
 
 
 def test_a_new_image_in_a_later_turn_is_refused(tiny_model, family):
@@ -231,12 +232,12 @@ def test_these_tests_would_notice(tiny_model, monkeypatch, family, mistake):
     if mistake == "renumbered positions":
         monkeypatch.setattr(hook, "take", lambda x, index: x[..., : index.shape[1], :].expand(*x.shape[:-3], len(index), -1, -1))
     else:
-        right = cut.causal_mask
+        right = hf_compat.causal_mask
 
         def wrong(config: object, hidden: Tensor, mask: Tensor, view: object) -> Tensor | None:
             if mistake == "unmasked fillers":
                 return right(config, hidden, None, view)
             return right(config, hidden, mask if view.length == 0 else mask.flip(1), view)
 
-        monkeypatch.setattr(cut, "causal_mask", wrong)
+        monkeypatch.setattr(hf_compat, "causal_mask", wrong)
     assert compare(tiny_model(family), prompts(family, MEDIA), KeyNorm(pruning_rate="2/3"))[2] > 1e-2

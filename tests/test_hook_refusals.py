@@ -13,6 +13,7 @@ from toy_pruners import Broken, NoCheck, StateNorm, Stride, TwoStages
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from vlm_pruner_eval import ConfigError, PruningError, Stage, prune
+from vlm_pruner_eval.hf_compat import cache_argument, cache_of, with_cache
 from vlm_pruner_eval.pruners import get_pruner
 
 FAULTS = {
@@ -81,7 +82,7 @@ def test_a_cache_that_was_not_cut_is_noticed(tiny_model):
     layer = model.model.language_model.layers[3]
 
     def tamper(module, args, kwargs, output):
-        cache = kwargs["past_key_values"].layers[3]
+        cache = cache_argument(kwargs, "layer 3").layers[3]
         cache.keys, cache.values = (torch.cat([x, x[:, :, :1]], 2) for x in (cache.keys, cache.values))
 
     handle = layer.register_forward_hook(tamper, with_kwargs=True)
@@ -192,7 +193,7 @@ def test_static_caches_are_refused(tiny_model):
     model, inputs = tiny_model("llava"), prompts("llava", ONE)
     cache = StaticCache(config=model.model.language_model.config, max_cache_len=64)
     with pytest.raises(PruningError, match="cache"), prune(model, Stride(pruning_rate=0.5)), torch.no_grad():
-        model(**inputs, past_key_values=cache, use_cache=True)
+        model(**inputs, **with_cache(model.forward, cache), use_cache=True)
 
 
 def test_inputs_embeds_alone_are_refused(tiny_model):
@@ -228,9 +229,9 @@ def test_image_tokens_without_an_image(tiny_model):
 def test_a_new_image_in_a_later_turn_is_refused(tiny_model):
     model, inputs = tiny_model("llava"), prompts("llava", ONE)
     with pytest.raises(PruningError, match="later turn"), prune(model, Stride(pruning_rate=0.5)), torch.no_grad():
-        cache = model(**prompts("llava", [[9]]), use_cache=True).past_key_values
+        cache = cache_of(model(**prompts("llava", [[9]]), use_cache=True))
         length = 9 + inputs["input_ids"].shape[1]
-        model(**inputs | {"attention_mask": torch.ones(1, length, dtype=torch.long)}, past_key_values=cache)
+        model(**inputs | {"attention_mask": torch.ones(1, length, dtype=torch.long)}, **with_cache(model.forward, cache))
 
 
 @pytest.mark.parametrize("name", ["vlmpruner", "random", "divprune"])

@@ -16,6 +16,7 @@ from tiny_models import generate, prompts
 
 from vlm_pruner_eval import get_pruner, prune
 from vlm_pruner_eval.cost import DecoderShape, kv_bytes, literature_flops, prefill_flops
+from vlm_pruner_eval.hf_compat import cache_of
 from vlm_pruner_eval.ledger import SampleRecord
 from vlm_pruner_eval.lmms.log import Answer
 from vlm_pruner_eval.report.efficiency import EfficiencyRow, efficiency
@@ -34,7 +35,7 @@ PEAKS = {"none": 9000, "vlmpruner": 5000, "random": 4000, "blind": 3000}
 def test_measured_bytes_are_those_of_the_cache(tiny_model, family: str, method: str, rate: object) -> None:
     model, inputs = tiny_model(family), prompts(family, ONE)
     with prune(model, get_pruner(method, pruning_rate=rate)) as ledger:
-        cache = generate(model, inputs, 1).past_key_values
+        cache = cache_of(generate(model, inputs, 1))
     (record,) = ledger.records
     assert record.kv_bytes == sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) * 4
     assert record.kv_bytes == kv_bytes(DecoderShape.of(model.config.get_text_config()), record.kv_lengths, 4)
@@ -44,7 +45,7 @@ def test_measured_bytes_are_those_of_the_cache(tiny_model, family: str, method: 
 def test_a_batchs_padding_counts_and_is_shared(tiny_model) -> None:
     model = tiny_model("llava")
     with prune(model, get_pruner("uniform", pruning_rate="2/3")) as ledger:
-        cache = generate(model, prompts("llava", MIXED), 1).past_key_values
+        cache = cache_of(generate(model, prompts("llava", MIXED), 1))
     whole = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert [record.kv_bytes for record in ledger.records] == [whole // 3] * 3
     counted = [kv_bytes(DecoderShape.of(model.config.text_config), record.kv_lengths, 4) for record in ledger.records]

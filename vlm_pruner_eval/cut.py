@@ -6,13 +6,13 @@ dropped: to Hugging Face the shortened batch is a left-padded batch again.
 
 from __future__ import annotations
 
-import inspect
 import types
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_causal_mask
+
+from vlm_pruner_eval import hf_compat
 
 STATE = "_vlm_pruner_eval_cut"  # attribute of a cache: the CutState of the prompt that it holds
 
@@ -106,7 +106,7 @@ class Cut:
             mask[:, : self.width] = self.on(hidden.device)[1]
             if masks_new:
                 mask[:, self.width :] = prompt_mask[:, self.length :].to(mask)
-        return causal_mask(text.config, hidden, mask, cache_layer)
+        return hf_compat.causal_mask(text.config, hidden, mask, cache_layer)
 
 
 @dataclass
@@ -138,20 +138,8 @@ class LayerLength:
     get_query_offset = get_seq_length
 
     def get_mask_sizes(self, query: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
-        """(kv length, offset); `query` is a length in transformers 5.x and cache positions in 4.x."""
-        return self.length + (query if isinstance(query, int) else query.shape[0]), 0
-
-
-_MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
-
-
-def causal_mask(config: object, hidden: Tensor, mask: Tensor | None, cache_layer: LayerLength) -> Tensor | None:
-    """Hugging Face's own causal mask for `hidden` [B, n, D] behind `cache_layer`, given a 2-D mask [B, past + n] or None."""
-    embeds = "inputs_embeds" if "inputs_embeds" in _MASK_PARAMETERS else "input_embeds"
-    kwargs = {"config": config, "attention_mask": mask, "past_key_values": cache_layer, "position_ids": None, embeds: hidden}
-    if "cache_position" in _MASK_PARAMETERS and _MASK_PARAMETERS["cache_position"].default is inspect.Parameter.empty:
-        kwargs["cache_position"] = torch.arange(cache_layer.length, cache_layer.length + hidden.shape[1], device=hidden.device)
-    return create_causal_mask(**kwargs)
+        """(kv length, offset) for new tokens: their number, or their positions."""
+        return self.length + hf_compat.query_length(query), 0
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from vlm_pruner_eval import hf_compat
 from vlm_pruner_eval.cut import Cut, CutState, LayerLength, recall, remember, take
 from vlm_pruner_eval.errors import ConfigError, PruningError
 from vlm_pruner_eval.host import to_host
@@ -22,6 +23,7 @@ from vlm_pruner_eval.prefill import Prefill
 from vlm_pruner_eval.probe import Probe, probe_for
 from vlm_pruner_eval.pruners.base import FROM_PREVIOUS_LAYER, Pruner
 from vlm_pruner_eval.vlms import family_of
+from vlm_pruner_eval.vlms.base import SINGLY
 
 _INSTALLED = "_vlm_pruner_eval_hook"
 
@@ -79,8 +81,7 @@ class PruningHook:
                 f"inside it; use it through lmms-eval or a sweep (method={pruner.name}), or take another method."
             )
         self.family, self.pruner, self.sample_ids = family_of(model), pruner, sample_ids
-        self.core = getattr(model, "model", model)
-        self.text = self.core.language_model
+        self.core, self.text = hf_compat.decoder(model)
         self.layers = self.text.layers
         self.stages = pruner.stages(len(self.layers))
         self.contiguous = pruner.position_policy(self.family.mrope) == "contiguous"
@@ -90,6 +91,7 @@ class PruningHook:
         self._handles: list = []
         self._replaced: list[tuple[object, str, object, Callable]] = []
         self._layouts: dict[str, list] = {}
+        self._pixels: dict[str, object] = {}
         self._is_encoding = False
         self._prefill: Prefill | None = None
         self._forget_forward()
@@ -182,7 +184,10 @@ class PruningHook:
         if self._is_encoding:  # Qwen3-VL's get_video_features calls get_image_features, which has seen the images already
             return original(*args, **kwargs)
         bound = inspect.signature(original).bind(*args, **kwargs).arguments
-        self._layouts[kind] = self.family.layouts(self.core, kind, bound | bound.get("kwargs", {}))
+        call = bound | bound.get("kwargs", {})
+        self._layouts[kind] = self.family.layouts(self.core, kind, call)
+        if hf_compat.REPEATS_IMAGES_SINGLY:
+            self._pixels[kind] = call.get(f"pixel_values_{kind}s", call.get("pixel_values"))
         self._is_encoding = True
         try:
             return original(*args, **kwargs)
@@ -202,7 +207,8 @@ class PruningHook:
         self._mask, self._patch, self._prefill = kwargs.get("attention_mask"), None, None
         for probe in self._probes.values():
             probe.clear()
-        embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
+        embeds = hf_compat.argument(kwargs, "inputs_embeds", "the language model")
+        cache = hf_compat.cache_argument(kwargs, "the language model")
         if cache is not None and cache.get_seq_length() > 0:
             self._state = recall(cache)
             self._refuse_late_images(embeds)
@@ -217,6 +223,7 @@ class PruningHook:
         input_ids, *mask = to_host(self._input_ids, *([] if self._mask is None else [self._mask]))
         attended = mask[0].bool() if mask else torch.ones(input_ids.shape, dtype=torch.bool)
         scopes = self.family.scopes(self.core.config, input_ids, self._layouts)
+        self._refuse_repeated_singly(input_ids)
         self._prefill = Prefill(
             pruner=self.pruner,
             family=self.family,
@@ -236,10 +243,21 @@ class PruningHook:
             raise PruningError(
                 "prune: got a prepared attention mask (as static caches make), expected the 2-D padding mask [B, L]; use a dynamic cache."
             )
-        if getattr(cache, "is_compileable", False):
+        if hf_compat.is_static(cache):
             raise PruningError(
                 "prune: got a static cache, whose layers can't hold different lengths; use the default cache (cache_implementation=None)."
             )
+
+    def _refuse_repeated_singly(self, input_ids: Tensor) -> None:
+        for kind, pixels in self._pixels.items():
+            layouts = self._layouts.get(kind, [])
+            if not isinstance(pixels, Tensor) or len(pixels) != len(layouts):
+                continue  # patches of all images in one row, as Qwen has them, whose classes repeat them rightly
+            token = self.family.token_id(self.core.config, kind)
+            rows = self.family.scopes(self.core.config, torch.where(input_ids == token, token, -1), {kind: layouts})
+            if hf_compat.repeated_singly(pixels, [len(row) for row in rows], input_ids):
+                raise PruningError(f"prune: {SINGLY}")
+        self._pixels.clear()
 
     def _refuse_late_images(self, embeds: Tensor) -> None:
         if (
@@ -254,10 +272,10 @@ class PruningHook:
             )
 
     def _before_layer(self, i: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        hidden = before = args[0] if args else kwargs["hidden_states"]
+        hidden = before = hf_compat.hidden_argument(args, kwargs, f"decoder layer {i}")
         if self._state is None:  # a cache that was filled outside this context
             return None
-        cache = kwargs.get("past_key_values", kwargs.get("past_key_value"))
+        cache = hf_compat.cache_argument(kwargs, f"decoder layer {i}")
         if self._prefill is not None:
             hidden = self._prefill.enter_layer(i, hidden, self._state)
             if cache is not None:
@@ -266,6 +284,8 @@ class PruningHook:
         cut = self._state.at(i)
         if cut is None:
             return None
+        for name in ("attention_mask", "position_embeddings"):
+            hf_compat.argument(kwargs, name, f"decoder layer {i}")
         if self._patch is None or self._patch[0] is not cut:
             self._patch = cut, self._arguments(cut, i, hidden, kwargs, cache)
         patched = kwargs | {name: value for name, value in self._patch[1].items() if name in kwargs}
@@ -311,7 +331,7 @@ class PruningHook:
             return
         prefill, self._prefill = self._prefill, None
         if prefill.cache is None:
-            prefill.cache = getattr(output, "past_key_values", None)
+            prefill.cache = hf_compat.cache_of(output)
         prefill.verify(self._state)
         if prefill.cache is not None:  # without a cache every step is a prefill of the same images
             self._layouts.clear()

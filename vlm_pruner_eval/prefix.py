@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from vlm_pruner_eval import hf_compat
 from vlm_pruner_eval.cut import LayerLength
 from vlm_pruner_eval.errors import PruningError
 from vlm_pruner_eval.hook import installed_probes
@@ -80,9 +81,10 @@ class SharedPrefix:
     """
 
     def __init__(self, model: nn.Module, depths: Sequence[int]):
-        self.family, self.core = family_of(model), getattr(model, "model", model)
-        self.layers = self.core.language_model.layers
-        kinds = list(getattr(self.core.language_model.config, "layer_types", None) or ())
+        self.family = family_of(model)
+        self.core, text = hf_compat.decoder(model)
+        self.layers = text.layers
+        kinds = list(getattr(text.config, "layer_types", None) or ())
         deepest = kinds.index("sliding_attention") if "sliding_attention" in kinds else len(self.layers)
         reach = [min(depth, deepest) for depth in depths]
         self._wanted = sorted({depth for depth in reach if depth and sum(other >= depth for other in reach) > 1})  # by two forwards or more
@@ -155,12 +157,14 @@ class SharedPrefix:
     # ---- the decoder
     def _run_layer(self, i: int, original: Callable, *args: object, **kwargs: object) -> object:
         """Layer `i`: skipped where its work is kept, kept where it is wanted, and left alone while decoding."""
-        cache = kwargs.get("past_key_values", kwargs.get("past_key_value"))
-        if not self._depth or LayerLength(cache, i).length:
+        if not self._depth:
             return original(*args, **kwargs)
-        hidden = args[0] if args else kwargs["hidden_states"]
+        cache = hf_compat.cache_argument(kwargs, f"decoder layer {i}")
+        if LayerLength(cache, i).length:
+            return original(*args, **kwargs)
+        hidden = hf_compat.hidden_argument(args, kwargs, f"decoder layer {i}")
         if i == 0:
-            self._check(hidden, kwargs["position_embeddings"], cache)
+            self._check(hidden, hf_compat.argument(kwargs, "position_embeddings", f"decoder layer {i}"), cache)
         if i < self._skip:
             return self._give_back(i, hidden, cache)
         output = original(*args, **kwargs)

@@ -5,10 +5,10 @@ No second projection is computed and any attention backend may run: what `keys` 
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor, nn
+
+from vlm_pruner_eval import hf_compat
 
 # Outputs of the projections of queries (None if nobody asked) and keys, and the rotary embedding as (cos, sin).
 Seen = tuple[Tensor | None, Tensor, tuple[Tensor, Tensor]]
@@ -56,7 +56,7 @@ class Probe:
         """Keys after rotary embedding, [B, H_kv, L, d]: what the KV cache of this layer holds."""
         if self._rotated is None:
             k = self._heads(self.k)
-            self._rotated = self._rotate(k, k, *self.rope)[1]
+            self._rotated = hf_compat.rotate(self.attn, k, k, *self.rope)[1]
         return self._rotated
 
     def attention_row(self, row: int, last: int, seen: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class Probe:
         """
         q = self._heads(self.q)[row : row + 1, :, last : last + 1]
         cos, sin = (x if x.shape[-3] == 1 else x[..., row : row + 1, :, :] for x in self.rope)
-        q, _ = self._rotate(q, q, cos[..., last : last + 1, :], sin[..., last : last + 1, :])
+        q, _ = hf_compat.rotate(self.attn, q, q, cos[..., last : last + 1, :], sin[..., last : last + 1, :])
         k = self.keys()[row : row + 1, :, seen]
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         scores = (q @ k.transpose(2, 3))[0, :, 0] * self.attn.scaling
@@ -83,17 +83,8 @@ class Probe:
         return hook
 
     def _see_rope(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.rope = kwargs["position_embeddings"]
+        self.rope = hf_compat.argument(kwargs, "position_embeddings", "attention")
 
     def _heads(self, projected: Tensor) -> Tensor:
         batch, length = projected.shape[:2]
         return projected.reshape(batch, length, -1, self.attn.head_dim).transpose(1, 2)
-
-    def _rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """The rotary function of the model's own file; Qwen2-VL before 5.x splits it over three position rows."""
-        module = sys.modules[type(self.attn).__module__]
-        multimodal = getattr(module, "apply_multimodal_rotary_pos_emb", None)
-        if multimodal is not None and cos.dim() == 4:
-            rope = getattr(self.attn, "rope_scaling", None) or self.attn.config.rope_parameters
-            return multimodal(q, k, cos, sin, rope["mrope_section"])
-        return module.apply_rotary_pos_emb(q, k, cos, sin)

@@ -21,6 +21,7 @@ from torch import nn
 from vlm_pruner_eval.bench import TASKS, minivlm_path, questions_path
 from vlm_pruner_eval.bench.tasks.utils import both_right, f1, normalise, process_exact_match, process_pairs, process_yes_no
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.versions import tested_range
 
 MAX_NEW_TOKENS = 8
 _COMBINE = {"f1": f1, "both_right": both_right}
@@ -64,7 +65,7 @@ def load_minivlm(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
     if wrong := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
         raise ConfigError(
             f"minivlm: transformers {transformers.__version__} did not match {len(wrong)} weights of the checkpoint "
-            f"(first: {wrong[0]}); use a version >=4.57,<6 and an unchanged checkpoint."
+            f"(first: {wrong[0]}); tested are {tested_range('transformers')}, with an unchanged checkpoint."
         )
     check_rope_theta(model)
     return model.eval(), transformers.AutoProcessor.from_pretrained(path)

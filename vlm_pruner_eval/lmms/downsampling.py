@@ -66,7 +66,7 @@ def sized(batch: Sequence[Prompt], processor: ProcessorMixin, pruner: Pruner) ->
     before = {name: getattr(part, name) for name in ("size", "min_pixels") if getattr(part, name, None) is not None}
     one_token = (part.patch_size * part.merge_size) ** 2
     part.size = {"shortest_edge": one_token, "longest_edge": part.size["longest_edge"]}
-    if "min_pixels" in before:  # transformers 4.x keeps it twice
+    if "min_pixels" in before:  # kept twice by some versions of transformers
         part.min_pixels = one_token
     try:
         yield [prompt for prompt, _ in made], [plan for _, plan in made]

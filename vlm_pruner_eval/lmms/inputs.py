@@ -1,4 +1,4 @@
-"""From prompts to tensors: one call of the checkpoint's processor, in the form that transformers 4.57 and 5.x both take."""
+"""From prompts to tensors: one call of the checkpoint's processor, in the form that all supported versions take."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import transformers
 from transformers import BatchFeature, ProcessorMixin
 
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.hf_compat import TAKES_FRAME_RATES, set_pixel_bounds
 from vlm_pruner_eval.lmms.prompts import Prompt
 from vlm_pruner_eval.lmms.settings import Settings
 from vlm_pruner_eval.lmms.videos import Video
@@ -62,10 +62,7 @@ def bound_pixels(processor: ProcessorMixin, settings: Settings) -> None:
                 f"min_pixels and max_pixels: got {settings.min_pixels} and {settings.max_pixels}, which beside the checkpoint's own bounds "
                 f"are {least} and {most}; give both, the smaller one as min_pixels."
             )
-        part.size = {"shortest_edge": least, "longest_edge": most}
-        for name, value in (("min_pixels", least), ("max_pixels", most)):
-            if getattr(part, name, None) is not None:  # transformers 4.x keeps them twice
-                setattr(part, name, value)
+        set_pixel_bounds(part, least, most)
 
 
 def _bounds(part: object, settings: Settings, n_frames: int = 1) -> tuple[int, int]:
@@ -114,7 +111,7 @@ def move_inputs(inputs: BatchFeature, device: torch.device, dtype: torch.dtype) 
 
 
 def _unframed(text: str, processor: ProcessorMixin) -> str:
-    """Qwen3-VL's processor frames every timed picture of a video itself; transformers 5.x leaves the template's frame around all."""
+    """Qwen3-VL's processor frames every timed picture of a video itself; newer versions leave the template's frame around all."""
     if not _is_qwen3(processor.video_processor):
         return text
     return text.replace(f"{processor.vision_start_token}{processor.video_token}{processor.vision_end_token}", processor.video_token)
@@ -139,6 +136,6 @@ def _videos(processor: ProcessorMixin, videos: Sequence[Video], settings: Settin
     if is_bounded:
         least, most = _bounds(part, settings, counts[0])
         arguments["size"] = {"shortest_edge": least, "longest_edge": most}
-    if transformers.__version__.startswith("4.") and "second_per_grid_ts" in processor.model_input_names:
-        arguments["fps"] = [video.sampled_fps for video in videos]  # transformers 5.x takes it from the metadata
+    if TAKES_FRAME_RATES and "second_per_grid_ts" in processor.model_input_names:
+        arguments["fps"] = [video.sampled_fps for video in videos]
     return {"videos": [video.frames() for video in videos], "videos_kwargs": arguments}

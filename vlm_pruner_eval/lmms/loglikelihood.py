@@ -17,6 +17,7 @@ from lmms_eval.api.instance import Instance
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from vlm_pruner_eval.hf_compat import cache_of, with_cache
 from vlm_pruner_eval.hook import prune
 from vlm_pruner_eval.lmms.log import Answer, Reading
 from vlm_pruner_eval.lmms.prompts import Generation, Request
@@ -158,7 +159,7 @@ def score(model: nn.Module, pruner: Pruner, reading: Reading, continuations: Seq
             tokens = torch.tensor([list(ids)], device=output.logits[0].device)
             logits = output.logits[0]
             if len(ids) > 1:
-                logits = torch.cat([logits, _follow(model, output.past_key_values, tokens[:, :-1], reading.n_prompt[0])])
+                logits = torch.cat([logits, _follow(model, cache_of(output), tokens[:, :-1], reading.n_prompt[0])])
             scores.append(_scored(logits, tokens[0]))
     return scores
 
@@ -170,7 +171,7 @@ def _follow(model: nn.Module, cache: object, tokens: Tensor, n_prompt: int) -> T
     if family_of(model).mrope:
         positions = (positions + model.model.rope_deltas.to(tokens.device)).expand(3, 1, n)
     mask = torch.ones(1, n_prompt + n, dtype=torch.long, device=tokens.device)
-    logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True).logits
+    logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, **with_cache(model.forward, cache)).logits
     for layer in cache.layers:  # not cache.crop, which takes all layers to be as long as the first
         layer.crop(-n)
     return logits[0]

@@ -160,7 +160,7 @@ class _Filling:
         self.left = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self.all = set(self.left)
         self.unknown: list[str] = []
-        # transformers 4.x has one module more between a tower and its layers
+        # some versions of transformers have one module more between a tower and its layers
         self.inside = "vision_model." if hasattr(model.model.vision_tower, "vision_model") else ""
         self.is_tied = bool(model.config.tie_word_embeddings)
         self.n_layers = model.config.vision_config.num_hidden_layers if model.config.model_type == "llava_video" else None

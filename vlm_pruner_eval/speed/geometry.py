@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vlm_pruner_eval.bench import minivlm_path
 from vlm_pruner_eval.cost import DecoderShape, kv_bytes
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.hf_compat import HAS_ROPE_PARAMETERS
 from vlm_pruner_eval.speed.memory import free_bytes
 from vlm_pruner_eval.vlms import family_of
 
@@ -83,8 +84,7 @@ def _llava_next() -> object:
 def _qwen2_vl() -> object:
     rope = {"type": "mrope", "rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
     text = _llama(3584, 18944, 28, 28, 152064) | {"model_type": "qwen2_vl_text", "num_key_value_heads": 4, "max_position_embeddings": 32768}
-    is_new = int(transformers.__version__.split(".")[0]) >= 5
-    by_version = {"rope_parameters": rope} if is_new else {"rope_scaling": rope, "rope_theta": 1e6}
+    by_version = {"rope_parameters": rope} if HAS_ROPE_PARAMETERS else {"rope_scaling": rope, "rope_theta": 1e6}
     vision = {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14}
     ids = {"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653}
     return transformers.Qwen2VLConfig(text_config=text | by_version, vision_config=vision, **ids)
@@ -157,7 +157,7 @@ def prompts(geometry: Geometry, model: nn.Module, batch: int, n_text: int) -> di
 
 
 def _arguments_of_rope_index(model: nn.Module) -> tuple[str, ...]:
-    """In transformers 5, Qwen's multi-dimensional positions are computed from token types that its processor makes."""
+    """In newer versions, Qwen's multi-dimensional positions are computed from token types that its processor makes."""
     code = getattr(getattr(model.model, "get_rope_index", None), "__code__", None)
     return code.co_varnames if code else ()
 

@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from vlm_pruner_eval import hf_compat
 from vlm_pruner_eval.errors import ConfigError, PruningError
 from vlm_pruner_eval.pruners.base import Pruner
 from vlm_pruner_eval.types import Stage
@@ -76,6 +77,11 @@ class SeenTokens(Protocol):
         """On a device: `index` [B, L'], positions in the prompt, and `valid` [B, L'], False for fillers."""
 
 
+SINGLY = (
+    "Under beams or returned sequences, this version of transformers repeats the images of a batch one by one, so that rows with "
+    "several images read each other's, pruned or not; install transformers 5.18 or newer, or answer with one sequence a prompt."
+)
+
 # Arguments of one call of ``get_image_features`` / ``get_video_features``, by name.
 FeatureCall = Mapping[str, object]
 # (owner, attribute, wrapper(original, cut, *args, **kwargs)); cut = the sequence the current layer sees, or None.
@@ -110,11 +116,8 @@ class Family:
         return []
 
     def token_id(self, config: object, kind: str) -> int | None:
-        """The placeholder token of images or videos in input_ids (transformers 4.x calls it ``*_token_index``)."""
-        for name in (f"{kind}_token_id", f"{kind}_token_index"):
-            if getattr(config, name, None) is not None:
-                return getattr(config, name)
-        return None
+        """Return the placeholder token of images or videos in input_ids."""
+        return hf_compat.token_id(config, kind)
 
     def is_visual(self, config: object, input_ids: Tensor) -> Tensor:
         """Bool [B, L]: which tokens of input_ids are visual."""
@@ -157,7 +160,10 @@ def _assign(is_token: Tensor, layouts: list[Layout], kind: str) -> list[list[Sco
         while len(left):
             layout = next(queue, None)
             if layout is None or layout.n_tokens > len(left):
-                raise PruningError(f"The {kind} tokens of row {first} do not line up with whole {kind}s: {len(left)} tokens are left over.")
+                raise PruningError(
+                    f"The {kind} tokens of row {first} do not line up with whole {kind}s: {len(left)} tokens are left over."
+                    + (f" {SINGLY}" if hf_compat.REPEATS_IMAGES_SINGLY else "")
+                )
             found.append(Scope(left[: layout.n_tokens], layout))
             left = left[layout.n_tokens :]
         rows.extend([found] * copies)

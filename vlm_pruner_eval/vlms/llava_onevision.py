@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from vlm_pruner_eval.hf_compat import video_pixels
 from vlm_pruner_eval.host import to_host
 from vlm_pruner_eval.types import row_major
 from vlm_pruner_eval.vlms.base import Family, FeatureCall, Layout
@@ -32,7 +33,7 @@ class LlavaOnevision(Family):
     def _videos(self, core: nn.Module, call: FeatureCall) -> list[Layout]:
         vision = core.config.vision_config
         side = math.ceil(vision.image_size // vision.patch_size / 2)
-        pixels = call["pixel_values_videos" if "pixel_values_videos" in call else "pixel_values"]  # transformers 5.x, 4.x
+        pixels = video_pixels(call)
         frame = row_major(side, side)
         frames = [frame + torch.tensor([t, 0, 0]) for t in range(pixels.shape[1])]
         return [Layout(torch.cat([*frames, torch.tensor([[-1, -1, -1]])]), (side, side))] * len(pixels)

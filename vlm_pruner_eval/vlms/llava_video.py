@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.processing_utils import ProcessingKwargs
 
+from vlm_pruner_eval.hf_compat import HAS_VIDEO_PLACEHOLDERS, video_pixels
 from vlm_pruner_eval.types import row_major
 from vlm_pruner_eval.vlms.base import FeatureCall, Layout
 from vlm_pruner_eval.vlms.llava_onevision import LlavaOnevision
@@ -35,7 +36,7 @@ class LlavaVideo(LlavaOnevision):
     def _videos(self, core: nn.Module, call: FeatureCall) -> list[Layout]:
         side = pooled_side(core.config)
         closed = torch.cat([row_major(side, side).view(side, side, 3), torch.full((side, 1, 3), -1)], 1)
-        pixels = call["pixel_values_videos" if "pixel_values_videos" in call else "pixel_values"]  # transformers 5.x, 4.x
+        pixels = video_pixels(call)
         frames = []
         for t in range(pixels.shape[1]):
             frame = closed.clone()
@@ -85,7 +86,7 @@ class LlavaVideoModel(LlavaOnevisionModel):
     def get_video_features(self, *args: object, **kwargs: object) -> object:
         """Features of all frames, less one newline: OneVision closes a video with a newline, which is here the last row's own.
 
-        It does so inside this method since transformers 5, and in its caller before: one newline too many either way.
+        Some versions of transformers do so inside this method, others in its caller: one newline too many either way.
         """
         output = super().get_video_features(*args, **kwargs)
         if isinstance(output, Tensor):
@@ -114,10 +115,10 @@ class LlavaVideoProcessor(LlavaOnevisionProcessor):
         return self.video_token * (n_frames * side * (side + 1))
 
     def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs: object) -> str:
-        """Placeholders of one video; what transformers 5 calls."""
+        """Placeholders of one video; called by LLaVA-OneVision's processor."""
         return self._video_placeholders(len(video_inputs["pixel_values_videos"][video_idx]))
 
-    if not hasattr(LlavaOnevisionProcessor, "replace_video_token"):  # transformers 4.x counts in the middle of its own method
+    if not HAS_VIDEO_PLACEHOLDERS:  # counted in the middle of a method of its parent
 
         def __call__(
             self, images: object = None, text: str | list[str] | None = None, audio: None = None, videos: object = None, **kwargs: object
