@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import vlm_pruner_eval
-from vlm_pruner_eval import bench
+from vlm_pruner_eval import bench, versions
 from vlm_pruner_eval.doctor import installation, registration
 from vlm_pruner_eval.doctor.finding import FAIL, OK, WARN, Finding, findings
 
@@ -36,19 +36,41 @@ def pretend_installed(
 
 
 # ---- installation
+def test_a_newer_release_is_a_warning_and_one_that_is_known_not_to_work_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    info = pretend_installed(monkeypatch, tmp_path, "transformers>=4.57,<5.25", "filelock>=3.16,<4.3")
+    for name, version in (("transformers", "7.0"), ("filelock", "4.3.1")):
+        (info.parent / f"{name}-{version}.dist-info").mkdir()
+        (info.parent / f"{name}-{version}.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    newer, broken = installation.required()
+    assert newer.status == WARN and newer.found.endswith("found 7.0: newer than tested")
+    assert broken.status == FAIL and "known not to work, as lmms-eval 0.7.3 imports filelock._api" in broken.found
+    (lock,) = installation.lock()
+    assert lock.status == WARN and "filelock 4.3.1 (locked: " in lock.found and "requirements.lock" in lock.fix
+
+
+def test_the_self_test_is_part_of_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [finding.status for finding in installation.self_test()] == [OK, OK]
+    monkeypatch.setitem(sys.modules, "filelock._api", None)
+    monkeypatch.setattr("vlm_pruner_eval.prefill.Prefill.enter_layer", lambda self, i, hidden, state: hidden)
+    late, hook = installation.self_test()
+    assert late.status == hook.status == FAIL
+    assert "filelock._api" in late.found and "kept [16, 16]" in hook.found and "install" in late.fix
+
+
 def test_versions_are_held_against_the_packages_own_ranges(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     extra = "pytest<1; extra == 'test'"
     info = pretend_installed(monkeypatch, tmp_path, "transformers>=99,<100", "no-such-package-here>=1", "numpy>=1", "torch>=2", extra)
     torch_info = info.parent / "torch-2.99.0.dev20300101.dist-info"
     torch_info.mkdir()
     (torch_info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.99.0.dev20300101\n")
-    found = list(installation.versions())
+    found = list(installation.required())
     old = only(found, "transformers")
-    assert old.status == FAIL and old.found.endswith(", tested <100,>=99")
-    assert old.fix == "Install a tested version: pip install 'transformers<100,>=99'."
-    assert only(found, "no-such-package-here").found == "not installed, tested >=1"
+    assert old.status == FAIL and old.found.startswith("tested with >=99,<100, found ") and old.found.endswith(": older than supported")
+    assert old.fix == "Install a tested version: pip install 'transformers>=99,<100'."
+    assert only(found, "no-such-package-here").found == "tested with >=1, found nothing: not installed"
     assert only(found, "numpy").status == OK
-    assert only(found, "torch").found == "2.99.0.dev20300101 (>=2)", "a nightly build is in the range"
+    nightly = only(found, "torch")
+    assert nightly.status == OK and "found 2.99.0.dev20300101: ok" in nightly.found, "a nightly build is in the range"
     assert not any(finding.name == "pytest" for finding in found), "what only tests need is not missed"
 
 
@@ -87,9 +109,10 @@ def test_an_installation_that_has_aged(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_a_checkout_that_was_never_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installation, "DISTRIBUTION", "vlm-pruner-eval-that-nobody-installed")
+    for module in (installation, versions):
+        monkeypatch.setattr(module, "DISTRIBUTION", "vlm-pruner-eval-that-nobody-installed")
     assert only(installation.source(), "source").fix == installation.REINSTALL
-    found = list(findings([("python", installation.python), ("versions", installation.versions)]))
+    found = list(findings([("python", installation.python), ("versions", installation.required)]))
     assert [finding.status for finding in found] == [FAIL, FAIL]
 
 

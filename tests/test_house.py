@@ -18,6 +18,9 @@ ALLOWED = {
     "errors": {"shown"},
     "durable": {"errors"},
     "ending": {"durable", "errors"},
+    "versions": {"errors"},
+    "hf_compat": {"errors", "versions"},
+    "selftest": {"errors", "versions", ""},
     "host": set(),
     "budget": {"errors", "shown"},
     "cost": set(),
@@ -25,16 +28,16 @@ ALLOWED = {
     "ledger": {"budget"},
     "timing": set(),
     "pruners": {"pruners", "budget", "errors", "host", "shown", "types"},
-    "vlms": {"vlms", "pruners", "budget", "errors", "host", "types"},
-    "probe": set(),
-    "cut": {"errors"},
+    "vlms": {"vlms", "pruners", "budget", "errors", "hf_compat", "host", "types"},
+    "probe": {"hf_compat"},
+    "cut": {"errors", "hf_compat"},
     "prefill": {"cut", "errors", "ledger", "probe", "pruners", "timing", "types", "vlms"},
-    "hook": {"cut", "errors", "host", "ledger", "prefill", "probe", "pruners", "vlms"},
-    "prefix": {"cut", "errors", "hook", "probe", "pruners", "vlms"},
-    "bench": {"bench", "errors"},
-    "lmms": {"lmms", "prefix", "bench", "budget", "cost", "durable", "errors", "hook", "ledger", "pruners", "shown", "timing", "types"}
+    "hook": {"cut", "errors", "hf_compat", "host", "ledger", "prefill", "probe", "pruners", "vlms"},
+    "prefix": {"cut", "errors", "hf_compat", "hook", "probe", "pruners", "vlms"},
+    "bench": {"bench", "errors", "versions"},
+    "lmms": {"lmms", "hf_compat", "versions", "prefix", "bench", "budget", "cost", "durable", "errors", "hook", "ledger", "pruners", "shown", "timing", "types"}
     | {"vlms", ""},
-    "sweep": {"sweep", "lmms", "bench", "budget", "cost", "durable", "ending", "errors", "ledger"} | {"pruners", "shown", "timing", ""},
+    "sweep": {"sweep", "selftest", "versions", "lmms", "bench", "budget", "cost", "durable", "ending", "errors", "ledger"} | {"pruners", "shown", "timing", ""},
     "speed": {
         "speed",
         "bench",
@@ -42,6 +45,7 @@ ALLOWED = {
         "cost",
         "ending",
         "errors",
+        "hf_compat",
         "hook",
         "ledger",
         "lmms",
@@ -54,7 +58,7 @@ ALLOWED = {
     }
     | {""},
     "report": {"report", "sweep", "budget", "cost", "errors", "shown", ""},
-    "doctor": {"doctor", "bench", "errors", "lmms", "shown", "sweep", ""},
+    "doctor": {"doctor", "selftest", "versions", "bench", "errors", "lmms", "shown", "sweep", ""},
     "reproduce": {"reproduce", "report", "sweep", "lmms", "pruners", "errors", "shown", ""},
 }
 # what a part of report may import of report: from reading over numbers to tables and pictures, and from those to formats
@@ -75,7 +79,7 @@ INSIDE_REPORT = {
     "markdown": {"sheets", "figures", "stats", "paper", "load", "rows"},
     "latex": {"sheets"},
     "tidy": {"stats", "paper", "rows"},
-    "terminal": {"paper", "load", "rows", "text"},
+    "terminal": {"efficiency", "paper", "load", "rows", "text"},
     "check": {"load"},
     "build": {
         *("html", "markdown", "latex", "tidy"),

@@ -25,7 +25,7 @@ def read_setup() -> list[Requirement]:
     parser.read(ROOT / "setup.cfg", encoding="utf-8")
     texts = [parser["options"]["install_requires"], *parser["options.extras_require"].values()]
     lines = [line.strip() for text in texts for line in text.splitlines()]
-    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return [Requirement(line) for line in lines if line]
 
 
 @pytest.mark.parametrize("python", PYTHONS)

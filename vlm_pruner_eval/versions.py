@@ -181,7 +181,9 @@ def judge(requirement: Requirement) -> Version:
     """Hold one required package as it is installed against what was tested."""
     from packaging.version import Version as Release
 
-    facts = {"name": requirement.name, "wanted": shown(requirement), "locked": locked().get(requirement.name.lower())}
+    pin = locked().get(requirement.name.lower())
+    is_within = pin is not None and requirement.specifier.contains(pin, prereleases=True)
+    facts = {"name": requirement.name, "wanted": shown(requirement), "locked": pin if is_within else None}
     found = _installed(requirement.name)
     if found is None:
         return Version(**facts, found=None, verdict=ABSENT)

@@ -70,10 +70,12 @@ def examine(config: SweepConfig | None, output: Path) -> Iterator[Finding]:
     checks: list[tuple[str, Check]] = [
         ("source", installation.source),
         ("python", installation.python),
-        ("versions", installation.versions),
+        ("versions", installation.required),
+        ("lock", installation.lock),
         ("torch and torchvision", installation.torch_and_torchvision),
         ("plugin", registration.plugin),
         ("packaged tasks", registration.packaged_tasks),
+        ("self-test", installation.self_test),
         ("embedded benchmark", registration.embedded),
         ("GPU", devices.devices),
         ("attention", devices.attention),

@@ -11,17 +11,16 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import vlm_pruner_eval
+from vlm_pruner_eval import selftest, versions
 from vlm_pruner_eval.doctor.finding import FAIL, OK, WARN, Finding, named
+from vlm_pruner_eval.versions import DISTRIBUTION
 
-if TYPE_CHECKING:
-    from packaging.requirements import Requirement
-
-DISTRIBUTION = "vlm-pruner-eval"
+_STATUS = {versions.OK: OK, versions.NEWER: WARN, versions.OLDER: FAIL, versions.BROKEN: FAIL, versions.ABSENT: FAIL}
+_MOST_NAMES = 6
 REINSTALL = "Install the package again: pip install -e . in its folder."
 _BUILD = re.compile(r"cpu|cu\d+|rocm[\d.]+|xpu")  # behind the "+" of a version, and the name of a package index as well
 
@@ -65,8 +64,8 @@ def _changed_requirements(setup: Path) -> list[str]:
     parser = configparser.ConfigParser(interpolation=None)
     parser.read(setup, encoding="utf-8")
     lines = parser.get("options", "install_requires", fallback="").splitlines()
-    now = {requirement for requirement in map(Requirement, filter(str.strip, lines)) if _applies(requirement)}
-    return sorted({requirement.name for requirement in now ^ set(_requirements())})
+    now = {requirement for requirement in map(Requirement, filter(str.strip, lines)) if versions.applies(requirement)}
+    return sorted({requirement.name for requirement in now ^ set(versions.requirements())})
 
 
 def python() -> Iterator[Finding]:
@@ -80,31 +79,32 @@ def python() -> Iterator[Finding]:
         yield Finding("python", FAIL, f"{found}, tested {wanted}", f"Make a virtual environment with a Python in {wanted}.")
 
 
-def versions() -> Iterator[Finding]:
-    """Every required package, against the range that the package was tested with, as its metadata say."""
-    for requirement in _requirements():
-        name, wanted = requirement.name, str(requirement.specifier) or "any"
-        fix = f"pip install '{requirement.name}{requirement.specifier}'"
+def required() -> Iterator[Finding]:
+    """Every required package: tested with, found, and what is known of the difference."""
+    for version in versions.versions():
+        status = _STATUS[version.verdict]
+        yield Finding(version.name, status, version.facts, "" if status == OK else version.fix)
+
+
+def lock() -> Iterator[Finding]:
+    """All packages of the lock, required or not, where there is a lock."""
+    if not versions.LOCK.is_file():
+        return
+    changed = [f"{name} {found or 'absent'} (locked: {wanted})" for name, (wanted, found) in versions.changed().items()]
+    if not changed:
+        yield Finding("lock", OK, f"{len(versions.locked())} packages as in {versions.LOCK}")
+        return
+    shown = ", ".join(changed[:_MOST_NAMES]) + (f" and {len(changed) - _MOST_NAMES} more" if len(changed) > _MOST_NAMES else "")
+    yield Finding("lock", WARN, f"{len(changed)} of {len(versions.locked())} packages are not as locked: {shown}", versions.mend())
+
+
+def self_test() -> Iterator[Finding]:
+    """What lmms-eval imports late, and a pruned answer against a slow recomputation."""
+    for name, step in selftest.steps():
         try:
-            found = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            yield Finding(name, FAIL, f"not installed, tested {wanted}", f"Install it: {fix}.")
-            continue
-        if requirement.specifier.contains(found, prereleases=True):
-            yield Finding(name, OK, f"{found} ({wanted})")
-        else:
-            yield Finding(name, FAIL, f"{found}, tested {wanted}", f"Install a tested version: {fix}.")
-
-
-def _requirements() -> list[Requirement]:
-    """What the installed package itself requires, here: no extras, no other platform."""
-    from packaging.requirements import Requirement
-
-    return [requirement for requirement in map(Requirement, metadata.requires(DISTRIBUTION) or ()) if _applies(requirement)]
-
-
-def _applies(requirement: Requirement) -> bool:
-    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+            yield Finding(f"self-test: {name}", OK, step())
+        except Exception as error:  # whatever a release of another project breaks is what is looked for
+            yield Finding(f"self-test: {name}", FAIL, selftest.failure(name, error), versions.mend())
 
 
 def torch_and_torchvision() -> Iterator[Finding]:

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from loguru import logger
 from transformers import BatchFeature
 
+from vlm_pruner_eval import versions
 from vlm_pruner_eval.budget import Rate
 from vlm_pruner_eval.cost import DecoderShape
 from vlm_pruner_eval.durable import is_disk_full
@@ -111,6 +112,7 @@ class PrunedModel(Answering):
     def create_from_arg_string(cls, arg_string: str | Mapping[str, object], additional_config: dict | None = None) -> PrunedModel:
         """Build the model for lmms-eval's command line, which exits with 0 after an exception: bad input leaves through SystemExit(2)."""
         try:
+            versions.check(logger.warning)
             model = cls(**settings.from_command_line(arg_string, additional_config))
         except ConfigError as error:
             exit_with(str(error), code=2)
