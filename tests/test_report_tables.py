@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,6 +18,7 @@ from sweep_standin import Behaviour, StandIn, make_config, task_manager, write_t
 
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.build import build, report_of
+from vlm_pruner_eval.report.efficiency import efficiency
 from vlm_pruner_eval.report.load import load_results
 from vlm_pruner_eval.report.rows import PLUMBING, is_plumbing, relative_average, rows_of
 from vlm_pruner_eval.report.terminal import WIDTH, print_tables
@@ -145,7 +147,7 @@ def test_without_the_unpruned_run_there_is_no_average(copy: Callable[[str], Path
     [
         (lambda record: record["config"]["model"].update(protocol="paper"), 'has model.protocol "paper", but unpruned has "hf"'),
         (lambda record: record["config"]["model"].update(pretrained="other"), 'has model.pretrained "other"'),
-        (lambda record: record["config"].update(code="0.0+other"), 'has code "0.0+other"'),
+        (lambda record: record["config"].update(results_version=0), "has results_version 0, but unpruned has"),
         (lambda record: record["config"].update(limit=5), "has limit 5, but unpruned has 12"),
         (lambda record: record["tasks"]["tiny_mean"]["main"].update(n=11), "tiny_mean has 11 documents, but unpruned has 12"),
         (lambda record: record.update(status="perhaps"), "has status 'perhaps', expected finished or failed"),
@@ -245,6 +247,23 @@ def test_the_terminal_table_fits_a_hundred_columns(sweeps: dict[str, Path]) -> N
         assert "unpruned" in text
         assert "88.9 %" in text
         assert ("samples failed" in text) == (which == "bad")
+
+
+def test_rows_without_times_show_their_arithmetic_instead(copy: Callable[[str], Path]) -> None:
+    folder, screens = copy("good"), []
+    for is_shared in (False, True):
+        if is_shared:
+            edit(folder, "vlmpruner-2of3", lambda record: record["times"].update(prefill_ms=None))
+        results = load_results(folder)
+        costs = [replace(cost, flops=12.34e9 / (number + 1)) for number, cost in enumerate(efficiency(results))]
+        console = Console(file=io.StringIO(), record=True, width=250)
+        print_tables(console, results, rows_of(results), costs)
+        screens.append(console.export_text())
+    assert "ms: prefill of a batch." in screens[0] and "GFLOPs" not in screens[0]
+    assert "GFLOPs: exact, of one prompt's prefill" in screens[1] and "ms: " not in screens[1]
+    last = [line.split()[-1] for line in screens[1].splitlines() if line.split()[:1] in (["removed"], ["none"], ["66.7"])]
+    assert last == ["GFLOPs", "12.3", "6.17"]
+    assert max(map(len, screens[1].splitlines())) <= WIDTH
 
 
 def test_a_wide_sweep_is_split_into_tables(copy: Callable[[str], Path]) -> None:

@@ -11,7 +11,8 @@ from sweep_standin import make_config
 from vlm_pruner_eval.budget import keep_count
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.sweep.config import load, validate
-from vlm_pruner_eval.sweep.grid import code_version, expand, method_problems, rate_percent
+from vlm_pruner_eval.sweep.grid import expand, method_problems, rate_percent
+from vlm_pruner_eval.sweep.identity import RESULTS_VERSION
 
 BASE: dict[str, Any] = {
     "name": "tiny",
@@ -68,11 +69,10 @@ def test_anything_that_can_change_an_answer_changes_the_id(where: tuple[str, ...
     assert expand(validate(raw))[1].run_id != expand(validate(BASE))[1].run_id
 
 
-def test_the_code_that_makes_answers_is_part_of_the_id(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_version_of_what_results_mean_is_part_of_the_id(monkeypatch: pytest.MonkeyPatch) -> None:
     before = expand(validate(BASE))[1].run_id
-    monkeypatch.setattr("vlm_pruner_eval.sweep.grid.code_version", lambda: "another")
+    monkeypatch.setattr("vlm_pruner_eval.sweep.identity.RESULTS_VERSION", RESULTS_VERSION + 1)
     assert expand(validate(BASE))[1].run_id != before
-    assert code_version().startswith("0.")
 
 
 def test_a_label_and_a_spelled_out_default_change_no_hash() -> None:

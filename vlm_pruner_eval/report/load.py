@@ -189,7 +189,8 @@ def _mixtures(runs: tuple[RunResult, ...]) -> Iterator[str]:
 def _settings(run: RunResult) -> dict[str, Any]:
     config = run.record["config"]
     shared = {f"model.{name}": value for name, value in config["model"].items()}
-    return shared | {name: config[name] for name in ("tasks", "limit", "seed", "code")}
+    shared |= {"sources.tasks": config.get("sources", {}).get("tasks", {})}
+    return shared | {name: config.get(name) for name in ("tasks", "limit", "seed", "results_version")}
 
 
 def _document_counts(runs: tuple[RunResult, ...]) -> Iterator[str]:

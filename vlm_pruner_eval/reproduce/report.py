@@ -59,7 +59,7 @@ def reproduction_json(done: Reproduction) -> dict[str, Any]:
         "config": plan.rows.model_dump(),
         "vlm": plan.vlm,
         "provenance": noise.record["provenance"] if noise.record else None,
-        "code": noise.record["config"]["code"] if noise.record else None,
+        "results_version": noise.record["config"]["results_version"] if noise.record else None,
         "noise": {
             "reference": noise.variants[0].name,
             "variants": {item.name: dataclasses.asdict(item) | {"problem": noise.problems.get(item.name)} for item in noise.variants},

@@ -138,6 +138,7 @@ class SweepConfig(BaseModel):
     )
     model: ModelSection = Field(description="a mapping with at least id and pretrained")
     tasks: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1, description="a list of at least one lmms-eval task name")
+    include_path: str | None = Field(None, min_length=1, description="a folder with task files of your own, or null")
     pruning_rates: list[Annotated[Any, AfterValidator(canonical_rate)]] | None = Field(
         None, min_length=1, description="a list of rates in [0, 1), for example [2/3, 0.778, 8/9]"
     )

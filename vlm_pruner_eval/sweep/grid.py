@@ -1,31 +1,25 @@
-"""From a sweep file to its list of runs; a run's identity is a hash of everything that can change its answers."""
+"""From a sweep file to its list of runs; a run's identity is a hash of its resolved configuration (see also `identity`)."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
-import vlm_pruner_eval
 from vlm_pruner_eval.budget import rate_at_layer_average
 from vlm_pruner_eval.errors import ConfigError, closest
 from vlm_pruner_eval.shown import short
+from vlm_pruner_eval.sweep import identity
 from vlm_pruner_eval.sweep.config import ENTRY_KEYS, MethodEntry, SweepConfig, canonical_rate
 
 UNPRUNED = "none"
 _MOST_RUNS = 10_000
 _LONGEST_KEY = 200  # with its hash a folder's name, which most file systems end at 255 bytes
 RATELESS = frozenset({"blind"})  # keeps no visual token, so a rate means nothing to it
-
-# Sources that can't change a record: editing the report must not make old runs unusable.
-_NOT_IN_RECORDS = ("report", "reproduce", "speed", "sweep", "cli.py", "__main__.py")
-_IN_RECORDS = ("sweep/scores.py", "sweep/records.py", "sweep/clusters.py", "sweep/counts.py", "sweep/documents.py")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +29,7 @@ class Run:
     Attributes
     ----------
     key
-        Readable name, unique in a sweep and stable over code versions.
+        Readable name, unique in a sweep and stable over versions.
     run_id
         `key` and the first ten hexadecimal digits of the hash of `config`.
     label
@@ -84,10 +78,11 @@ def expand(config: SweepConfig) -> list[Run]:
     if n_runs > _MOST_RUNS:
         raise ConfigError(f"methods: rates and seeds make {n_runs} runs, expected at most {_MOST_RUNS}; split them into several files.")
     problems: list[str] = []
-    runs = [_make_run(config, label="unpruned", method=UNPRUNED)]
+    sources = identity.task_sources(config.tasks, config.include_path)
+    runs = [_make_run(config, sources, label="unpruned", method=UNPRUNED)]
     for index, entry in enumerate(config.methods):
         try:
-            runs += _runs_of(config, entry)
+            runs += _runs_of(config, sources, entry)
         except ConfigError as error:
             problems += [f"methods[{index}]: {problem}" for problem in error.problems]
     problems += [*_duplicates(runs), *budget_mixtures((run.key, run.method, run.config["parameters"]) for run in runs)]
@@ -151,18 +146,7 @@ def run_hash(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
 
 
-@functools.cache
-def code_version() -> str:
-    """Package version and a digest of the sources that can change what a run records."""
-    root, digest = Path(vlm_pruner_eval.__file__).parent, hashlib.sha256()
-    for file in sorted(root.rglob("*")):
-        name = file.relative_to(root)
-        if file.suffix in (".py", ".yaml", ".parquet") and (name.parts[0] not in _NOT_IN_RECORDS or name.as_posix() in _IN_RECORDS):
-            digest.update(name.as_posix().encode() + b"\0" + file.read_bytes())
-    return f"{vlm_pruner_eval.__version__}+{digest.hexdigest()[:12]}"
-
-
-def _runs_of(config: SweepConfig, entry: MethodEntry) -> Iterator[Run]:
+def _runs_of(config: SweepConfig, sources: Mapping[str, str], entry: MethodEntry) -> Iterator[Run]:
     from vlm_pruner_eval.pruners import parameters, pruner_class  # torch: only where a grid is really built
 
     known = parameters(pruner_class(entry.name))
@@ -186,7 +170,9 @@ def _runs_of(config: SweepConfig, entry: MethodEntry) -> Iterator[Run]:
         for seed in seeds:
             params = dict(entry.parameters) if seed is None else entry.parameters | {"seed": seed}
             try:
-                yield _make_run(config, label=entry.shown, method=entry.name, asked_rate=rate, params=params, seed=seed, entry=entry)
+                yield _make_run(
+                    config, sources, label=entry.shown, method=entry.name, asked_rate=rate, params=params, seed=seed, entry=entry
+                )
             except ConfigError as error:
                 problems += error.problems
     if problems:
@@ -195,6 +181,7 @@ def _runs_of(config: SweepConfig, entry: MethodEntry) -> Iterator[Run]:
 
 def _make_run(
     config: SweepConfig,
+    sources: Mapping[str, str],
     *,
     label: str,
     method: str,
@@ -219,7 +206,8 @@ def _make_run(
         "tasks": list(config.tasks),
         "limit": config.limit,
         "seed": config.seed,
-        "code": code_version(),
+        "results_version": identity.RESULTS_VERSION,
+        "sources": {"tasks": dict(sources)} | _method_source(method),
     }
     return Run(
         key=key,
@@ -243,6 +231,13 @@ def _every_parameter(method: str, rate: str | float | None, params: dict[str, An
     values = dataclasses.asdict(pruner)
     values.pop("pruning_rate")
     return {name: str(value) if isinstance(value, Fraction) else value for name, value in values.items()}
+
+
+def _method_source(method: str) -> dict[str, str]:
+    from vlm_pruner_eval.pruners import pruner_class
+
+    source = identity.method_source(pruner_class(method))
+    return {} if source is None else {"method": source}
 
 
 def _changed(method: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlm_pruner_eval import versions
 from vlm_pruner_eval.ending import FAILED
 from vlm_pruner_eval.errors import StoppedError
 from vlm_pruner_eval.lmms.plan import Part
@@ -30,6 +31,7 @@ class Asked:
     config: SweepConfig
     output: Path
     retry_failed: bool = False
+    rerun: str | None = None
     executor: str | None = None
     processes: int | None = None
     shard: str | None = None
@@ -53,10 +55,11 @@ def run(asked: Asked, report: Report) -> int:
     ConfigError, StoppedError
         See `run_sweep`, `executors.choose` and `Part.parse`.
     """
+    versions.check(_warn)
     rank, shard = rank_of(), None if asked.shard is None else Part.parse(asked.shard)
     how = {"processes": asked.processes, "address": asked.address, "parts": asked.parts}
     executor = choose(asked.executor, **how, shard=shard, is_rank=rank is not None)
-    options = {"retry_failed": asked.retry_failed, "executor": executor, "shard": shard, "todo": asked.todo}
+    options = {"retry_failed": asked.retry_failed, "rerun": asked.rerun, "executor": executor, "shard": shard, "todo": asked.todo}
     with terminable():
         if asked.todo is not None:
             return _as_child(asked, options)
@@ -69,6 +72,10 @@ def run(asked: Asked, report: Report) -> int:
         summary |= {"left": outcome.left}
     print(json.dumps(summary | {"report": str(paths["md"]) if paths else None}), flush=True)
     return FAILED if outcome.failed else 0
+
+
+def _warn(text: str) -> None:
+    print(f"vlm-pruner-eval: {text}", file=sys.stderr)
 
 
 def _as_child(asked: Asked, options: dict) -> int:

@@ -6,10 +6,12 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from vlm_pruner_eval import selftest
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.lmms.plan import WHOLE, Part
 from vlm_pruner_eval.sweep import provenance, scores
@@ -47,7 +49,11 @@ def open_session(
     ------
     ConfigError
         Unknown tasks, a checkpoint that can't be loaded, methods that it can't run.
+    StoppedError
+        The installation fails the self-test.
     """
+    if load is None:
+        selftest.run()
     task_manager = check_tasks(config, task_manager)
     for task in unscorable(config, task_manager):
         console.print(f"{task} is {scores.NOT_SCORABLE}; without its score, rows have no relative average.", highlight=False)
@@ -58,22 +64,17 @@ def open_session(
     if part.count > 1:
         model.may_shrink = False  # the other processes would go on with larger batches
     files = provenance.checkpoint_files(config.model.pretrained, config.model.revision)
-    return Session(config, store, model, task_manager, files, part, team=team)
+    return Session(config, store, model, task_manager, files, part, team=team, is_one_of_many=len(todo) > 1)
 
 
 @contextmanager
-def sharing(session: Session, runs: Sequence[Run], console: Console) -> Iterator[Session]:
+def sharing(session: Session, runs: Sequence[Run]) -> Iterator[Session]:
     """The same session, with the answers of `runs` computed together where the sweep file asks for it."""
     if not session.config.share_prefix or len(runs) < 2:
         yield session
         return
     from vlm_pruner_eval.lmms.shared import Configuration, SharedRuns
 
-    console.print(
-        f"{len(runs)} runs share images, vision tower and the layers before their first cuts, so their times are not reported; the first "
-        "run that is started answers for all. Sampled answers and log-likelihoods are not shared.",
-        highlight=False,
-    )
     chosen = {run.run_id: Configuration(run.method, run.pruning_rate, run.params) for run in runs}
     with ExitStack() as stack:
         journals = {run.run_id: stack.enter_context(session.journal(run)) for run in runs}
@@ -93,7 +94,9 @@ def check_tasks(config: SweepConfig, task_manager: Any = None) -> Any:
         import lmms_eval.models  # noqa: F401  # loads the plugins, which add the packaged tasks to every index
         from lmms_eval.tasks import TaskManager
 
-        task_manager = TaskManager(verbosity="WARNING", model_name=config.model.id)
+        if config.include_path is not None and not Path(config.include_path).is_dir():
+            raise ConfigError(f"include_path: there is no folder at {config.include_path}, expected one with task files of your own.")
+        task_manager = TaskManager(verbosity="WARNING", include_path=config.include_path, model_name=config.model.id)
     known, problems = task_manager.all_tasks, []
     for task in config.tasks:
         if task not in known:

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.sweep import estimate
+from vlm_pruner_eval.sweep import estimate, preflight
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.grid import Run, expand, rate_percent
 from vlm_pruner_eval.sweep.speed import duration
@@ -38,6 +38,8 @@ class Preview:
         Of `seconds`: runs by how near the measured ones are to them.
     processors
         That earlier runs were measured on.
+    notices
+        See `preflight.notices`.
     per
         Questions that `disk` and `seconds` are for, where the sweep's number is unknown.
     """
@@ -53,6 +55,7 @@ class Preview:
     basis: Counter[str]
     processors: Sequence[str]
     per: int | None
+    notices: Sequence[str] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Plain types; bytes and seconds are None where a number of questions had to be assumed."""
@@ -78,7 +81,9 @@ def preview(config: SweepConfig, output: Path) -> Preview:
         Methods that can't keep what they are asked.
     """
     runs, store = expand(config), Store(output)
+    preflight.refuse_other_sweep(store, config)
     status = [store.status(run.run_id) for run in runs]
+    notices = preflight.notices(store, runs, {run.run_id: state for run, state in zip(runs, status, strict=True)})
     earlier = estimate.read_earlier(store)
     n_visual, layers = estimate.visual_tokens(config, earlier), estimate.layers_of(config, earlier)
     kept = _all_kept(runs, n_visual, layers)
@@ -92,7 +97,7 @@ def preview(config: SweepConfig, output: Path) -> Preview:
     seconds = None if None in paces else sum(pace.per_question_s * counted.total + pace.per_run_s for pace in paces)
     basis = Counter(pace.nearness for pace in paces if pace is not None)
     processors = sorted({record["provenance"]["processor"] for record in earlier})
-    return Preview(config, runs, status, n_visual, kept, questions, disk, seconds, basis, processors, per)
+    return Preview(config, runs, status, n_visual, kept, questions, disk, seconds, basis, processors, per, notices)
 
 
 def _all_kept(runs: Sequence[Run], n_visual: int | None, layers: int | None) -> list[estimate.Kept]:
@@ -124,6 +129,8 @@ def print_preview(console: Console, seen: Preview) -> None:
     console.print(table)
     for name, text in (("questions", _questions(seen)), ("disk", _disk(seen)), ("time", _time(seen))):
         console.print(f"{name:10s}{text}", markup=False, highlight=False, soft_wrap=True)
+    for notice in seen.notices:
+        console.print(notice, markup=False, highlight=False, soft_wrap=True)
     print(json.dumps(seen.as_json()), flush=True)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from rich.console import Console
 
 from vlm_pruner_eval.errors import ConfigError, StoppedError
 from vlm_pruner_eval.lmms.plan import Part
-from vlm_pruner_eval.sweep import provenance
+from vlm_pruner_eval.sweep import preflight, provenance
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.directory import hold
 from vlm_pruner_eval.sweep.executors import Executor, Local, Shard, Work
@@ -38,6 +38,7 @@ def run_sweep(
     output: Path,
     *,
     retry_failed: bool = False,
+    rerun: str | None = None,
     executor: Executor | None = None,
     shard: Part | None = None,
     todo: Path | None = None,
@@ -57,6 +58,8 @@ def run_sweep(
         Results directory; nothing stays there of a sweep that is refused.
     retry_failed
         Run those that failed, and only those.
+    rerun
+        A method (name or label) or a run (key) to answer anew, besides what is left.
     executor
         Makes the runs; default: `executors.Local`.
     shard
@@ -77,16 +80,21 @@ def run_sweep(
     """
     if shard is not None and executor is not None:
         raise ConfigError("run_sweep: got an executor and a shard, expected one of them.")
-    work = Work(config, Store(output), expand(config), [], console or Console(stderr=True), load, task_manager)
+    runs = expand(config)
+    work = Work(config, Store(output), runs, [], console or Console(stderr=True), load, task_manager)
     work.store.check_writable()
+    preflight.refuse_other_sweep(work.store, config)
+    again = preflight.chosen_again(runs, rerun)
     rank = rank_of()
     if rank is not None:
-        return _run_rank(work, rank, retry_failed)
+        return _run_rank(work, rank, retry_failed, again)
     with hold(output, shard, is_child=todo is not None) as lock:
         before = _status(work)
-        stamps, made_by = (_stamps(work, before, retry_failed), {}) if todo is None else read_todo(todo, work.runs)
-        work = replace(work, status=before, check=lock.check, made_by=made_by)
-        _make(work, stamps, Shard(shard) if shard is not None else executor or Local())
+        if todo is None:
+            _say_what_differs(work, before)
+        stamps, made_by = (_stamps(work, before, retry_failed, again), {}) if todo is None else read_todo(todo, work.runs)
+        work = replace(work, status=before, stamps=stamps, check=lock.check, made_by=made_by)
+        _make(work, Shard(shard) if shard is not None else executor or Local())
         after = _status(work)
     return _outcome(work, after, is_shard=shard is not None)
 
@@ -97,15 +105,20 @@ def _status(work: Work) -> dict[str, str | None]:
     return {run.run_id: work.store.status(run.run_id, checkpoint) for run in work.runs}
 
 
-def _stamps(work: Work, status: dict[str, str | None], retry_failed: bool) -> dict[str, str | None]:
-    """What is to be done: the runs without a record, or the failed ones, with the stamps of their records."""
+def _say_what_differs(work: Work, status: dict[str, str | None]) -> None:
+    for notice in preflight.notices(work.store, work.runs, status):
+        work.console.print(notice, markup=False, highlight=False, soft_wrap=True)
+
+
+def _stamps(work: Work, status: dict[str, str | None], retry_failed: bool, again: Set[str]) -> dict[str, str | None]:
+    """What is to be done, with the stamps of the records: runs without one, or the failed ones; and those asked for again."""
     asked = FAILED if retry_failed else None
-    return {run_id: work.store.stamp(run_id) for run_id, found in status.items() if found == asked}
+    return {run_id: work.store.stamp(run_id) for run_id, found in status.items() if found == asked or run_id in again}
 
 
-def _make(work: Work, stamps: dict[str, str | None], executor: Executor) -> None:
+def _make(work: Work, executor: Executor) -> None:
     """Let the executor make the runs that have a stamp; where there are none, only the grid is written, and order made."""
-    work = replace(work, todo=[run for run in work.runs if run.run_id in stamps], stamps=stamps)
+    work = replace(work, todo=[run for run in work.runs if run.run_id in work.stamps])
     if work.todo:
         executor.run(work)
     else:
@@ -113,15 +126,17 @@ def _make(work: Work, stamps: dict[str, str | None], executor: Executor) -> None
         work.tidy()
 
 
-def _run_rank(work: Work, part: Part, retry_failed: bool) -> Outcome:
+def _run_rank(work: Work, part: Part, retry_failed: bool, again: Set[str]) -> Outcome:
     """One rank of torchrun: the first one decides what is to be done."""
     ranks = Ranks.join(part)
     with _held_by_first(work.store.root, ranks) as check:
         before = ranks.agree("view of the directory", _status(work) if ranks.is_first else None)
-        stamps = ranks.agree("runs", _stamps(work, before, retry_failed) if ranks.is_first else None)
-        work = replace(work, console=ranks.console(work.console), status=before, check=check)
+        if ranks.is_first:
+            _say_what_differs(work, before)
+        stamps = ranks.agree("runs", _stamps(work, before, retry_failed, again) if ranks.is_first else None)
+        work = replace(work, console=ranks.console(work.console), status=before, stamps=stamps, check=check)
         if ranks.is_first or stamps:
-            _make(work, stamps, ranks)
+            _make(work, ranks)
         ranks.part_company()
         after = _status(work)
     return _outcome(work, after)
@@ -152,7 +167,7 @@ def _nothing() -> None:
 def _outcome(work: Work, after: dict[str, str | None], *, is_shard: bool = False) -> Outcome:
     """Counts, and a line where something is left to do."""
     statuses, total = list(after.values()), len(work.runs)
-    skipped = sum(status == FINISHED for status in work.status.values())
+    skipped = sum(status == FINISHED and run_id not in work.stamps for run_id, status in work.status.items())
     failed, left = statuses.count(FAILED), statuses.count(None)
     if skipped == total:
         work.console.print(f"All {total} runs are finished already.", highlight=False)

@@ -6,19 +6,20 @@ import functools
 import hashlib
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from vlm_pruner_eval.durable import stopped
-from vlm_pruner_eval.errors import DamagedError, StoppedError
+from vlm_pruner_eval.errors import DamagedError, PruningError, StoppedError
 from vlm_pruner_eval.lmms.journal import Journal, Source
 from vlm_pruner_eval.lmms.plan import WHOLE, BatchSize, Part, ShareDone
 from vlm_pruner_eval.shown import sentence, without_secrets
 from vlm_pruner_eval.sweep import documents, provenance, records
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.evaluate import Evaluated, answer_only, evaluate, samples_of
-from vlm_pruner_eval.sweep.grid import Run
+from vlm_pruner_eval.sweep.files import write_atomic
+from vlm_pruner_eval.sweep.grid import UNPRUNED, Run
 from vlm_pruner_eval.sweep.store import FAILED, FINISHED, Store, to_json
 
 
@@ -66,6 +67,10 @@ class Session:
         The processes of the other parts.
     made_by
         Goes into the provenance of every run, in place of what this process would say of itself.
+    is_one_of_many
+        True if the session is to make several runs.
+    finished
+        Runs that this session has made: as long as there are none, a failure may be one that every run would meet.
     """
 
     config: SweepConfig
@@ -77,6 +82,8 @@ class Session:
     sources: Mapping[str, Source] | None = None
     team: Team | None = None
     made_by: Mapping[str, Any] = field(default_factory=dict)
+    is_one_of_many: bool = False
+    finished: list[str] = field(default_factory=list)
 
     def journal(self, run: Run) -> Journal:
         """Where a run's answers are written as they come."""
@@ -122,7 +129,7 @@ class Session:
         Raises
         ------
         StoppedError
-            The disk is full, or another process has taken this one's place.
+            The disk is full, another process has taken this one's place, or the first run met what every run would meet.
         DamagedError
             The run's journal was changed or damaged.
         """
@@ -136,7 +143,7 @@ class Session:
 
     def _record(self, run: Run, journal: Journal, started: float) -> str | None:
         self._prepare(run, journal)
-        evaluated, problem, trace = Evaluated(), None, None
+        evaluated, problem, trace, raised = Evaluated(), None, None, None
         try:
             evaluate_part = answer_only if self.part.index else evaluate
             evaluated = evaluate_part(self.model, self.config, self.task_manager, self.store.run_dir(run.run_id))
@@ -145,7 +152,8 @@ class Session:
         except (Exception, SystemExit) as error:  # whatever a task or a model raises costs one run, not the sweep: it is recorded below
             if full := stopped(error):
                 raise full from error
-            problem, trace = sentence(f"{type(error).__name__}: {error}".strip()), without_secrets(traceback.format_exc())
+            raised, trace = error, without_secrets(traceback.format_exc())
+            problem = sentence(f"{type(error).__name__}: {error}".strip())
             if self.team is not None:
                 self.team.give_up(run.run_id, problem)
         finally:
@@ -155,7 +163,10 @@ class Session:
         if self.part.index:
             return problem
         samples = samples_of(self.model.answers, evaluated)
+        common = common_cause(run, samples, raised)
         problem = _problem(samples, evaluated, problem)
+        if common is not None and self.is_one_of_many and not self.finished and self.team is None:
+            raise self._stopped(run, journal, common, problem, trace)
         total_s, answers_s = journal.earlier_s + time.time() - started, journal.earlier_s + journal.computed_s
         record = self._describe(run, samples, evaluated, total_s, answers_s, started)
         record |= {"status": FINISHED if problem is None else FAILED, "problem": problem, "traceback": trace}
@@ -163,7 +174,21 @@ class Session:
         self.store.write_run(record, samples, draws)
         if problem is None or record["failures"]:
             journal.delete()  # of a run that failed after all was answered, the answers are used again
+        if problem is None:
+            self.finished.append(run.run_id)
         return problem
+
+    def _stopped(self, run: Run, journal: Journal, common: str, problem: str, trace: str | None) -> StoppedError:
+        """The error that ends the sweep; nothing is recorded of the run, so that the same command begins with it."""
+        journal.delete()
+        where = ""
+        if trace is not None:
+            write_atomic(self.store.stopped, trace)
+            where = f" The traceback is in {self.store.stopped}."
+        return StoppedError(
+            f"{run.key} {common}, so every run would fail: {problem.rstrip('.')}.{where} The sweep stops here and no run is recorded as "
+            "failed; mend the cause (`vlm-pruner-eval doctor` may name it) and give the same command again."
+        )
 
     def _prepare(self, run: Run, journal: Journal) -> None:
         self.model.configure(method=run.method, pruning_rate=run.pruning_rate, **run.params)
@@ -218,6 +243,17 @@ def record_lost(config: SweepConfig, store: Store, run: Run, problem: str) -> No
     """Record a run as failed for a process that could not do it itself, as it died. What it answered stays in the journal."""
     record = without_model(config, store)._describe(run, [], Evaluated(), 0.0) | {"status": FAILED, "problem": problem, "traceback": None}
     store.write_run(record, [])
+
+
+def common_cause(run: Run, samples: Sequence[Mapping[str, Any]], raised: BaseException | None) -> str | None:
+    """Return words for a failure that does not depend on the method of a run; None for another one, or none."""
+    if isinstance(raised, ImportError):
+        return "met a package that can't be imported"
+    if raised is not None and not samples and not isinstance(raised, PruningError):  # for lack of memory, say
+        return "failed before its first answer"
+    if run.method == UNPRUNED and samples and len(records.failures(samples)) == len(samples):
+        return "is the unpruned model, and all of its samples failed"
+    return None
 
 
 def _problem(samples: list[dict[str, Any]], evaluated: Evaluated, raised: str | None) -> str | None:

@@ -84,12 +84,18 @@ class Store:
         path = self.root / "sweep.json"
         try:
             write_atomic(path, to_json({"name": name, "config": source, "runs": list(runs)}) + "\n")
+            self.stopped.unlink(missing_ok=True)
             for folder in (self.root, *(child for child in self.root.iterdir() if child.is_dir())):
                 remove_leftovers(folder, like=path)
         except OSError as error:
             if full := stopped(error):
                 raise full from error
             raise ConfigError(f"output: {str(self.root)!r} can't be written ({error}); choose another folder with --output.") from error
+
+    @property
+    def stopped(self) -> Path:
+        """The traceback of what stopped the last sweep; absent if nothing did."""
+        return self.root / "stopped.txt"
 
     def run_dir(self, run_id: str) -> Path:
         """The directory of one run."""

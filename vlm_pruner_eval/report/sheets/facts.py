@@ -30,6 +30,9 @@ def facts(results: Results) -> Iterator[list[str]]:
     loaded = {name: value for name, value in where["model"].items() if name in ("device", "dtype", "commit") and value is not None}
     yield ["as loaded", ", ".join(f"{name} {value}" for name, value in loaded.items()) + f", {where['threads']} CPU threads"]
     yield ["versions", ", ".join(f"{name} {version}" for name, version in where["versions"].items())]
-    yield ["code", record["config"]["code"] + (f", commit {where['git_commit']}" if where["git_commit"] else "")]
+    yield [
+        "results version",
+        str(record["config"].get("results_version", "older")) + (f", commit {where['git_commit']}" if where["git_commit"] else ""),
+    ]
     command = where["command"].replace("`", "'")  # which would end the span of code
     yield ["made", f"{where['time']}, by `{command}`"]
