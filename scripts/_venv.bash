@@ -3,6 +3,7 @@
 # Usage: ensure_venv
 
 LOCK=scripts/requirements.lock
+unset PYTHONDONTWRITEBYTECODE  # else every process would compile torch and transformers again
 
 ensure_venv() {
   local wanted python

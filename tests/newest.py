@@ -80,7 +80,7 @@ def requirements() -> list[Requirement]:
     parser.read(ROOT / "setup.cfg", encoding="utf-8")
     text = parser["options"]["install_requires"] + parser["options.extras_require"]["test"]
     lines = [line.strip() for line in text.splitlines()]
-    return [one for one in map(Requirement, (line for line in lines if line and not line.startswith("#"))) if applies(one)]
+    return [one for one in map(Requirement, filter(None, lines)) if applies(one)]
 
 
 def uncapped(requirement: Requirement) -> Requirement:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -252,3 +253,27 @@ def test_the_script_hands_on_arguments_and_exit_codes(tmp_path: Path) -> None:
     bare = subprocess.run(script, capture_output=True, text=True, timeout=60, check=False, env=surroundings)
     assert (bare.returncode, bare.stdout) == (2, "")
     assert "usage" in bare.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], ["{root}/configs/quickstart.yaml", "--output", "{root}/output/quickstart"]),
+        (["--full"], ["{root}/configs/quickstart.yaml", "--no-share-prefix", "--output", "{root}/output/quickstart_full"]),
+        (["there"], ["{root}/configs/quickstart.yaml", "--output", "there"]),
+        (["/tmp/ci", "my.yaml"], ["my.yaml", "--output", "/tmp/ci"]),
+        (["--full", "there", "my.yaml"], ["my.yaml", "--no-share-prefix", "--output", "there"]),
+    ],
+)
+def test_the_quickstart_asks_for_this_sweep_in_the_callers_folder(tmp_path: Path, given: list[str], expected: list[str]) -> None:
+    root, here = tmp_path / "a copy", tmp_path / "here"
+    (root / "scripts").mkdir(parents=True)
+    shutil.copy(ROOT / "scripts" / "quickstart.sh", root / "scripts")
+    (root / "scripts" / "_venv.bash").write_text("ensure_venv() { pwd > installed_in; }\n")
+    command = root / ".venv" / "bin" / "vlm-pruner-eval"
+    command.parent.mkdir(parents=True)
+    command.write_text('#!/bin/sh\npwd\nfor each in "$@"; do echo "$each"; done\n')
+    command.chmod(0o755)
+    shown = subprocess.run(["bash", root / "scripts" / "quickstart.sh", *given], cwd=here, capture_output=True, text=True, check=True)
+    assert shown.stdout.splitlines() == [str(here), "sweep", *(argument.format(root=root) for argument in expected)]
+    assert (root / "installed_in").read_text().strip() == str(root)

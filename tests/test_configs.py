@@ -83,6 +83,11 @@ def test_the_grid_is_whole(path: Path) -> None:
     assert Counter(run.label for run in runs[1:]) == wanted
 
 
+def test_only_the_quickstart_shares_its_prefix() -> None:
+    """The others are there for their times, too."""
+    assert [path.name for path in FILES if read(path).share_prefix] == ["quickstart.yaml"]
+
+
 @every_file
 def test_model_and_protocol_exist(path: Path) -> None:
     model = read(path).model

@@ -121,6 +121,12 @@ def test_methods_and_tasks_of_this_package_have_no_source_in_the_id() -> None:
         assert run.config["sources"] == {"tasks": {}}
 
 
+def test_the_regression_reference_is_of_this_results_version() -> None:
+    """Whoever writes the reference again, since answers changed, raises the version; whoever raises it writes the reference again."""
+    reference = json.loads((Path(__file__).parent.parent / "results" / "reference" / "ci.json").read_text())
+    assert reference["results_version"] == identity.RESULTS_VERSION
+
+
 # ---- what is answered anew
 @pytest.mark.parametrize("file", ["my_methods.py", "my_helpers.py"])
 def test_an_edited_method_is_answered_anew_and_said_before(sweep: Sweep, own: Path, file: str) -> None:

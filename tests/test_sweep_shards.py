@@ -28,6 +28,7 @@ from vlm_pruner_eval.sweep.executors import Local, choose, gpus, local
 from vlm_pruner_eval.sweep.executors.allotment import sweep_file
 from vlm_pruner_eval.sweep.grid import expand
 from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
+from vlm_pruner_eval.sweep.score_line import title
 from vlm_pruner_eval.sweep.store import Store
 
 ROOT = Path(__file__).parent.parent
@@ -152,9 +153,9 @@ def test_a_run_that_a_living_process_holds_is_left_to_it(shards: Shards) -> None
 
 def test_a_shard_takes_its_own_share_first(shards: Shards) -> None:
     shards(make_config(), Part(1, 3))
-    keys = [run.key for run in expand(make_config())]
-    order = [keys[1], keys[4], *[keys[i] for i in (5, 3, 2, 0)]]
-    assert [line.split()[1].rstrip(":") for line in shards.log.splitlines() if line.endswith(": started")] == order
+    names = [title(run) for run in expand(make_config())]
+    made = [line.partition("] ")[2].partition(": ")[0] for line in shards.log.splitlines() if line.startswith("[")]
+    assert made == [names[i] for i in (1, 4, 5, 3, 2, 0)]
 
 
 def test_a_run_that_was_finished_meanwhile_is_not_made_again(shards: Shards, tmp_path: Path, tasks: Any) -> None:
@@ -285,7 +286,7 @@ def test_a_real_model_in_two_processes_answers_as_in_one(tmp_path: Path) -> None
     one, two = left_behind(tmp_path / "one"), left_behind(tmp_path / "two")
     assert len(one) == 3 and one == two
     logs = [(tmp_path / "two" / "logs" / f"shard-{i}-of-2.log").read_text() for i in (1, 2)]
-    assert "".join(logs).count(": finished in ") == 3
+    assert sorted("".join(logs).count(f"] {title(run)}: digitscenes_exist ") for run in expand(config)) == [1, 1, 1]
     assert pictures(tmp_path / "one") == pictures(tmp_path / "two") != {}
 
 

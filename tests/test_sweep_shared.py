@@ -20,12 +20,14 @@ from typer.testing import CliRunner
 from vlm_pruner_eval import cli
 from vlm_pruner_eval.bench import questions_path, tasks_path
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.lmms.journal import Journal
 from vlm_pruner_eval.lmms.wrapper import load
 from vlm_pruner_eval.pruners.uniform import Uniform
 from vlm_pruner_eval.report.build import build
 from vlm_pruner_eval.report.load import load_results
 from vlm_pruner_eval.sweep.config import SweepConfig, validate
 from vlm_pruner_eval.sweep.grid import expand
+from vlm_pruner_eval.sweep.groups import groups
 from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
 from vlm_pruner_eval.sweep.store import Store
 
@@ -97,11 +99,71 @@ def both(tmp_path_factory: pytest.TempPathFactory, manager: Any) -> tuple[Store,
     folder = tmp_path_factory.mktemp("both")
     outcome, log = sweep(make(), folder / "separate", manager)
     assert outcome == Outcome(runs=7, skipped=0, failed=0)
-    assert "share" not in log
+    assert "share" not in log and "together" not in log
     outcome, log = sweep(make(**SHARED), folder / "shared", manager)
     assert outcome == Outcome(runs=7, skipped=0, failed=0)
-    assert "7 runs share images, vision tower and the layers before their first cuts" in log
+    (folder / "shared.log").write_text(log)
     return Store(folder / "separate"), Store(folder / "shared")
+
+
+def test_two_rows_are_there_before_the_others_are_begun(both: tuple[Store, Store]) -> None:
+    lines = (both[1].root.parent / "shared.log").read_text().splitlines()
+    assert len(lines) == 1 + 2 + 7, "a line a run, one a group, and the head"
+    assert "7 runs on 2 tasks; loading minivlm. Runs share the image encoder and the layers before their first cuts" in lines[0]
+    assert lines[1] == "[0/7] answering 2 runs together: unpruned; vlmpruner, 88.9 % removed"
+    assert lines[4] == "[2/7] answering 5 runs together"
+    runs = {run.label: both[1].read(run.run_id) for run in expand(make())}
+    scores = {label: [record["tasks"][task]["main"]["value"] for task in TASKS] for label, record in runs.items()}
+    first, second = scores["unpruned"], scores["vlmpruner"]
+    average = sum(100 * mine / full for mine, full in zip(second, first, strict=True)) / 2
+    assert lines[2] == f"[1/7] unpruned: exist {first[0]:.1f}, pairs {first[1]:.1f}, kept 576 of 576"
+    assert lines[3] == (
+        f"[2/7] vlmpruner, 88.9 % removed: exist {second[0]:.1f}, pairs {second[1]:.1f} ({average:.1f} % of unpruned), kept 64 of 576"
+    )
+    assert [line.split(":")[0] for line in lines[5:]] == [
+        "[3/7] fastv, 88.9 % removed",
+        "[4/7] divprune, 88.9 % removed",
+        "[5/7] random seed 0, 88.9 % removed",
+        "[6/7] random seed 1, 88.9 % removed",
+        "[7/7] blind",
+    ]
+
+
+def test_every_run_is_in_one_group() -> None:
+    runs = expand(make(pruning_rates=["1/3", "8/9", "2/3"], methods=["fastv", "dart", "blind"]))
+    keys = [[run.key for run in group] for group in groups(runs, shared=True)]
+    assert keys[0] == ["unpruned", "fastv-8of9"]
+    assert keys[1] == [run.key for run in runs if run.key not in keys[0]]
+    assert [len(group) for group in groups(runs, shared=False)] == [1] * 8
+    assert [len(group) for group in groups(runs[1:], shared=True)] == [7], "without the unpruned run there is nothing to wait for"
+    assert [len(group) for group in groups(runs[:3], shared=True)] == [3], "nor a group of one, which could share nothing"
+    assert [len(group) for group in groups([runs[0], *runs[7:]], shared=True)] == [2]
+    assert groups([], shared=True) == groups([], shared=False) == []
+
+
+def test_a_sweep_that_is_killed_in_its_second_group_loses_and_repeats_nothing(
+    both: tuple[Store, Store], tmp_path: Path, manager: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, append, written = make(**SHARED), Journal.append, []
+
+    def killed(self: Journal, call: str, batch: Any, seconds: float) -> None:
+        if is_deadly and [folder for folder, _ in written].count(self.folder.name) == 4 and self.folder.name.startswith("divprune"):
+            raise KeyboardInterrupt
+        append(self, call, batch, seconds)
+        written.extend((self.folder.name, request.index) for request, _ in batch)
+
+    monkeypatch.setattr(Journal, "append", killed)
+    is_deadly = True
+    with pytest.raises(KeyboardInterrupt):
+        sweep(config, tmp_path, manager)
+    assert sorted(path.parent.name.split("-")[0] for path in tmp_path.rglob("run.json")) == ["unpruned", "vlmpruner"]
+    is_deadly = False
+    outcome, log = sweep(config, tmp_path, manager)
+    assert outcome == Outcome(runs=7, skipped=2, failed=0)
+    assert "[2/7] answering 5 runs together" in log
+    assert len(written) == len(set(written)) == 7 * 12, "every answer was computed once"
+    for run in expand(config):
+        assert Store(tmp_path).read_samples(run.run_id) == both[1].read_samples(run.run_id)
 
 
 def without_times(sample: dict[str, Any]) -> dict[str, Any]:
@@ -151,7 +213,7 @@ def test_they_count_as_finished_and_one_that_is_new_runs_by_itself(both: tuple[S
     shared, more = both[1], make(methods=[*METHODS, "uniform"], **SHARED)
     outcome, log = sweep(more, shared.root, manager)
     assert outcome == Outcome(runs=8, skipped=7, failed=0)
-    assert "runs share" not in log
+    assert "Runs share" not in log and "together" not in log
     (run,) = [run for run in expand(more) if run.method == "uniform"]
     record = shared.read(run.run_id)
     assert record["shared_prefix"] is False
@@ -202,7 +264,12 @@ def test_the_key_and_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         make(share_prefix="yes")
     asked: list[SweepConfig] = []
     monkeypatch.setattr(cli, "_run", lambda config, *others, **how: asked.append(config))
-    for options in ([], ["--share-prefix"], ["--share-prefix", "--limit", "2"]):
+    for options in ([], ["--share-prefix"], ["--no-share-prefix"], ["--share-prefix", "--limit", "2"]):
         result = CliRunner().invoke(cli.app, ["sweep", str(write(tmp_path)), *options])
         assert result.exit_code == 0, result.output
-    assert [(config.share_prefix, config.limit) for config in asked] == [(False, 4), (True, 4), (True, 2)]
+    assert [(config.share_prefix, config.limit) for config in asked] == [(False, 4), (True, 4), (False, 4), (True, 2)]
+    asked.clear()
+    for options in ([], ["--no-share-prefix"], ["--share-prefix"]):
+        result = CliRunner().invoke(cli.app, ["sweep", str(write(tmp_path, **SHARED)), *options])
+        assert result.exit_code == 0, result.output
+    assert [config.share_prefix for config in asked] == [True, False, True], "the option goes before the file"

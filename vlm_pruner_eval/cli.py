@@ -53,9 +53,11 @@ def sweep(
     limit: Annotated[int | None, typer.Option(help="Questions per task, instead of the file's.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the grid and stop: nothing is loaded or written.")] = False,
     share_prefix: Annotated[
-        bool, typer.Option("--share-prefix", help="Compute what precedes the cuts once for all runs: same answers, sooner, without times.")
-    ] = False,
+        bool | None,
+        typer.Option(help="Compute what precedes the cuts once for all runs: same answers, sooner, without times; default: the file's."),
+    ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run those that failed, and only those.")] = False,
+    rerun: Annotated[str | None, typer.Option(metavar="METHOD", help="Answer a method's runs anew, besides what is left.")] = None,
     executor: Annotated[str | None, typer.Option(help="What makes the runs: local (default), one process per visible GPU; or ray.")] = None,
     processes: Annotated[int | None, typer.Option(help="So many processes on this machine, whatever GPUs there are.")] = None,
     address: Annotated[str | None, typer.Option(help="With --executor ray: a cluster that runs (auto, HOST:PORT).")] = None,
@@ -70,14 +72,15 @@ def sweep(
     Under torchrun, the ranks answer every run together. Of several shards, the one that finds no run left writes the report.
     `sweep status DIRECTORY` shows how far one is.
     """
+    from vlm_pruner_eval import versions
     from vlm_pruner_eval.sweep.progress import quieten
 
+    versions.check(lambda text: print(f"vlm-pruner-eval: {text}", file=sys.stderr))  # before anything is imported that may be broken
     quieten()  # first: progress bars read the environment when their library is imported, which torch does
     from vlm_pruner_eval.sweep import config as sweep_config
     from vlm_pruner_eval.sweep.grid import method_problems
 
-    overrides = {"share_prefix": True} if share_prefix else {}
-    overrides |= {} if limit is None else {"limit": limit}
+    overrides = {name: value for name, value in {"share_prefix": share_prefix, "limit": limit}.items() if value is not None}
     loaded = sweep_config.load(config, overrides=overrides, check=method_problems)
     directory = output or _output_of(loaded)
     if dry_run:
@@ -85,7 +88,18 @@ def sweep(
 
         print_preview(Console(), preview(loaded, directory))
         return
-    _run(loaded, directory, retry_failed, executor=executor, processes=processes, shard=shard, todo=todo, address=address, parts=parts)
+    _run(
+        loaded,
+        directory,
+        retry_failed,
+        rerun=rerun,
+        executor=executor,
+        processes=processes,
+        shard=shard,
+        todo=todo,
+        address=address,
+        parts=parts,
+    )
 
 
 @app.command()
@@ -113,6 +127,8 @@ def report(
         problems = reports.check(directory, check)
         for problem in problems:
             print(f"regression: {problem}", file=sys.stderr)
+        if problems:
+            print("If answers were meant to change: raise RESULTS_VERSION in vlm_pruner_eval/sweep/identity.py.", file=sys.stderr)
         print(json.dumps({"check": str(check), "problems": len(problems)}))
         if problems:
             raise typer.Exit(FAILED)
@@ -252,7 +268,7 @@ def _report(directory: Path) -> dict[str, Path]:
     made = report_of(load_results(directory))
     paths = write(made)
     console = Console(width=WIDTH)
-    print_tables(console, made.results, made.rows)
+    print_tables(console, made.results, made.rows, made.efficiency)
     print_paper(console, made.paper)
     for kind, path in paths.items():
         print(f"{kind:7s}{path}")

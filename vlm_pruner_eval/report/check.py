@@ -38,6 +38,7 @@ def write_reference(results_dir: Path | str, path: Path | str) -> Path:
         raise ConfigError(f"{results_dir}: got unfinished runs ({', '.join(unfinished)}), expected a complete sweep; run it again.")
     tolerance = _read(path)["tolerance"] if path.exists() else TOLERANCE
     reference = {"what": "kept sets and answers, eight hexadecimal digits each, by run, task and document", "tolerance": tolerance}
+    reference |= {"results_version": _results_version(results)}
     reference |= {"processor": _processor(results), "settings": _settings(results), "measured": _measured(results)}
     reference["runs"] = _digests(results)
     try:
@@ -70,6 +71,11 @@ def check(results_dir: Path | str, reference_path: Path | str) -> list[str]:
     if different:
         raise ConfigError(different)
     problems = [f"{run.key}: is {run.status}, expected finished." for run in results.runs if not run.finished]
+    if (version := _results_version(results)) != reference.get("results_version"):
+        problems.append(
+            f"results version: the sweep has {version}, the reference {reference.get('results_version')}; where that was meant, write the "
+            "reference again with --write-reference."
+        )
     ours = _digests(results)
     in_grid = {run.key for run in results.runs}
     problems += [f"{key}: is in the reference and not in the sweep." for key in reference["runs"] if key not in in_grid]
@@ -88,6 +94,10 @@ def check(results_dir: Path | str, reference_path: Path | str) -> list[str]:
                 reference["tolerance"],
             )
     return problems
+
+
+def _results_version(results: Results) -> int | None:
+    return results.records[0]["config"].get("results_version") if results.records else None
 
 
 def _differences(

@@ -11,6 +11,7 @@ from typing import Any
 
 from vlm_pruner_eval.report.load import Results, RunResult
 from vlm_pruner_eval.sweep.grid import RATELESS, UNPRUNED, rate_percent
+from vlm_pruner_eval.sweep.score_line import relative_average
 from vlm_pruner_eval.sweep.store import FINISHED
 
 PLUMBING = "The embedded benchmark (digitscenes) checks the plumbing; it is no evidence about which method is better. No winner is marked."
@@ -122,21 +123,6 @@ def rows_of(results: Results) -> list[Row]:
         groups.setdefault((run.label, run.pruning_rate), []).append(run)
     rows = [_row(runs, results.tasks, unpruned) for runs in groups.values()]
     return sorted(rows, key=lambda row: row.group)
-
-
-def relative_average(scores: dict[str, float | None], reference: dict[str, float | None]) -> float | None:
-    """``100 x mean over benchmarks of score / unpruned score``, equal weights.
-
-    Paper: arXiv 2512.02700, the Avg column of tables 1 and 2.
-
-    Returns
-    -------
-    float or None
-        None when a score is missing or an unpruned score is 0: an average over other benchmarks would be another number.
-    """
-    if not scores or any(scores[task] is None or not reference.get(task) for task in scores):
-        return None
-    return 100.0 * statistics.fmean(scores[task] / reference[task] for task in scores)
 
 
 def time_over_seeds(records: Sequence[dict[str, Any]], name: str) -> dict[str, float] | None:

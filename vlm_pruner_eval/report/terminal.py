@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 from rich import box
@@ -11,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from vlm_pruner_eval.report import text
+from vlm_pruner_eval.report.efficiency import EfficiencyRow
 from vlm_pruner_eval.report.load import Results
 from vlm_pruner_eval.report.paper.beside import PaperRow, PaperTable, said
-from vlm_pruner_eval.report.rows import PLUMBING, Row, is_plumbing
+from vlm_pruner_eval.report.rows import PLUMBING, Key, Row, is_plumbing
 from vlm_pruner_eval.shown import spelled_out
 
 WIDTH = 100
@@ -21,12 +22,15 @@ _TASKS_A_TABLE = 6
 _ROOMY = 3  # up to so many tasks leave room for long labels
 
 
-def print_tables(console: Console, results: Results, rows: list[Row]) -> None:
-    """Print scores, tokens and times; wide sweeps are split into several tables."""
-    tasks = results.tasks
+def print_tables(console: Console, results: Results, rows: list[Row], costs: Sequence[EfficiencyRow] = ()) -> None:
+    """Print scores, tokens and times; wide sweeps are split into several tables.
+
+    Where rows have no times, as they shared work, the arithmetic in `costs` takes their place.
+    """
+    tasks, flops = results.tasks, _flops(rows, costs)
     chunks = [tasks[start : start + _TASKS_A_TABLE] for start in range(0, len(tasks), _TASKS_A_TABLE)]
     for chunk in chunks:
-        console.print(_table(results, rows, chunk, text.short_names(tasks), last=chunk is chunks[-1]), width=WIDTH)
+        console.print(_table(results, rows, chunk, text.short_names(tasks), flops, last=chunk is chunks[-1]), width=WIDTH)
     for row in rows:
         if row.quirks:
             console.print(Text(f"quirks counted, {row.label}, {row.heading}: {text.quirks(row.quirks)}"), width=WIDTH)
@@ -57,7 +61,14 @@ def print_verdicts(console: Console, item: PaperRow) -> None:
             console.print(Text(line), width=WIDTH)
 
 
-def _table(results: Results, rows: list[Row], tasks: list[str], names: dict[str, str], *, last: bool) -> Table:
+def _flops(rows: Sequence[Row], costs: Sequence[EfficiencyRow]) -> dict[Key, float]:
+    """Arithmetic of a prefill by row; empty if every row has its time."""
+    if all(row.prefill_ms is not None for row in rows if row.cells):
+        return {}
+    return {cost.key: cost.flops for cost in costs if cost.flops is not None}
+
+
+def _table(results: Results, rows: list[Row], tasks: list[str], names: dict[str, str], flops: Mapping[Key, float], *, last: bool) -> Table:
     model = results.config["model"]
     title = f"{results.name}: {model['pretrained']}, protocol {model['protocol']}"
     table = Table(title=Text(title), box=box.SIMPLE_HEAD, pad_edge=False, padding=0, title_justify="left", caption_justify="left")
@@ -65,16 +76,19 @@ def _table(results: Results, rows: list[Row], tasks: list[str], names: dict[str,
     table.add_column("method", overflow="fold", max_width=16 if len(tasks) > _ROOMY else 26)
     for name in (names[task] for task in tasks):
         table.add_column(name, justify="right", overflow="fold", max_width=10)
-    for name in ("Avg", "kept", "layers", "ms") if last else ():
+    for name in ("Avg", "kept", "layers", "GFLOPs" if flops else "ms") if last else ():
         table.add_column(name, justify="right", overflow="fold", max_width=9)
     for _, group in groupby(rows, key=lambda row: row.heading):
         listed = list(group)
         for row in listed:
-            table.add_row(_removed(row) if row is listed[0] else Text(""), *_cells(row, tasks, last=last), end_section=row is listed[-1])
+            table.add_row(
+                _removed(row) if row is listed[0] else Text(""), *_cells(row, tasks, flops, last=last), end_section=row is listed[-1]
+            )
     if last:
+        cost = "GFLOPs: exact, of one prompt's prefill in the language model." if flops else "ms: prefill of a batch."
         table.caption = Text(
             "Scores ± half of their 95 % interval (sd: over seeds). Avg: % of unpruned. kept: tokens measured (and asked, where it "
-            "differs). layers: kept, averaged over layers. ms: prefill of a batch."
+            f"differs). layers: kept, averaged over layers. {cost}"
         )
     return table
 
@@ -85,7 +99,7 @@ def _removed(row: Row) -> Text:
     return Text(f"{row.percent:.1f} %", style="italic")
 
 
-def _cells(row: Row, tasks: list[str], *, last: bool) -> Iterator[Text]:
+def _cells(row: Row, tasks: list[str], flops: Mapping[Key, float], *, last: bool) -> Iterator[Text]:
     yield Text(row.label) if row.status == "finished" else Text.assemble(row.label, (f" {row.status}", "red"))
     for task in tasks:
         yield Text.assemble(*text.cell_short(row, row.cells.get(task)))
@@ -95,4 +109,11 @@ def _cells(row: Row, tasks: list[str], *, last: bool) -> Iterator[Text]:
         asked, kept = text.spread(row.asked), text.spread(row.kept)
         yield Text(kept if asked == kept else f"{kept} of {asked} asked")
         yield Text(text.number(row.layer_averaged))
-        yield Text("" if row.prefill_ms is None else f"{row.prefill_ms['median']:.0f}")
+        yield Text(_cost(row, flops))
+
+
+def _cost(row: Row, flops: Mapping[Key, float]) -> str:
+    """The last cell of a row: GFLOPs where some row has no time, else milliseconds."""
+    if flops:
+        return text.significant(flops[row.key] / 1e9) if row.key in flops else ""
+    return "" if row.prefill_ms is None else f"{row.prefill_ms['median']:.0f}"

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from vlm_pruner_eval.report.rows import Cell, Row
+from vlm_pruner_eval.sweep.score_line import NOTHING, number, short_names
 
-NOTHING = "n/a"
+__all__ = ["NOTHING", "cell_lines", "cell_short", "exact", "number", "quirks", "short_names", "significant", "spread"]
 
 
-def number(value: float | None) -> str:
-    """One decimal; none from 1000 up, where benchmarks count points."""
-    if value is None:
-        return NOTHING
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.1f}"
+def significant(value: float) -> str:
+    """Three significant digits, never an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
 
 
 def exact(value: float | None) -> str:
@@ -48,10 +47,3 @@ def spread(values: dict[str, float] | None) -> str:
 def quirks(counts: dict[str, int]) -> str:
     """Quirk counts in one cell."""
     return ", ".join(f"{name} {count}" for name, count in sorted(counts.items())) or "none"
-
-
-def short_names(tasks: list[str]) -> dict[str, str]:
-    """Task names without the prefix that they all share."""
-    heads = {task.rpartition("_")[0] for task in tasks}
-    prefix = f"{heads.pop()}_" if len(tasks) > 1 and len(heads) == 1 and "" not in heads else ""
-    return {task: task.removeprefix(prefix) for task in tasks}

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_pruner_eval import versions
 from vlm_pruner_eval.ending import FAILED
 from vlm_pruner_eval.errors import StoppedError
 from vlm_pruner_eval.lmms.plan import Part
@@ -55,7 +54,6 @@ def run(asked: Asked, report: Report) -> int:
     ConfigError, StoppedError
         See `run_sweep`, `executors.choose` and `Part.parse`.
     """
-    versions.check(_warn)
     rank, shard = rank_of(), None if asked.shard is None else Part.parse(asked.shard)
     how = {"processes": asked.processes, "address": asked.address, "parts": asked.parts}
     executor = choose(asked.executor, **how, shard=shard, is_rank=rank is not None)
@@ -72,10 +70,6 @@ def run(asked: Asked, report: Report) -> int:
         summary |= {"left": outcome.left}
     print(json.dumps(summary | {"report": str(paths["md"]) if paths else None}), flush=True)
     return FAILED if outcome.failed else 0
-
-
-def _warn(text: str) -> None:
-    print(f"vlm-pruner-eval: {text}", file=sys.stderr)
 
 
 def _as_child(asked: Asked, options: dict) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.text import Text
 from vlm_pruner_eval.sweep.speed import Speed, duration
 
 EVERY_S = 30.0  # between the plain lines of a long run
+_MOST_NAMES = 2  # of runs that are answered together, in a line
 
 
 class SweepProgress:
@@ -28,25 +29,16 @@ class SweepProgress:
         Runs of the sweep.
     todo
         Those of them that will be started; default: all.
-    shared
-        Whether the first that is started computes the answers of all.
     clock
         Seconds, ever rising; another one for tests.
     """
 
-    def __init__(
-        self,
-        console: Console,
-        total: int,
-        *,
-        todo: int | None = None,
-        shared: bool = False,
-        clock: Callable[[], float] = time.monotonic,
-    ):
+    def __init__(self, console: Console, total: int, *, todo: int | None = None, clock: Callable[[], float] = time.monotonic):
         self._console, self._total, self._clock = console, total, clock
         self._passed = self._failed = 0
-        self._key, self._said = "", clock()
-        self.speed = Speed(total if todo is None else todo, shared=shared, clock=clock)
+        self._name, self._said = "", clock()
+        self._together = 0  # runs that share their answers
+        self.speed = Speed(total if todo is None else todo, clock=clock)
         self._bars: Progress | None = None
         if console.is_terminal:
             name = TextColumn("{task.description}", markup=False)  # of a run, whose label is the user's
@@ -64,27 +56,31 @@ class SweepProgress:
             self._bars.stop()
 
     # ---- runs
-    def start(self, key: str) -> None:
+    def share(self, names: Sequence[str]) -> None:
+        """The next runs are answered together: the first of them computes the answers of all."""
+        self._together = len(names)
+        self.speed.share(len(names))
+        which = f": {'; '.join(names)}" if len(names) <= _MOST_NAMES else ""
+        self._line(f"answering {len(names)} runs together{which}")
+
+    def start(self, name: str) -> None:
         """A run begins."""
-        self._key, self._said = key, self._clock()
+        self._name, self._said = name, self._clock()
         self.speed.start()
         if self._bars:
-            self._bars.reset(self._run_bar, description=key)
-        else:
-            self._line(f"{key}: started")
+            self._bars.reset(self._run_bar, description=name)
 
-    def end(self, key: str, outcome: str) -> None:
+    def stop(self) -> float:
+        """The run that was started is over; returns the seconds it took."""
+        return self.speed.end()
+
+    def end(self, name: str, outcome: str) -> None:
         """A run ended, or was skipped; an outcome that begins with "failed" counts as a failure."""
         self._passed += 1
         self._failed += outcome.lower().startswith("failed")
         if self._bars:
             self._bars.update(self._sweep_bar, completed=self._passed)
-        self._line(f"{key}: {outcome}")
-
-    def finished(self, key: str, outcome: str) -> None:
-        """A run that was started ended; says how long it took."""
-        took_s = self.speed.end()
-        self.end(key, f"{outcome} in {took_s:.0f} s")
+        self._line(f"{name}: {outcome}")
 
     # ---- questions of the run
     def asked(self, count: int) -> None:
@@ -102,7 +98,8 @@ class SweepProgress:
             self._bars.update(self._run_bar, completed=self.speed.done, total=self.speed.questions)
         elif self._clock() - self._said >= EVERY_S:
             self._said = self._clock()
-            self._line(f"{self._key}: {self._run_facts()}; {self._left()}")
+            name = f"{self._together} runs together" if self._together else self._name
+            self._line(f"{name}: {self._run_facts()}; {self._left()}")
 
     # ---- words
     def _run_facts(self) -> str:
@@ -116,7 +113,10 @@ class SweepProgress:
 
     def _left(self) -> str:
         left_s = self.speed.left_s()
-        return "time left unknown" if left_s is None else f"about {duration(left_s)} left"
+        if left_s is None:
+            return "time left unknown"
+        more = self._together and self._passed + self._together < self._total
+        return f"about {duration(left_s)} left" + (" for them" if more else "")
 
     def _line(self, text: str) -> None:
         self._console.print(f"[{self._passed}/{self._total}] {text}", markup=False, highlight=False, soft_wrap=True)

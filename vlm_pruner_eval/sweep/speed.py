@@ -24,19 +24,23 @@ class Speed:
     ----------
     runs
         Those that will be started.
-    shared
-        Whether the first one computes the answers of all.
     clock
         Seconds, ever rising.
     """
 
-    def __init__(self, runs: int, *, shared: bool = False, clock: Callable[[], float] = time.monotonic):
-        self._runs, self._shared, self._clock = runs, shared, clock
+    def __init__(self, runs: int, *, clock: Callable[[], float] = time.monotonic):
+        self._runs, self._clock = runs, clock
+        self._shared = False
         self._ended, self._elsewhere_s = 0, 0.0  # runs that ended, and what they took beside answering
         self._answers, self._answering_s = 0, 0.0  # of the runs that ended
         self._calls: list[_Call] | None = None  # of the run that goes on
         self._run_answers, self._run_s = 0, 0.0
         self._questions: int | None = None  # of the last run that told
+
+    def share(self, runs: int) -> None:
+        """Of the next runs the first one computes the answers of all; time left is theirs."""
+        self._runs, self._shared = self._ended + runs, True
+        self._answers, self._answering_s = 0, 0.0  # those of other runs say nothing of these
 
     def start(self) -> None:
         """A run begins."""

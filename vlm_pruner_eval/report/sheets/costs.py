@@ -53,7 +53,7 @@ def costs(rows: Sequence[Row], found: Sequence[EfficiencyRow]) -> Table | None:
         yield _scaled(cost.literature_flops, 1e9)
         yield _scaled(cost.kv_bytes_counted, _MIB)
         yield _scaled(cost.kv_bytes_measured, _MIB)
-        yield _time(cost.prefill_ms, small=() if cost.prefill_speedup is None else (f"{_significant(cost.prefill_speedup)} × as fast",))
+        yield _time(cost.prefill_ms, small=() if cost.prefill_speedup is None else (f"{text.significant(cost.prefill_speedup)} × as fast",))
         yield _time(cost.selection_ms)
         yield _time(cost.decode_ms)
         yield _time(cost.decoded_tokens_per_s)
@@ -69,12 +69,7 @@ def costs(rows: Sequence[Row], found: Sequence[EfficiencyRow]) -> Table | None:
 
 
 def _scaled(value: float | None, unit: float, small: tuple[str, ...] = ()) -> Entry:
-    return NO_NUMBER if value is None else Entry(_significant(value / unit), small)
-
-
-def _significant(value: float) -> str:
-    """Three significant digits, never an exponent."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+    return NO_NUMBER if value is None else Entry(text.significant(value / unit), small)
 
 
 def _percent(share: float | None) -> tuple[str, ...]:
@@ -84,7 +79,7 @@ def _percent(share: float | None) -> tuple[str, ...]:
 def _time(value: dict[str, float] | None, small: tuple[str, ...] = ()) -> Entry:
     if value is None:
         return NO_NUMBER
-    return Entry(_significant(value["median"]), (f"IQR {_significant(value['iqr'])}", *small))
+    return Entry(text.significant(value["median"]), (f"IQR {text.significant(value['iqr'])}", *small))
 
 
 def _batches(found: Sequence[EfficiencyRow]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -12,8 +12,10 @@ from rich.console import Console
 from vlm_pruner_eval.lmms.journal import Journal
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.grid import Run
+from vlm_pruner_eval.sweep.groups import groups
 from vlm_pruner_eval.sweep.opening import Loader, open_session, sharing
 from vlm_pruner_eval.sweep.progress import SweepProgress
+from vlm_pruner_eval.sweep.score_line import score_line, title
 from vlm_pruner_eval.sweep.session import Session
 from vlm_pruner_eval.sweep.store import FAILED, FINISHED, Store
 
@@ -64,6 +66,7 @@ class Work:
 
     def open(self, **options: Any) -> Session:
         """Load the model, see `open_session`."""
+        self.console.print(self._header(), markup=False, highlight=False, soft_wrap=True)
         session = open_session(
             self.config, self.store, self.todo, console=self.console, load=self.load, task_manager=self.task_manager, **options
         )
@@ -87,17 +90,32 @@ class Work:
         stamp = self.store.stamp(run.run_id)  # none while a record is replaced
         return stamp is not None and stamp != self.stamps.get(run.run_id)
 
+    def _header(self) -> str:
+        """The sweep in a sentence or two."""
+        config, n = self.config, len(self.todo)
+        line = f"{config.name}: {n} {'run' if n == 1 else 'runs'} on {len(config.tasks)} tasks; loading {config.model.pretrained}."
+        if not config.share_prefix or n == 1:
+            return line
+        return f"{line} Runs share the image encoder and the layers before their first cuts: same answers, sooner, but without times."
+
+    def make_all(self, session: Session, progress: SweepProgress) -> None:
+        """Make every run of `todo`; those of a group share their answers, if the sweep file asks for it."""
+        for group in groups(self.todo, shared=self.config.share_prefix):
+            with self.together(session, group, progress) as sharing_session:
+                for run in group:
+                    self.make(sharing_session, run, progress)
+
     @contextmanager
-    def making(self, session: Session, total: int) -> Iterator[tuple[Session, SweepProgress]]:
-        """A session that makes `todo`, with shared answers if the sweep file asks for them, and the progress of `total` runs."""
-        with ExitStack() as stack:
-            session = stack.enter_context(sharing(session, self.todo, self.console))
-            shared = session.sources is not None
-            yield session, stack.enter_context(SweepProgress(self.console, total, todo=len(self.todo), shared=shared))
+    def together(self, session: Session, group: Sequence[Run], progress: SweepProgress) -> Iterator[Session]:
+        """A session that makes the runs of a group."""
+        with sharing(session, group) as sharing_session:
+            if sharing_session.sources is not None:
+                progress.share([title(run) for run in group])
+            yield sharing_session
 
     def skip(self, progress: SweepProgress, run: Run) -> None:
         """Show a run that is not to be made."""
-        progress.end(run.key, _SKIPPED[self.status.get(run.run_id)])
+        progress.end(title(run), _SKIPPED[self.status.get(run.run_id)])
 
     def make(self, session: Session, run: Run, progress: SweepProgress, check: Callable[[], None] = lambda: None) -> None:
         """Make one run and show how it goes; `check` is called with every batch, as `self.check` is."""
@@ -108,9 +126,18 @@ class Work:
             check()
 
         session.model.on_requests, session.model.on_answers = progress.asked, answered
-        progress.start(run.key)
-        problem = session.run(run)
-        progress.finished(run.key, "finished" if problem is None else f"FAILED: {problem}")
+        progress.start(title(run))
+        session.run(run)
+        took_s = progress.stop()
+        progress.end(title(run), self.outcome(run, took_s))
+
+    def outcome(self, run: Run, took_s: float | None) -> str:
+        """Words for a run that was made: its scores, or why it failed."""
+        record = self.store.read(run.run_id)
+        if record is None:  # of one that answers a part of the runs that another process records
+            return "answered"
+        unpruned = self.store.read(self.runs[0].run_id)
+        return score_line(record, unpruned if unpruned and unpruned.get("status") == FINISHED else None, took_s)
 
 
 class Executor(Protocol):

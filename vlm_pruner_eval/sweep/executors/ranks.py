@@ -21,6 +21,7 @@ from vlm_pruner_eval.errors import ConfigError, PruningError, StoppedError
 from vlm_pruner_eval.lmms.plan import Part
 from vlm_pruner_eval.sweep.executors.base import Work
 from vlm_pruner_eval.sweep.executors.gpus import only, visible_gpus
+from vlm_pruner_eval.sweep.progress import SweepProgress
 
 _POLL_S, _PATIENCE_S = 0.05, 3600.0
 _JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -141,9 +142,8 @@ class Ranks:
                 work.begin()
                 work.prepare(session, work.todo)
             self.meet("the first journal")
-            with work.making(session, len(work.todo)) as (session, progress):
-                for run in work.todo:
-                    work.make(session, run, progress)
+            with SweepProgress(work.console, len(work.todo)) as progress:
+                work.make_all(session, progress)
 
 
 def _device(asked: str | None) -> Mapping[str, str]:

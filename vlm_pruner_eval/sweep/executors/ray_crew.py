@@ -17,6 +17,7 @@ from vlm_pruner_eval.sweep.executors.base import Work
 from vlm_pruner_eval.sweep.executors.watch import Watch
 from vlm_pruner_eval.sweep.files import write_atomic
 from vlm_pruner_eval.sweep.grid import Run
+from vlm_pruner_eval.sweep.score_line import title
 from vlm_pruner_eval.sweep.session import record_lost, without_model
 
 MOST_DEATHS = 3  # of workers at one run or share; and before they had loaded the model, in a row
@@ -141,7 +142,7 @@ class Crew:
         run_id, part = task.run.run_id, task.part
         if run_id not in self._begun:
             self._begun.add(run_id)
-            self._watch.begun(task.run, f"a Ray worker on {member.host}")
+            self._watch.begun(task.run)
         member.task = task
         make, share = member.actor.make, member.actor.answer_share
         self.busy[make.remote(run_id) if part is None else share.remote(run_id, part.index, part.count)] = member
@@ -158,7 +159,8 @@ class Crew:
             self.queue.extend(Task(task.run, part) for part in Part(0, count).all())
             self._shares[task.run.run_id] = count
             self._begun.add(task.run.run_id)
-            self._watch.begun(task.run, f"Ray workers, in {count} shares")
+            self._watch.begun(task.run)
+            self._say(f"{title(task.run)}: answered by Ray workers, in {count} shares")
 
     # ---- what came back
     def _take(self, reference: Any) -> None:

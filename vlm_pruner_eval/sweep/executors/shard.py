@@ -13,8 +13,8 @@ from vlm_pruner_eval.lmms.plan import Part
 from vlm_pruner_eval.sweep.directory import claim, claimed_by
 from vlm_pruner_eval.sweep.executors.base import Work
 from vlm_pruner_eval.sweep.grid import Run
+from vlm_pruner_eval.sweep.groups import groups
 from vlm_pruner_eval.sweep.lock import Lock
-from vlm_pruner_eval.sweep.opening import sharing
 from vlm_pruner_eval.sweep.progress import SweepProgress
 from vlm_pruner_eval.sweep.session import Session
 
@@ -44,7 +44,7 @@ class Shard:
         todo = {run.run_id for run in work.todo}
         mine = [run for number, run in enumerate(work.runs) if self.part.has(number) and run.run_id in todo]
         others = [run for number, run in enumerate(work.runs) if not self.part.has(number) and run.run_id in todo][::-1]
-        return [mine, others] if work.config.share_prefix else [[run] for run in (*mine, *others)]
+        return [group for runs in (mine, others) for group in groups(runs, shared=work.config.share_prefix)]
 
     def _make(self, work: Work, session: Session, runs: Sequence[Run], progress: SweepProgress) -> None:
         """Make those of `runs` that can be claimed."""
@@ -52,7 +52,7 @@ class Shard:
             claims = {run.run_id: lock for run in runs if (lock := self._claim(work, run, stack)) is not None}
             claimed = [run for run in runs if run.run_id in claims]
             work.prepare(session, claimed)
-            sharing_session = stack.enter_context(sharing(session, claimed, work.console))
+            sharing_session = stack.enter_context(work.together(session, claimed, progress))
             for run in claimed:
                 work.make(sharing_session, run, progress, claims[run.run_id].check)
                 claims[run.run_id].release()

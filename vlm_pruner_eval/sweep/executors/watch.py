@@ -12,7 +12,8 @@ from vlm_pruner_eval.sweep.directory import claimed_by
 from vlm_pruner_eval.sweep.executors.base import Work
 from vlm_pruner_eval.sweep.grid import Run
 from vlm_pruner_eval.sweep.progress import SweepProgress
-from vlm_pruner_eval.sweep.store import FINISHED, Store
+from vlm_pruner_eval.sweep.score_line import title
+from vlm_pruner_eval.sweep.store import Store
 
 EVERY_S, LINE_S = 1.0, 30.0
 _REQUESTS = re.compile(rb'"requests": \[([\d, ]*)\]')  # of a journal's line; inside the text of an answer the quotes are escaped
@@ -48,7 +49,7 @@ class AnswerCounter:
 
 
 class Watch:
-    """Shows which runs are begun and recorded, and twice a minute the speed; use as a context manager."""
+    """Shows runs as they are recorded, and twice a minute the speed; use as a context manager."""
 
     def __init__(self, work: Work):
         self._work, self._progress = work, SweepProgress(work.console, len(work.runs))
@@ -82,28 +83,20 @@ class Watch:
         self._look_at_runs()
         if now - self._said >= LINE_S:
             rate = self._answers / (now - self._said)
-            self._say(f"{len(self._begun)} runs under way, {rate:.3g} questions per second")
+            line = f"{len(self._begun)} runs under way, {rate:.3g} questions per second"
+            self._work.console.print(line, markup=False, highlight=False, soft_wrap=True)
             self._answers, self._said = 0, now
 
-    def begun(self, run: Run, who: str) -> None:
-        """Say that a run is begun, where that is known sooner than a claim is seen."""
-        if run.run_id not in self._begun:
-            self._begun[run.run_id] = time.monotonic()
-            self._say(f"{run.key}: started by {who}")
+    def begun(self, run: Run) -> None:
+        """Note that a run is begun, where that is known sooner than a claim is seen."""
+        self._begun.setdefault(run.run_id, time.monotonic())
 
     def _look_at_runs(self) -> None:
         for run in list(self._open):
             if self._work.is_made(run):
                 self._open.remove(run)
                 since = self._begun.pop(run.run_id, None)
-                took = "" if since is None else f" in {time.monotonic() - since:.0f} s"
-                self._progress.end(run.key, self._outcome(run) + took)
-            elif run.run_id not in self._begun and (holder := claimed_by(self._work.store.run_dir(run.run_id))):
-                self.begun(run, f"{holder.what}, process {holder.pid}")
-
-    def _outcome(self, run: Run) -> str:
-        record = self._work.store.read(run.run_id) or {}
-        return "finished" if record.get("status") == FINISHED else f"FAILED: {record.get('problem')}"
-
-    def _say(self, line: str) -> None:
-        self._work.console.print(line, markup=False, highlight=False, soft_wrap=True)
+                took_s = None if since is None else time.monotonic() - since
+                self._progress.end(title(run), self._work.outcome(run, took_s))
+            elif run.run_id not in self._begun and claimed_by(self._work.store.run_dir(run.run_id)):
+                self.begun(run)
