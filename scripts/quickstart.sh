@@ -19,7 +19,15 @@ if [ -n "$full" ]; then exec "${sweep[@]}" --no-share-prefix; fi
 if [ -n "${2:-}" ] || [ "$cores" -lt 2 ] || command -v nvidia-smi >/dev/null; then exec "${sweep[@]}"; fi
 # two processes answer half of the questions each: on so small a model more threads in one process gain little
 export WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT="$((20000 + RANDOM % 10000))" OMP_NUM_THREADS="$((cores / 2))"
-RANK=1 "${sweep[@]}" >/dev/null 2>&1 &
+log="$(mktemp)"
+{
+  RANK=1 "${sweep[@]}" >"$log" 2>&1 || {
+    sleep 5  # what both processes meet is said by the first one
+    echo "The second of the two processes ended early; it said:" >&2
+    tail -n 3 "$log" >&2
+    pkill -TERM -P "$$" || true
+  }
+} &
 second="$!"
-trap 'kill "$second" 2>/dev/null || true' EXIT
+trap 'pkill -TERM -P "$second" || true; kill "$second" 2>/dev/null || true; rm -f "$log"' EXIT
 RANK=0 "${sweep[@]}"

@@ -259,10 +259,10 @@ def test_the_script_hands_on_arguments_and_exit_codes(tmp_path: Path) -> None:
     ("given", "expected"),
     [
         ([], ["{root}/configs/quickstart.yaml", "--output", "{root}/output/quickstart"]),
-        (["--full"], ["{root}/configs/quickstart.yaml", "--no-share-prefix", "--output", "{root}/output/quickstart_full"]),
+        (["--full"], ["{root}/configs/quickstart.yaml", "--output", "{root}/output/quickstart_full", "--no-share-prefix"]),
         (["there"], ["{root}/configs/quickstart.yaml", "--output", "there"]),
         (["/tmp/ci", "my.yaml"], ["my.yaml", "--output", "/tmp/ci"]),
-        (["--full", "there", "my.yaml"], ["my.yaml", "--no-share-prefix", "--output", "there"]),
+        (["--full", "there", "my.yaml"], ["my.yaml", "--output", "there", "--no-share-prefix"]),
     ],
 )
 def test_the_quickstart_asks_for_this_sweep_in_the_callers_folder(tmp_path: Path, given: list[str], expected: list[str]) -> None:

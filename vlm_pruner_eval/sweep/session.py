@@ -165,7 +165,7 @@ class Session:
         samples = samples_of(self.model.answers, evaluated)
         common = common_cause(run, samples, raised)
         problem = _problem(samples, evaluated, problem)
-        if common is not None and self.is_one_of_many and not self.finished and self.team is None:
+        if common is not None and self.is_one_of_many and not self.finished:
             raise self._stopped(run, journal, common, problem, trace)
         total_s, answers_s = journal.earlier_s + time.time() - started, journal.earlier_s + journal.computed_s
         record = self._describe(run, samples, evaluated, total_s, answers_s, started)

@@ -120,8 +120,9 @@ class Work:
     def make(self, session: Session, run: Run, progress: SweepProgress, check: Callable[[], None] = lambda: None) -> None:
         """Make one run and show how it goes; `check` is called with every batch, as `self.check` is."""
 
-        def answered(*counts: Any) -> None:
-            progress.answered(*counts)
+        def answered(count: int, is_new: bool) -> None:
+            others = session.part.count if is_new else 1  # who answer the other parts of the run at the same time
+            progress.answered(count * others, is_new)
             self.check()
             check()
 
