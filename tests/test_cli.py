@@ -272,8 +272,11 @@ def test_the_quickstart_asks_for_this_sweep_in_the_callers_folder(tmp_path: Path
     (root / "scripts" / "_venv.bash").write_text("ensure_venv() { pwd > installed_in; }\n")
     command = root / ".venv" / "bin" / "vlm-pruner-eval"
     command.parent.mkdir(parents=True)
-    command.write_text('#!/bin/sh\npwd\nfor each in "$@"; do echo "$each"; done\n')
+    command.write_text(f'#!/bin/sh\npwd\nfor each in "$@"; do echo "$each"; done\necho "$RANK" >> "{tmp_path}/ranks"; sleep 0.2\n')
     command.chmod(0o755)
     shown = subprocess.run(["bash", root / "scripts" / "quickstart.sh", *given], cwd=here, capture_output=True, text=True, check=True)
     assert shown.stdout.splitlines() == [str(here), "sweep", *(argument.format(root=root) for argument in expected)]
     assert (root / "installed_in").read_text().strip() == str(root)
+    ranks = sorted((tmp_path / "ranks").read_text().split())
+    has_one = shutil.which("nvidia-smi") is not None or os.cpu_count() == 1
+    assert ranks == ([] if len(given) == 2 or "--full" in given or has_one else ["0", "1"]), "on a CPU two processes share the questions"

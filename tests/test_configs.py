@@ -83,9 +83,9 @@ def test_the_grid_is_whole(path: Path) -> None:
     assert Counter(run.label for run in runs[1:]) == wanted
 
 
-def test_only_the_quickstart_shares_its_prefix() -> None:
+def test_only_the_embedded_sweeps_share_their_prefix() -> None:
     """The others are there for their times, too."""
-    assert [path.name for path in FILES if read(path).share_prefix] == ["quickstart.yaml"]
+    assert [path.name for path in FILES if read(path).share_prefix] == ["ci.yaml", "quickstart.yaml"]
 
 
 @every_file

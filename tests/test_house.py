@@ -35,9 +35,10 @@ ALLOWED = {
     "hook": {"cut", "errors", "hf_compat", "host", "ledger", "prefill", "probe", "pruners", "vlms"},
     "prefix": {"cut", "errors", "hf_compat", "hook", "probe", "pruners", "vlms"},
     "bench": {"bench", "errors", "versions"},
-    "lmms": {"lmms", "hf_compat", "versions", "prefix", "bench", "budget", "cost", "durable", "errors", "hook", "ledger", "pruners", "shown", "timing", "types"}
-    | {"vlms", ""},
-    "sweep": {"sweep", "selftest", "versions", "lmms", "bench", "budget", "cost", "durable", "ending", "errors", "ledger"} | {"pruners", "shown", "timing", ""},
+    "lmms": {"lmms", "prefix", "bench", "budget", "cost", "durable", "errors", "hook", "ledger", "pruners", "shown", "timing", "types"}
+    | {"hf_compat", "versions", "vlms", ""},
+    "sweep": {"sweep", "lmms", "bench", "budget", "cost", "durable", "ending", "errors", "ledger", "pruners"}
+    | {"selftest", "shown", "timing", "versions", ""},
     "speed": {
         "speed",
         "bench",
