@@ -93,7 +93,8 @@ class Work:
     def _header(self) -> str:
         """The sweep in a sentence or two."""
         config, n = self.config, len(self.todo)
-        line = f"{config.name}: {n} {'run' if n == 1 else 'runs'} on {len(config.tasks)} tasks; loading {config.model.pretrained}."
+        size = f"{n} {'run' if n == 1 else 'runs'} on {len(config.tasks)} {'task' if len(config.tasks) == 1 else 'tasks'}"
+        line = f"{config.name}: {size}; loading {config.model.pretrained}."
         if not config.share_prefix or n == 1:
             return line
         return f"{line} Runs share the image encoder and the layers before their first cuts: same answers, sooner, but without times."
