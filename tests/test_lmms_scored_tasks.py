@@ -19,6 +19,7 @@ from lmms_requests import fresh_model
 
 from vlm_pruner_eval import ConfigError
 from vlm_pruner_eval.bench import questions_path
+from vlm_pruner_eval.errors import StoppedError
 from vlm_pruner_eval.lmms import PrunedModel, plugin
 from vlm_pruner_eval.lmms.scored_tasks import TOTAL, keep_pairs
 from vlm_pruner_eval.sweep import records
@@ -223,16 +224,16 @@ def test_a_sweep_scores_minivlm_by_likelihood(manager: TaskManager, tmp_path: Pa
         assert yes["metrics"] == no["metrics"] == {"acc": float(likelier == yes["target"])}
 
 
-def test_a_failed_choice_fails_the_run_of_a_sweep(manager: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choices_that_all_fail_unpruned_stop_the_sweep(manager: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vlm_pruner_eval.lmms import scoring
 
     def broken(*args: Any) -> Any:
         raise RuntimeError("the device is gone")
 
     monkeypatch.setattr(scoring, "score", broken)
-    outcome, _, (record, _) = sweep(tmp_path, manager, methods=["blind"], limit=2)
-    assert outcome.failed == 2
-    assert record["problem"].startswith("4 of 4 samples failed (first: exist_choice, document 0: RuntimeError: the device is gone")
+    sentence = r"4 of 4 samples failed \(first: exist_choice, document 0: RuntimeError: the device is gone"
+    with pytest.raises(StoppedError, match=sentence):
+        sweep(tmp_path, manager, methods=["blind"], limit=2)
 
 
 def test_missing_and_double_choices_are_noticed() -> None:

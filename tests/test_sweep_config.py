@@ -95,7 +95,7 @@ def test_keep_tokens_become_exact_fractions() -> None:
         ("a: [1, 2", "is not valid YAML"),
         ("a: b: c", "is not valid YAML"),
         ("!!python/object/apply:os.system ['true']", "is not valid YAML"),
-        (changed(task=["gqa"]), "task: is an unknown key; did you mean 'tasks'? Known: gallery, keep_tokens"),
+        (changed(task=["gqa"]), "task: is an unknown key; did you mean 'tasks'? Known: gallery, include_path, keep_tokens"),
         (changed(name=...), "name: is missing; expected letters"),
         (changed(name="../up"), "name: got '../up' (str), expected letters"),
         (changed(name=3), "name: got 3 (int), expected letters"),

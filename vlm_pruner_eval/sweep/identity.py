@@ -17,7 +17,6 @@ from pathlib import Path
 from types import ModuleType
 
 from vlm_pruner_eval.bench import tasks_path
-from vlm_pruner_eval.pruners import Pruner
 
 # Raised by hand, when an answer of any method, model or packaged task could change, or the meaning of a recorded field. Then
 # `report --write-reference results/reference/ci.json` is due, too.
@@ -37,7 +36,7 @@ _ITEM = re.compile(r"^[ \t]*-[ \t]*[\"']?([^\s\"'#:]+)[\"']?[ \t]*$", re.MULTILI
 
 
 # ---- methods
-def method_source(method: type[Pruner]) -> str | None:
+def method_source(method: type) -> str | None:
     """Return a digest of the source of a method that is not of this package; None for one that is.
 
     It covers the files of the class, of its bases, and of the modules beside them that they use.
