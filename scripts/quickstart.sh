@@ -20,14 +20,23 @@ if [ -n "${2:-}" ] || [ "$cores" -lt 2 ] || command -v nvidia-smi >/dev/null; th
 # two processes answer half of the questions each: on so small a model more threads in one process gain little
 export WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT="$((20000 + RANDOM % 10000))" OMP_NUM_THREADS="$((cores / 2))"
 log="$(mktemp)"
-{
-  RANK=1 "${sweep[@]}" >"$log" 2>&1 || {
-    sleep 5  # what both processes meet is said by the first one
+set -m  # in groups of their own, so that Ctrl-C reaches them through this script alone
+RANK=1 "${sweep[@]}" >"$log" 2>&1 &
+second="$!"
+RANK=0 "${sweep[@]}" &
+first="$!"
+set +m
+trap 'kill -INT "$first" "$second" 2>/dev/null || true' INT
+trap 'kill -TERM "$first" "$second" 2>/dev/null || true' TERM
+trap 'kill -TERM "$second" 2>/dev/null || true; rm -f "$log"' EXIT
+while kill -0 "$first" 2>/dev/null && kill -0 "$second" 2>/dev/null; do sleep 1; done
+if kill -0 "$first" 2>/dev/null && ! wait "$second"; then
+  sleep 5  # what both processes meet is said by the first one
+  if kill -TERM "$first" 2>/dev/null; then
     echo "The second of the two processes ended early; it said:" >&2
     tail -n 3 "$log" >&2
-    pkill -TERM -P "$$" || true
-  }
-} &
-second="$!"
-trap 'pkill -TERM -P "$second" || true; kill "$second" 2>/dev/null || true; rm -f "$log"' EXIT
-RANK=0 "${sweep[@]}"
+  fi
+fi
+code=0
+wait "$first" || code="$?"
+exit "$code"

@@ -44,10 +44,17 @@ class MaskedCache(Protocol):
     length: int
 
 
-def unknown(what: str, found: object) -> PruningError:
-    """Return the error for a model that calls its parts in a way that no tested version does."""
+def unknown(where: str | int, found: object) -> PruningError:
+    """Return the error for a model that calls its parts in a way that no tested version does.
+
+    Parameters
+    ----------
+    where
+        The part, or the number of a decoder layer.
+    """
+    part = f"decoder layer {where}" if isinstance(where, int) else where
     return PruningError(
-        f"prune: {what}: got {found}, which no tested version does; transformers {__version__} is installed, tested are "
+        f"prune: {part}: got {found}, which no tested version does; transformers {__version__} is installed, tested are "
         f"{tested_range('transformers')}. Install a tested version."
     )
 
@@ -94,7 +101,7 @@ def repeated_singly(pixels: Tensor, per_row: Sequence[int], input_ids: Tensor) -
 
 
 # ---- arguments of a call that a hook sees
-def argument(kwargs: Mapping[str, Any], name: str, where: str) -> Any:
+def argument(kwargs: Mapping[str, Any], name: str, where: str | int) -> Any:
     """Return a keyword argument that every tested version passes.
 
     Raises
@@ -107,12 +114,12 @@ def argument(kwargs: Mapping[str, Any], name: str, where: str) -> Any:
     return kwargs[name]
 
 
-def hidden_argument(args: tuple, kwargs: Mapping[str, Any], where: str) -> Tensor:
+def hidden_argument(args: tuple, kwargs: Mapping[str, Any], where: str | int) -> Tensor:
     """Return the hidden states [B, L, D] that a decoder layer is called with."""
     return args[0] if args else argument(kwargs, "hidden_states", where)
 
 
-def cache_argument(kwargs: Mapping[str, Any], where: str) -> Any:
+def cache_argument(kwargs: Mapping[str, Any], where: str | int) -> Any:
     """Return the cache that the language model or a layer of it is called with; None if it is called without one.
 
     Raises

@@ -272,10 +272,10 @@ class PruningHook:
             )
 
     def _before_layer(self, i: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        hidden = before = hf_compat.hidden_argument(args, kwargs, f"decoder layer {i}")
+        hidden = before = hf_compat.hidden_argument(args, kwargs, i)
         if self._state is None:  # a cache that was filled outside this context
             return None
-        cache = hf_compat.cache_argument(kwargs, f"decoder layer {i}")
+        cache = hf_compat.cache_argument(kwargs, i)
         if self._prefill is not None:
             hidden = self._prefill.enter_layer(i, hidden, self._state)
             if cache is not None:
@@ -284,9 +284,9 @@ class PruningHook:
         cut = self._state.at(i)
         if cut is None:
             return None
-        for name in ("attention_mask", "position_embeddings"):
-            hf_compat.argument(kwargs, name, f"decoder layer {i}")
         if self._patch is None or self._patch[0] is not cut:
+            for name in ("attention_mask", "position_embeddings"):
+                hf_compat.argument(kwargs, name, i)
             self._patch = cut, self._arguments(cut, i, hidden, kwargs, cache)
         patched = kwargs | {name: value for name, value in self._patch[1].items() if name in kwargs}
         if not args:

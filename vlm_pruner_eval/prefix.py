@@ -159,12 +159,12 @@ class SharedPrefix:
         """Layer `i`: skipped where its work is kept, kept where it is wanted, and left alone while decoding."""
         if not self._depth:
             return original(*args, **kwargs)
-        cache = hf_compat.cache_argument(kwargs, f"decoder layer {i}")
+        cache = hf_compat.cache_argument(kwargs, i)
         if LayerLength(cache, i).length:
             return original(*args, **kwargs)
-        hidden = hf_compat.hidden_argument(args, kwargs, f"decoder layer {i}")
+        hidden = hf_compat.hidden_argument(args, kwargs, i)
         if i == 0:
-            self._check(hidden, hf_compat.argument(kwargs, "position_embeddings", f"decoder layer {i}"), cache)
+            self._check(hidden, hf_compat.argument(kwargs, "position_embeddings", i), cache)
         if i < self._skip:
             return self._give_back(i, hidden, cache)
         output = original(*args, **kwargs)

@@ -63,14 +63,14 @@ class Version:
 
     @property
     def facts(self) -> str:
-        """What was tested and what is there, such as "tested with 5.24.0 (>=4.57,<5.25), found 5.30.0: newer than tested"."""
+        """Tested and installed versions in words, such as "tested with 5.24.0 (>=4.57,<5.25), found 5.30.0: newer than tested"."""
         tested = self.wanted if self.locked is None else f"{self.locked} ({self.wanted})"
         verdict = f"{self.verdict}, as {self.reason}" if self.reason else self.verdict
         return f"tested with {tested}, found {self.found or 'nothing'}: {verdict}"
 
     @property
     def fix(self) -> str:
-        """What to do if the verdict is not `OK`."""
+        """Command that installs a tested version."""
         wanted = self.wanted if self.locked is None else f"=={self.locked}"
         return f"Install a tested version: pip install '{self.name}{wanted}'."
 

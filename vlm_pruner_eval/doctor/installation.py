@@ -99,7 +99,7 @@ def lock() -> Iterator[Finding]:
 
 
 def self_test() -> Iterator[Finding]:
-    """What lmms-eval imports late, and a pruned answer against a slow recomputation."""
+    """Late imports of lmms-eval, and a pruned answer against a slow recomputation."""
     for name, step in selftest.steps():
         try:
             yield Finding(f"self-test: {name}", OK, step())

@@ -60,7 +60,7 @@ def notices(store: Store, runs: Sequence[Run], status: dict[str, str | None]) ->
     for record in _finished(store, {run.run_id for run in runs}):
         for run in left:
             if run.key == record["key"] or _is_same_row(run, record):
-                names = tuple(identity.differences(run.config, record["config"]))
+                names = tuple(identity.differences(run.config, _comparable(record["config"])))
                 groups.setdefault(names, []).append((run, record))
                 break
     return [_sentence(names, pairs) for names, pairs in groups.items()]
@@ -72,6 +72,11 @@ def _finished(store: Store, grid: set[str]) -> Iterator[dict[str, Any]]:
     found = [store.read(path.name) for path in folder.iterdir() if path.name not in grid] if folder.is_dir() else []
     whole = [record for record in found if record and record.get("status") == FINISHED and isinstance(record.get("config"), dict)]
     yield from sorted(whole, key=_made, reverse=True)
+
+
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration without the digest that records of version 0.1.0 held in place of version and sources."""
+    return {"sources": {"tasks": {}}} | {name: value for name, value in config.items() if name != "code"}
 
 
 def _made(record: dict[str, Any]) -> str:
@@ -95,13 +100,13 @@ def _sentence(names: Sequence[str], pairs: Sequence[tuple[Run, dict[str, Any]]])
 
 
 def _change(name: str, run: Run, record: dict[str, Any]) -> str:
-    if name in ("sources.method", "sources"):
+    if name == "sources.method":
         return f"the source of {run.method} was edited since"
     if name == "sources.tasks":
-        before = record["config"]["sources"].get("tasks", {})
+        before = record["config"].get("sources", {}).get("tasks", {})
         changed = sorted(task for task, digest in run.config["sources"]["tasks"].items() if before.get(task) != digest)
         return f"the files of {', '.join(changed) or 'a task'} were edited since"
-    if name in ("results_version", "code"):
+    if name == "results_version":
         before = record["config"].get("results_version", "of an older release")
         return f"results version: {before} there, {identity.RESULTS_VERSION} now"
     there, now = (_value(config, name) for config in (record["config"], run.config))

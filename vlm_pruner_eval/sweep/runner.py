@@ -111,7 +111,7 @@ def _say_what_differs(work: Work, status: dict[str, str | None]) -> None:
 
 
 def _stamps(work: Work, status: dict[str, str | None], retry_failed: bool, again: Set[str]) -> dict[str, str | None]:
-    """What is to be done, with the stamps of the records: runs without one, or the failed ones; and those asked for again."""
+    """Runs to be made, with the stamps of their records: those without one, or the failed ones; and those asked for again."""
     asked = FAILED if retry_failed else None
     return {run_id: work.store.stamp(run_id) for run_id, found in status.items() if found == asked or run_id in again}
 

@@ -179,8 +179,15 @@ class Session:
         return problem
 
     def _stopped(self, run: Run, journal: Journal, common: str, problem: str, trace: str | None) -> StoppedError:
-        """The error that ends the sweep; nothing is recorded of the run, so that the same command begins with it."""
-        journal.delete()
+        """The error that ends the sweep; nothing is recorded, so that the same command begins with this run.
+
+        Its answers stay, and those of the runs that are answered together with it, but for journals with samples that failed.
+        """
+        journal.close()
+        for run_id in {run.run_id, *(self.sources or ())}:
+            of_run = Journal(self.store.run_dir(run_id), {})
+            if of_run.has_failures():
+                of_run.delete()
         where = ""
         if trace is not None:
             write_atomic(self.store.stopped, trace)
