@@ -110,6 +110,12 @@ def test_runs_and_documents_must_be_the_same(make: Make, reference: Path, tmp_pa
     assert check(make(), fewer) == ["random-2of3: 1 documents are on one side only; expected the same documents."]
 
 
+def test_another_results_version_is_a_problem(make: Make, reference: Path, tmp_path: Path) -> None:
+    older = changed(reference, tmp_path, lambda content: content.update(results_version=0))
+    (problem,) = check(make(), older)
+    assert "the sweep has 1, the reference 0" in problem
+
+
 def test_a_run_that_failed_or_did_not_happen_is_a_problem(make: Make, reference: Path) -> None:
     assert check(make(Behaviour(fail={("vlmpruner", 1)})), reference) == ["vlmpruner-2of3: is failed, expected finished."]
     folder = make()

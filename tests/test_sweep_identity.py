@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ from rich.console import Console
 from sweep_standin import RIGHT_PERCENT, Behaviour, StandIn, make_config, task_manager, write_tasks
 
 import vlm_pruner_eval
-from vlm_pruner_eval import ConfigError
+from vlm_pruner_eval import ConfigError, selftest
 from vlm_pruner_eval.errors import StoppedError
-from vlm_pruner_eval.sweep import identity
+from vlm_pruner_eval.lmms.log import Answer
+from vlm_pruner_eval.lmms.plan import BatchSize
+from vlm_pruner_eval.lmms.prompts import Request
+from vlm_pruner_eval.sweep import identity, scores
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.grid import expand
 from vlm_pruner_eval.sweep.preview import preview
 from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
+from vlm_pruner_eval.sweep.session import without_model
 from vlm_pruner_eval.sweep.store import Store
 
 METHOD = '''
@@ -155,6 +160,21 @@ def test_a_rise_of_the_results_version_is_said(sweep: Sweep, monkeypatch: pytest
     assert f"esults version: {identity.RESULTS_VERSION - 1} there, {identity.RESULTS_VERSION} now" in sweep.log
 
 
+def test_a_run_of_the_first_edition_differs_in_its_version_alone(sweep: Sweep) -> None:
+    """Those records held a digest of all sources, and neither a version nor sources of the user's own."""
+    for path in list(sweep.output.rglob("run.json")):
+        record = json.loads(path.read_text())
+        record["config"] = {name: value for name, value in record["config"].items() if name not in ("sources", "results_version")}
+        record["config"]["code"] = "0.1.0+0123456789ab"
+        record["run_id"] += "-old"
+        path.parent.rename(path.parent.with_name(record["run_id"]))
+        (path.parent.with_name(record["run_id"]) / "run.json").write_text(json.dumps(record))
+    said = preview(sweep.config(tasks=["tiny_mean"]), sweep.output).notices
+    unpruned = next(text for text in said if "unpruned" in text)
+    assert "esults version: of an older release there, 1 now" in unpruned and "code" not in unpruned
+    assert "the source of uniform" not in " ".join(said)
+
+
 def test_rerun_answers_one_method_again(sweep: Sweep) -> None:
     assert sweep(rerun="uniform") == Outcome(runs=3, skipped=2, failed=0)
     assert sweep.model.evaluated == ["uniform"]
@@ -211,6 +231,44 @@ def test_a_failure_that_every_run_would_meet_stops_the_sweep(tmp_path: Path, own
     assert not list(sweep.output.rglob("run.json")), "nothing is recorded as failed"
     assert sweep() == Outcome(runs=3, skipped=0, failed=0), "the same command goes on"
     assert not Store(sweep.output).stopped.exists()
+
+
+def test_a_package_that_scoring_lacks_loses_no_answer(tmp_path: Path, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A metric that is imported when all is answered, as after days of a 7B model."""
+    sweep = Sweep(tmp_path)
+    with monkeypatch.context() as patched, pytest.raises(StoppedError, match="can't be imported"):
+        patched.setattr(scores, "score_task", lambda *_: importlib.import_module("no_such_metric"))
+        sweep()
+    answered = len(sweep.model.answered)
+    assert answered == 12
+    assert sweep() == Outcome(runs=3, skipped=0, failed=0)
+    assert len(sweep.model.answered) == 2 * answered, "the unpruned run is answered out of its journal"
+
+
+def test_samples_that_failed_are_not_met_again_in_runs_that_were_answered_together(tmp_path: Path, own: Path) -> None:
+    sweep = Sweep(tmp_path)
+    store = Store(sweep.output)
+    unpruned, broken, whole = expand(sweep.config())
+    session = replace(without_model(sweep.config(), store), sources=dict.fromkeys(run.run_id for run in (unpruned, broken, whole)))
+    for run, error in ((unpruned, "PruningError: no"), (broken, "PruningError: no"), (whole, None)):
+        with session.journal(run) as journal:
+            request = Request(0, "tiny_mean", "test", 0, None, {}, 0, False)
+            journal.done("generate_until", [request], BatchSize(1))
+            journal.append("generate_until", [(request, Answer("tiny_mean", "test", 0, "", error))], 0.1)
+    error = session._stopped(unpruned, session.journal(unpruned), "met it", "PruningError: no", None)
+    assert "every run would fail" in str(error)
+    assert [bool(session.journal(run).files()) for run in (unpruned, broken, whole)] == [False, False, True]
+
+
+def test_a_sweep_begins_with_the_self_test(tmp_path: Path, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise StoppedError("self-test of hook failed")
+
+    monkeypatch.setattr(selftest, "run", fail)
+    config = make_config(**ROWS, tasks=["digitscenes_read"])
+    with pytest.raises(StoppedError, match="self-test of hook failed"):
+        run_sweep(config, tmp_path / "out", console=Console(file=io.StringIO()))
+    assert not (tmp_path / "out" / "sweep.json").exists()
 
 
 def test_an_unpruned_model_whose_samples_all_fail_stops_the_sweep(tmp_path: Path, own: Path) -> None:
