@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from typer.testing import CliRunner
 
 from vlm_pruner_eval import versions
+from vlm_pruner_eval.cli import app
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.lmms.resolve import family_class
 
 ROOT = Path(__file__).parent.parent
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
@@ -78,6 +81,24 @@ def test_a_release_that_is_known_not_to_work_is_refused_with_the_reason(monkeypa
     with pytest.raises(ConfigError) as error:
         versions.check(lambda text: None)
     assert "filelock" in str(error.value) and "filelock._api" in str(error.value) and "pip install" in str(error.value)
+
+
+def test_a_sweep_refuses_it_before_anything_is_read_or_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found(monkeypatch, "filelock", "4.3.1")
+    done = CliRunner().invoke(app, ["sweep", str(tmp_path / "there-is-no-file.yaml"), "--output", str(tmp_path / "out")])
+    assert done.exit_code == 2
+    assert "filelock._api" in done.output and "there-is-no-file" not in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_lmms_eval_refuses_it_with_a_non_zero_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found(monkeypatch, "filelock", "4.3.1")
+    with pytest.raises(SystemExit) as end:
+        family_class("vlmpruner_llava").create_from_arg_string("pretrained=minivlm")
+    assert end.value.code == 2
+    assert "filelock._api" in capsys.readouterr().err
 
 
 def test_a_newer_release_is_warned_about_once(monkeypatch: pytest.MonkeyPatch) -> None:
