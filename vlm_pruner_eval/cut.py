@@ -6,13 +6,16 @@ dropped: to Hugging Face the shortened batch is a left-padded batch again.
 
 from __future__ import annotations
 
-import types
+import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from vlm_pruner_eval import hf_compat
+from vlm_pruner_eval.errors import PruningError
 
 STATE = "_vlm_pruner_eval_cut"  # attribute of a cache: the CutState of the prompt that it holds
 
@@ -81,12 +84,16 @@ class Cut:
             index[b, later.valid[b]] = self.slots_of(b, later.positions_of(b))
         return index
 
+    def select_rows(self, rows: Tensor) -> Cut:
+        """Return the cut of other rows [B'] of the batch, for the tokens that follow the prompt."""
+        return dataclasses.replace(self, index=self.index[rows], valid=self.valid[rows], _copies={})
+
     def position_ids(self, past: int, n_new: int) -> Tensor:
-        """Contiguous position ids [B, n_new] of the tokens after `past` cached ones, in the memory of the host."""
+        """Contiguous position ids [B, n_new] of the tokens after `past` cached ones, on the CPU; [1, n_new] if all rows are alike."""
         if past == 0:
             return (self.valid.cumsum(-1) - 1).clamp(min=0)
-        first = self.valid.sum(-1, keepdim=True) + (past - self.width)
-        return first + torch.arange(n_new)
+        n_held = torch.tensor([[self.width]]) if self.full else self.valid.sum(-1, keepdim=True)
+        return n_held + (past - self.width) + torch.arange(n_new)
 
     def mask(self, text: nn.Module, hidden: Tensor, cache_layer: LayerLength, prompt_mask: Tensor | None) -> Tensor | None:
         """The attention mask of the layers that see this cut, in the form that the model's attention backend wants.
@@ -98,15 +105,32 @@ class Cut:
         prompt_mask : Tensor [B, L + generated] or None
             The model's own 2-D mask; after prefill it may mask generated tokens too.
         """
-        past, n_new = cache_layer.length, hidden.shape[1]
+        past = cache_layer.length
+        n_rows, n_new = hidden.shape[:2]
+        if not self.full and n_rows != len(self.valid):
+            raise PruningError(
+                f"prune: got {n_rows} rows behind a cache of {len(self.valid)}, expected the cache's own methods to change rows."
+            )
         mask = None  # no filler, no padding: as Hugging Face does, so that SDPA and flash attention take their fast paths
         masks_new = past > 0 and prompt_mask is not None
         if not self.full or masks_new:
-            mask = torch.ones(hidden.shape[0], past + n_new, dtype=torch.bool, device=hidden.device)
-            mask[:, : self.width] = self.on(hidden.device)[1]
+            mask = torch.ones(n_rows, past + n_new, dtype=torch.bool, device=hidden.device)
+            if not self.full:
+                mask[:, : self.width] = self.on(hidden.device)[1]
             if masks_new:
                 mask[:, self.width :] = prompt_mask[:, self.length :].to(mask)
         return hf_compat.causal_mask(text.config, hidden, mask, cache_layer)
+
+
+@dataclass(eq=False)
+class Context:
+    """The pruning context that a prompt was read in; its cache can be used as long as one of the same model is open."""
+
+    text: nn.Module
+    is_open: bool = True
+
+    def __deepcopy__(self, memo: dict) -> Context:
+        return self  # of a copied cache, too
 
 
 @dataclass
@@ -115,11 +139,19 @@ class CutState:
 
     length: int
     cuts: list[Cut] = field(default_factory=list)
+    context: Context | None = None
 
     def at(self, layer: int) -> Cut | None:
         """The cut that decoder layer `layer` sees; None before the first."""
         seen = [cut for cut in self.cuts if cut.layer <= layer]
         return seen[-1] if seen else None
+
+    def select_rows(self, select: Callable[[Tensor], Tensor]) -> CutState:
+        """Return the state of other rows of the batch; `select` picks from the numbers [B] of the present ones."""
+        if all(cut.full for cut in self.cuts):
+            return self  # rows without fillers need no mask of their own
+        rows = select(torch.arange(len(self.cuts[0].index)))
+        return CutState(self.length, [cut.select_rows(rows) for cut in self.cuts], self.context)
 
 
 class LayerLength:
@@ -149,10 +181,10 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def remember(cache: object, state: CutState) -> None:
-    """Attach `state` to a cache, and let position logic that asks layer 0 keep seeing the original length."""
+    """Attach `state` to a cache; of a prompt that was cut, the cache's operations follow the cut from now on, see `CutCache`."""
     setattr(cache, STATE, state)
-    if state.cuts and state.cuts[0].layer == 0:
-        cache.get_seq_length = types.MethodType(_original_length, cache)
+    if state.cuts and not isinstance(cache, CutCache):
+        cache.__class__ = _cut_class(type(cache))
 
 
 def recall(cache: object) -> CutState | None:
@@ -160,7 +192,74 @@ def recall(cache: object) -> CutState | None:
     return getattr(cache, STATE, None)
 
 
-def _original_length(self: object, layer_idx: int = 0) -> int:
-    """``Cache.get_seq_length`` of a cache whose layer 0 was cut."""
-    length, cut = type(self).get_seq_length(self, layer_idx), recall(self).cuts[0]
-    return length + cut.length - cut.width if layer_idx == 0 and length else length
+class CutCache:
+    """Operations of a cache whose layers hold different lengths: mixed into the class of the cache of a pruned prompt."""
+
+    def update(self, *args: object, **kwargs: object) -> object:
+        """Add keys and values of new tokens.
+
+        Raises
+        ------
+        PruningError
+            Outside of the pruning context, where the model would use other masks and positions.
+        """
+        context = recall(self).context
+        if context is not None and not context.is_open:
+            raise PruningError(
+                "prune: got the cache of a pruned prompt outside of a pruning context, where the model would answer from other masks and "
+                "positions; go on inside `with prune(...)`, or read the prompt again."
+            )
+        return super().update(*args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the tokens of a layer; of layer 0, which position logic asks, those of the prompt before the cut and all new ones."""
+        length = super().get_seq_length(layer_idx)
+        state = recall(self)
+        cut = state.at(0) if state is not None else None
+        return length + cut.length - cut.width if cut is not None and layer_idx == 0 and length else length
+
+    def crop(self, tokens: int, *args: object, **kwargs: object) -> None:
+        """Take back the last tokens: -n of them (or, before transformers 5.2x, down to a positive length).
+
+        Raises
+        ------
+        PruningError
+            More than what follows the prompt: what was dropped of it can't come back.
+        """
+        total = self.get_seq_length()
+        n_removed = total - tokens if tokens > 0 else -tokens
+        left = recall(self).length
+        if total - n_removed < left:
+            raise PruningError(
+                f"prune: got crop to {total - n_removed} tokens, but the pruned prompt has {left}, whose tokens are dropped at different "
+                "layers; expected to keep the prompt whole. Read a shorter prompt anew."
+            )
+        for layer in self.layers if n_removed > 0 else ():
+            layer.crop(-n_removed)
+
+    def reset(self) -> None:
+        """Forget the prompt."""
+        super().reset()
+        delattr(self, STATE)
+        self.__class__ = type(self).__mro__[2]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows of the batch."""
+        super().reorder_cache(beam_idx)
+        remember(self, recall(self).select_rows(lambda rows: rows[beam_idx.to(rows.device)]))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep rows of the batch, by their numbers or by a boolean mask."""
+        super().batch_select_indices(indices)
+        remember(self, recall(self).select_rows(lambda rows: rows[torch.as_tensor(indices).to(rows.device)]))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch."""
+        super().batch_repeat_interleave(repeats)
+        remember(self, recall(self).select_rows(lambda rows: rows.repeat_interleave(repeats)))
+
+
+@functools.cache
+def _cut_class(cls: type) -> type:
+    """The class of a cache with the operations of a cut one."""
+    return type(cls.__name__, (CutCache, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})

@@ -182,17 +182,51 @@ def query_length(query: int | Tensor) -> int:
     return query if isinstance(query, int) else query.shape[0]
 
 
+def has_foreign_rotary(attention: nn.Module) -> bool:
+    """Return True if another library replaced the rotary function of the attention's file; it may write to its inputs."""
+    module = sys.modules[type(attention).__module__]
+    return getattr(module, "apply_rotary_pos_emb", rotate).__module__ != module.__name__
+
+
 def rotate(attention: nn.Module, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Apply the rotary function of the attention's own file to queries and keys [B, H, L, d].
 
     Where `cos` and `sin` still hold three rows of multi-dimensional positions, the function of Qwen2-VL merges them.
     """
     module = sys.modules[type(attention).__module__]
+    if has_foreign_rotary(attention):
+        q = q.clone()
+        k = k.clone()
     multimodal = getattr(module, "apply_multimodal_rotary_pos_emb", None)
     if multimodal is not None and cos.dim() == 4:
         rope = getattr(attention, "rope_scaling", None) or attention.config.rope_parameters
         return multimodal(q, k, cos, sin, rope["mrope_section"])
     return module.apply_rotary_pos_emb(q, k, cos, sin)
+
+
+def has_multidimensional_positions(config: object) -> bool:
+    """Return True if a token's rotary position has parts for time, height and width, so that an image takes few positions."""
+    text = config.get_text_config()
+    found = [getattr(text, name, None) for name in ("rope_parameters", "rope_scaling")]
+    return any(isinstance(rope, Mapping) and "mrope_section" in rope for rope in found)
+
+
+def count_positions(core: nn.Module, inputs: Mapping[str, Any]) -> list[int]:
+    """Return the rotary positions that each prompt of a batch takes: of multi-dimensional ones, the largest and one.
+
+    Parameters
+    ----------
+    core
+        With ``get_rope_index``.
+    inputs
+        As the processor makes them: input_ids and attention_mask [B, L], grids of images and videos.
+    """
+    attended = inputs["attention_mask"].bool()
+    if not any(name.endswith("_grid_thw") for name in inputs):
+        return attended.sum(1).tolist()  # text takes one each
+    accepted = _parameters(type(core).get_rope_index)
+    positions, _ = core.get_rope_index(**{name: value for name, value in inputs.items() if name in accepted})
+    return (positions.masked_fill(~attended, 0).amax((0, 2)) + 1).tolist()
 
 
 # ---- configurations and processors

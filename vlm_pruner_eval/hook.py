@@ -10,20 +10,35 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlm_pruner_eval import hf_compat
-from vlm_pruner_eval.cut import Cut, CutState, LayerLength, recall, remember, take
+from vlm_pruner_eval.cut import Context, Cut, CutState, LayerLength, recall, remember, take
+from vlm_pruner_eval.eager import EagerExecution
 from vlm_pruner_eval.errors import ConfigError, PruningError
+from vlm_pruner_eval.guard import Guard, NotCopied
 from vlm_pruner_eval.host import to_host
+from vlm_pruner_eval.installed import Hooks
 from vlm_pruner_eval.ledger import Ledger
 from vlm_pruner_eval.prefill import Prefill
 from vlm_pruner_eval.probe import Probe, probe_for
-from vlm_pruner_eval.pruners.base import FROM_PREVIOUS_LAYER, Pruner
+from vlm_pruner_eval.pruners.base import Pruner
+from vlm_pruner_eval.refusals import (
+    problems_of,
+    refuse_chunks,
+    refuse_foreign_cache,
+    refuse_late_images,
+    refuse_new_choice,
+    refuse_prepared,
+    refuse_repeated_singly,
+    refuse_strange_cache,
+    refuse_strange_ids,
+)
+from vlm_pruner_eval.unwrap import uncompiled, unwrapped
 from vlm_pruner_eval.vlms import family_of
-from vlm_pruner_eval.vlms.base import SINGLY
 
 _INSTALLED = "_vlm_pruner_eval_hook"
 
@@ -67,7 +82,7 @@ def installed_probes(core: nn.Module) -> Mapping[int, Probe]:
     return {} if hook is None else hook._probes
 
 
-class PruningHook:
+class PruningHook(NotCopied):
     """The context manager behind `prune`."""
 
     def __init__(self, model: nn.Module, pruner: Pruner, sample_ids: Sequence[str] | None = None):
@@ -80,107 +95,91 @@ class PruningHook:
                 f"prune: got method {pruner.name}, which makes the images smaller before the model sees them, so there is nothing to prune "
                 f"inside it; use it through lmms-eval or a sweep (method={pruner.name}), or take another method."
             )
-        self.family, self.pruner, self.sample_ids = family_of(model), pruner, sample_ids
-        self.core, self.text = hf_compat.decoder(model)
-        self.layers = self.text.layers
+        self.outer = model
+        self.head = unwrapped(model)
+        self.family = family_of(self.head)
+        self.pruner = pruner
+        self.sample_ids = sample_ids
+        self.core, self.text = hf_compat.decoder(self.head)
+        self.layers = [uncompiled(layer) for layer in self.text.layers]
         self.stages = pruner.stages(len(self.layers))
         self.contiguous = pruner.position_policy(self.family.mrope) == "contiguous"
-        if problems := self._problems():
+        if problems := problems_of(pruner, self.stages, self.text, mrope=self.family.mrope):
             raise ConfigError(problems)
+        self.first = self.stages[0].layer if self.stages else len(self.layers)
         self.ledger = Ledger()
-        self._handles: list = []
-        self._replaced: list[tuple[object, str, object, Callable]] = []
         self._layouts: dict[str, list] = {}
         self._pixels: dict[str, object] = {}
+        self._labels: Tensor | None = None
         self._is_encoding = False
         self._prefill: Prefill | None = None
+        self._without_cache: tuple[int | None, list[str]] = None, []  # generate() call, and the names that its rows had at first
         self._forget_forward()
-
-    def _problems(self) -> list[str]:
-        name, n, found = self.pruner.name or type(self.pruner).__name__, len(self.layers), []
-        order = [stage.layer for stage in self.stages]
-        for layer in order:
-            if not 0 <= layer < n:
-                found.append(f"{name}: layer: got {layer}, expected 0 to {n - 1}: this model has {n} decoder layers.")
-        if order != sorted(set(order)):
-            found.append(f"{name}: stages: got layers {order}, expected them ascending without repeats.")
-        if 0 in order and self.pruner.needs & FROM_PREVIOUS_LAYER:
-            wanted = ", ".join(sorted(self.pruner.needs & FROM_PREVIOUS_LAYER))
-            found.append(f"{name}: layer: got 0, but {wanted} come from the layer before; use layer >= 1.")
-        if self.contiguous and self.family.mrope:
-            found.append(f"{name}: positions=contiguous: this model has multi-dimensional rotary positions; use positions=original.")
-        kinds = list(getattr(self.text.config, "layer_types", None) or ())
-        if order and "sliding_attention" in kinds[order[0] :]:
-            found.append(
-                f"{name}: layers from {order[0]} on use sliding-window attention, which can't be pruned; disable it in the config."
-            )
-        return found
 
     # ---- installation
     def __enter__(self) -> Ledger:
         if _INSTALLED in self.core.__dict__:
             raise PruningError("prune: this model is being pruned already; close the outer context first (nested use is refused).")
-        self.core.__dict__[_INSTALLED] = self
+        self._guard = Guard()
+        self._context = Context(self.text)
         with ExitStack() as undo:
-            undo.callback(self._remove)
+            undo.enter_context(EagerExecution(self.head))
+            self.core.__dict__[_INSTALLED] = self
+            undo.callback(self.core.__dict__.pop, _INSTALLED, None)
+            self._hooks = undo.enter_context(Hooks())
             self._install()
-            undo.pop_all()
+            self._undo = undo.pop_all()
         return self.ledger
 
     def _install(self) -> None:
-        add = self._handles.append
+        add = self._hooks.add
+        for module in {id(module): module for module in (self.outer, self.head, self.core)}.values():
+            add(module.register_forward_pre_hook(self._guard.begin, prepend=True))
+            add(module.register_forward_hook(self._guard.end, always_call=True))
+        add(self.head.register_forward_pre_hook(self._before_head, with_kwargs=True))
         add(self.core.register_forward_pre_hook(self._before_core, with_kwargs=True))
+        add(self.core.register_forward_hook(self._after_core, always_call=True))
         add(self.text.register_forward_pre_hook(self._before_text, with_kwargs=True))
-        first = self.stages[0].layer if self.stages else len(self.layers)
-        for i, layer in enumerate(self.layers[first:], start=first):
+        for i, layer in enumerate(self.layers[self.first :], start=self.first):
             add(layer.register_forward_pre_hook(functools.partial(self._before_layer, i), with_kwargs=True))
         if self.stages:
             add(self.text.norm.register_forward_hook(self._after_norm))
         add(self.text.register_forward_hook(self._after_text))
         needs = self.pruner.needs
         self._probes = {s.layer: probe for s in self.stages if (probe := probe_for(self.layers, s.layer, needs))}
-        self._handles.extend(handle for probe in self._probes.values() for handle in probe.handles)
+        for probe in self._probes.values():
+            add(*probe.handles)
         for kind in self.family.kinds:
-            self._replace(self.core, f"get_{kind}_features", functools.partial(self._see_features, kind))
+            self._hooks.replace(self.core, f"get_{kind}_features", functools.partial(self._see_features, kind))
+        if hasattr(self.head, "generate"):
+            self._hooks.replace(self.head, "generate", self._generate)
         for owner, attribute, wrapper in self.family.patches(self.core):
-            self._replace(owner, attribute, functools.partial(self._with_cut, wrapper))
-
-    def _replace(self, owner: object, name: str, function: Callable) -> None:
-        """Hide a method behind an instance attribute; one that the user put there himself is kept for later."""
-        original = getattr(owner, name)
-        ours = functools.wraps(original)(functools.partial(function, original))
-        self._replaced.append((owner, name, owner.__dict__.get(name), ours))
-        owner.__dict__[name] = ours
-
-    def _remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for owner, name, before, _ in reversed(self._replaced):
-            owner.__dict__.pop(name, None)
-            if before is not None:
-                owner.__dict__[name] = before
-        self._replaced.clear()
-        self.core.__dict__.pop(_INSTALLED, None)
+            self._hooks.replace(owner, attribute, functools.partial(self._with_cut, wrapper))
 
     def __exit__(self, exc_type: type | None, *rest: object) -> None:
-        missing = self._missing_hooks()
-        self._remove()
-        if exc_type is None and missing:
-            raise PruningError(missing)
-        if exc_type is None and self._prefill is not None:
+        with self._guard.turn():  # a thread that still generates comes to its end first
+            self._context.is_open = False
+            with self._undo:
+                if exc_type is None:
+                    self._check_hooks()
+        if exc_type is not None:
+            return
+        if self._prefill is not None:
             raise PruningError("prune: a prompt was read but its prefill never finished, so nothing proves that it was pruned.")
+        self._guard.check_exit()
 
-    def _missing_hooks(self) -> str | None:
-        gone = sum(handle.id not in handle.hooks_dict_ref() for handle in self._handles)
-        gone += sum(owner.__dict__.get(name) is not ours for owner, name, _, ours in self._replaced)
-        if not gone:
-            return None
-        total = len(self._handles) + len(self._replaced)
-        return f"prune: {gone} of {total} hooks were removed from the model inside the context, so prompts may not have been pruned."
+    def _check_hooks(self) -> None:
+        replaced = [i for i, layer in enumerate(self.text.layers) if uncompiled(layer) is not self.layers[i]]
+        self._hooks.check(replaced)
 
     # ---- hooks, in the order in which a forward meets them
+    def _generate(self, original: Callable, *args: object, **kwargs: object) -> object:
+        if self.stages:
+            refuse_chunks(getattr(self.head, "generation_config", None), *args, *kwargs.values(), size=kwargs.get("prefill_chunk_size"))
+        return self._guard.generate(original, *args, **kwargs)
+
     def _see_features(self, kind: str, original: Callable, *args: object, **kwargs: object) -> object:
+        self._guard.check_thread()
         if self._is_encoding:  # Qwen3-VL's get_video_features calls get_image_features, which has seen the images already
             return original(*args, **kwargs)
         bound = inspect.signature(original).bind(*args, **kwargs).arguments
@@ -197,33 +196,52 @@ class PruningHook:
     def _forget_forward(self) -> None:
         self._input_ids = self._mask = self._state = self._patch = None
 
+    def _before_head(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._labels = kwargs.get("labels")
+
     def _before_core(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._forget_forward()
         self._input_ids = kwargs.get("input_ids", args[0] if args else None)
 
+    def _after_core(self, module: nn.Module, args: tuple, output: object) -> None:
+        self._forget_forward()
+        self._labels = None
+
     def _before_text(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if missing := self._missing_hooks():
-            raise PruningError(missing)
+        self._check_hooks()
         self._mask, self._patch, self._prefill = kwargs.get("attention_mask"), None, None
         for probe in self._probes.values():
             probe.clear()
         embeds = hf_compat.argument(kwargs, "inputs_embeds", "the language model")
         cache = hf_compat.cache_argument(kwargs, "the language model")
+        refuse_strange_cache(cache)
         if cache is not None and cache.get_seq_length() > 0:
-            self._state = recall(cache)
-            self._refuse_late_images(embeds)
+            self._go_on(embeds, cache)
+        else:
+            self._begin(embeds, cache)
+
+    def _go_on(self, embeds: Tensor, cache: Any) -> None:
+        """Read new tokens behind a prompt that the cache holds."""
+        self._state = recall(cache)
+        if not self.stages and (self._state is None or not self._state.cuts):
             return
+        n_new = embeds.shape[1]
+        holds_images = self._input_ids is not None and n_new > 1 and bool(self.family.is_visual(self.core.config, self._input_ids).any())
+        refuse_late_images(n_new, holds_images)
+        refuse_foreign_cache(self._state, self.text, self.first, self._mask, n_new, cache.get_seq_length())
+        self._state.context = self._context
+
+    def _begin(self, embeds: Tensor, cache: Any) -> None:
+        """Read a prompt from its first token on."""
         if self.stages:
-            self._refuse(cache)
-        if self._input_ids is None:
-            raise PruningError(
-                "prune: got inputs_embeds alone, expected input_ids: visual tokens are found through them. Pass input_ids and pixel_values."
-            )
-        self._state = CutState(embeds.shape[1])
-        input_ids, *mask = to_host(self._input_ids, *([] if self._mask is None else [self._mask]))
-        attended = mask[0].bool() if mask else torch.ones(input_ids.shape, dtype=torch.bool)
+            refuse_prepared(self._mask, cache)
+        refuse_strange_ids(self._input_ids, embeds)
+        self._state = CutState(embeds.shape[1], context=self._context)
+        mask = torch.ones_like(self._input_ids) if self._mask is None else self._mask
+        input_ids, attended, *labels = to_host(self._input_ids, mask.bool(), *([] if self._labels is None else [self._labels]))
         scopes = self.family.scopes(self.core.config, input_ids, self._layouts)
-        self._refuse_repeated_singly(input_ids)
+        refuse_repeated_singly(self.family, self.core.config, input_ids, self._pixels, self._layouts)
+        self._pixels.clear()
         self._prefill = Prefill(
             pruner=self.pruner,
             family=self.family,
@@ -233,43 +251,19 @@ class PruningHook:
             input_ids=input_ids,
             attended=attended,
             scopes=scopes,
-            sample_ids=self.sample_ids,
+            sample_ids=self._names(len(input_ids)) if cache is None else self.sample_ids,
             contiguous=self.contiguous,
+            labels=labels[0] if labels else None,
         )
         self._prefill.cache = cache
 
-    def _refuse(self, cache: object) -> None:
-        if isinstance(self._mask, dict) or (self._mask is not None and self._mask.dim() != 2):
-            raise PruningError(
-                "prune: got a prepared attention mask (as static caches make), expected the 2-D padding mask [B, L]; use a dynamic cache."
-            )
-        if hf_compat.is_static(cache):
-            raise PruningError(
-                "prune: got a static cache, whose layers can't hold different lengths; use the default cache (cache_implementation=None)."
-            )
-
-    def _refuse_repeated_singly(self, input_ids: Tensor) -> None:
-        for kind, pixels in self._pixels.items():
-            layouts = self._layouts.get(kind, [])
-            if not isinstance(pixels, Tensor) or len(pixels) != len(layouts):
-                continue  # patches of all images in one row, as Qwen has them, whose classes repeat them rightly
-            token = self.family.token_id(self.core.config, kind)
-            rows = self.family.scopes(self.core.config, torch.where(input_ids == token, token, -1), {kind: layouts})
-            if hf_compat.repeated_singly(pixels, [len(row) for row in rows], input_ids):
-                raise PruningError(f"prune: {SINGLY}")
-        self._pixels.clear()
-
-    def _refuse_late_images(self, embeds: Tensor) -> None:
-        if (
-            self.stages
-            and embeds.shape[1] > 1
-            and self._input_ids is not None
-            and bool(self.family.is_visual(self.core.config, self._input_ids).any())
-        ):
-            raise PruningError(
-                "prune: got image tokens behind a filled cache (a new image in a later turn, or a prefill in chunks), expected them in "
-                "the first, whole prefill; start a new prompt that holds all images."
-            )
+    def _names(self, n_rows: int) -> Sequence[str] | None:
+        """Names of the rows in generate() without a cache, where every step is a prefill of a longer prompt: those of the first."""
+        call, names = self._without_cache
+        if self._guard.call is None or call != self._guard.call:
+            return self.sample_ids
+        refuse_new_choice(self.pruner)
+        return names if len(names) == n_rows else self.sample_ids
 
     def _before_layer(self, i: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         hidden = before = hf_compat.hidden_argument(args, kwargs, i)
@@ -325,15 +319,17 @@ class PruningHook:
         return full
 
     def _after_text(self, module: nn.Module, args: tuple, output: object) -> None:
-        if missing := self._missing_hooks():
-            raise PruningError(missing)
+        self._check_hooks()
+        self._guard.n_seen += 1
         if self._prefill is None:
             return
         prefill, self._prefill = self._prefill, None
         if prefill.cache is None:
             prefill.cache = hf_compat.cache_of(output)
         prefill.verify(self._state)
-        if prefill.cache is not None:  # without a cache every step is a prefill of the same images
+        if prefill.cache is not None:
             self._layouts.clear()
+        else:  # every step is a prefill of the same images
+            self._without_cache = self._guard.call, prefill.sample_ids
         prefill.cache = None  # measured; records that nobody has read yet must not keep it alive
         self.ledger.add(functools.partial(prefill.records, self._state))

@@ -7,63 +7,23 @@ methods' answers are waited for.
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from vlm_pruner_eval.batch_rows import Alive, Row, batch_rows
 from vlm_pruner_eval.cut import Cut, CutState, take
 from vlm_pruner_eval.errors import PruningError
 from vlm_pruner_eval.ledger import SampleRecord
 from vlm_pruner_eval.probe import Probe
 from vlm_pruner_eval.pruners.base import Pruner
 from vlm_pruner_eval.pruners.checks import check_selection
+from vlm_pruner_eval.refusals import refuse_read_positions
 from vlm_pruner_eval.timing import Span
 from vlm_pruner_eval.types import Selection, Stage, TextTokens, VisualTokens
-from vlm_pruner_eval.vlms.base import Family, Scope, joined
-
-
-@dataclass
-class Alive:
-    """What is left of one scope after the stages so far.
-
-    Attributes
-    ----------
-    local : Tensor [n] int64
-        Ascending indices into the scope's tokens.
-    order : Tensor [n] int64
-        The same in selection order.
-    """
-
-    scope: Scope
-    local: Tensor
-    order: Tensor
-    asked: int
-
-
-@dataclass
-class Row:
-    """One row of the batch. `present` [n]: attended positions; `text`: those that are not visual; `layouts`: one per image."""
-
-    sample_id: str
-    present: Tensor
-    text: Tensor
-    layouts: list[list[int]]
-    scopes: list[Alive]
-    quirks: set[str] = field(default_factory=set)
-    spans: list[Span] = field(default_factory=list)
-
-    @property
-    def padding(self) -> int:
-        """Padding before the first attended token."""
-        return int(self.present[0])
-
-    def positions(self) -> Tensor:
-        """Ascending positions [n] in the row of input_ids that are still there."""
-        kept = [alive.scope.positions[alive.local] for alive in self.scopes]
-        return torch.cat([self.text, *kept]).sort().values
+from vlm_pruner_eval.vlms.base import Family, Scope
 
 
 class Prefill:
@@ -79,6 +39,8 @@ class Prefill:
         Images of every row, in prompt order.
     sample_ids
         One per prompt; beams and returned sequences share their prompt's. None: a digest of each prompt.
+    labels : Tensor [B, L] or None
+        Of a loss: it is read off the positions before them.
     """
 
     def __init__(
@@ -94,13 +56,16 @@ class Prefill:
         scopes: list[list[Scope]],
         sample_ids: Sequence[str] | None,
         contiguous: bool,
+        labels: Tensor | None = None,
     ):
         self.pruner, self.family, self.text, self.probes, self.contiguous = pruner, family, text, probes, contiguous
         self.stages = {stage.layer: stage for stage in stages}
         self.length, self.n_layers = input_ids.shape[1], len(text.layers)
         self.cache: object | None = None
         self.seen: dict[int, int] = {}
-        self.rows = _rows(input_ids, attended, scopes, sample_ids, per_sample=pruner.scope == "per_sample")
+        self.ran: set[int] = set()  # layers of the stages that have run
+        self.labels = labels
+        self.rows = batch_rows(input_ids, attended, scopes, sample_ids, per_sample=pruner.scope == "per_sample")
 
     # ---- cutting
     def enter_layer(self, i: int, hidden: Tensor, state: CutState) -> Tensor:
@@ -110,6 +75,11 @@ class Prefill:
         self.seen[i] = hidden.shape[1]
         return hidden
 
+    @property
+    def sample_ids(self) -> list[str]:
+        """One per row."""
+        return [row.sample_id for row in self.rows]
+
     def _cut(self, stage: Stage, hidden: Tensor, state: CutState) -> Tensor:
         before, probe = state.at(stage.layer), self.probes.get(stage.layer)
         lengths = [sum(len(alive.local) for alive in row.scopes) for row in self.rows]
@@ -117,6 +87,7 @@ class Prefill:
             merged = self._select_all(stage, hidden, before, probe)
         if probe is not None:
             probe.clear()
+        self.ran.add(stage.layer)
         if lengths == [sum(len(alive.local) for alive in row.scopes) for row in self.rows]:
             return hidden  # nothing was dropped: leave the model exactly as it was
         if merged:
@@ -125,9 +96,17 @@ class Prefill:
                 hidden[b, slots] = states
         rows = [row.positions() for row in self.rows]
         cut = Cut.of_rows(rows, layer=stage.layer, length=self.length, contiguous=self.contiguous)
+        self._refuse_read_positions(cut)
         state.cuts.append(cut)
         index = cut.on(hidden.device)[0] if before is None else before.gather_index(cut)
         return take(hidden, index)
+
+    def _refuse_read_positions(self, cut: Cut) -> None:
+        is_visual = torch.zeros(len(self.rows), self.length, dtype=torch.bool)
+        for b, row in enumerate(self.rows):
+            for alive in row.scopes:
+                is_visual[b, alive.scope.positions] = True
+        refuse_read_positions(cut, [int(row.present[-1]) for row in self.rows], self.labels, is_visual, self.sample_ids)
 
     def _select_all(self, stage: Stage, hidden: Tensor, before: Cut | None, probe: Probe | None) -> list[tuple[int, Tensor, Tensor]]:
         """Run the method on every scope; returns (row, slots, new states) where it merged."""
@@ -178,10 +157,11 @@ class Prefill:
         return [self.seen.get(i, self.length) for i in range(self.n_layers)]
 
     def cache_bytes(self) -> int | None:
-        """Bytes of the keys and values that the cache holds, all rows and layers; None without a cache."""
+        """Bytes of the keys and values in the cache, all rows and layers; None without one, or if it does not hold plain tensors."""
         layers = getattr(self.cache, "layers", None)
-        held = [getattr(layer, name, None) for layer in layers or () for name in ("keys", "values")]
-        return sum(tensor.nbytes for tensor in held if tensor is not None) if held else None
+        if not layers or not all(_is_plain(layer) for layer in layers):
+            return None
+        return sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
 
     def verify(self, state: CutState) -> None:
         """Compare what the tensors hold with what was asked.
@@ -191,20 +171,32 @@ class Prefill:
         PruningError
             A layer holds another number of tokens than it should, or a row kept another number than was asked.
         """
+        if missed := sorted(set(self.stages) - self.ran):
+            raise PruningError(
+                f"prune: the stage in front of decoder layer {missed[0]} never ran, expected it in every prefill: something runs this "
+                "layer past its hooks (replaced, traced or compiled code), so this prompt was not pruned."
+            )
         self.measured = self.lengths(state)
         self.measured_bytes = self.cache_bytes()
+        first = min(self.stages, default=self.n_layers)
         for i, length in enumerate(self.measured):
             cut = state.at(i)
             expected = cut.width if cut else self.length
-            if length != expected or self.seen.get(i, expected) != expected:
+            entered = self.seen.get(i, None if i >= first else expected)
+            if length != expected or entered != expected:
                 raise PruningError(
                     f"prune: decoder layer {i} holds {length} tokens after prefill (its input had {self.seen.get(i, 'not been seen')}), "
                     f"expected {expected}: something else changed the sequence or the cache, so this prompt was not pruned as asked."
                 )
         for b, row in enumerate(self.rows):
-            kept, asked = sum(len(alive.local) for alive in row.scopes), sum(alive.asked for alive in row.scopes)
+            kept = sum(len(alive.local) for alive in row.scopes)
+            asked = self._asked(row)
             if kept != asked and self._exact:
                 raise PruningError(f"prune: row {b} (sample {row.sample_id!r}) kept {kept} visual tokens, expected {asked}.")
+
+    def _asked(self, row: Row) -> int:
+        """Visual tokens that a row was to keep: all of them where no stage is asked for."""
+        return sum(alive.asked if self.stages else len(alive.local) for alive in row.scopes)
 
     def records(self, state: CutState) -> list[SampleRecord]:
         """One record per row."""
@@ -220,7 +212,7 @@ class Prefill:
         return SampleRecord(
             row=b,
             n_visual=len(visual),
-            n_asked=sum(alive.asked for alive in row.scopes),
+            n_asked=self._asked(row),
             n_kept=len(held[-1]),
             n_images=len(row.layouts),
             layer=min(self.stages) if self.stages else None,
@@ -300,27 +292,7 @@ def _common(positions: Tensor, visual: Tensor) -> Tensor:
     return positions[torch.isin(positions, visual)]
 
 
-def _rows(
-    input_ids: Tensor, attended: Tensor, scopes: list[list[Scope]], sample_ids: Sequence[str] | None, *, per_sample: bool
-) -> list[Row]:
-    if sample_ids is not None and (not sample_ids or len(input_ids) % len(sample_ids)):
-        raise PruningError(f"prune: got {len(sample_ids)} sample_ids for a batch of {len(input_ids)} rows, expected one per prompt.")
-    rows = []
-    for b, found in enumerate(scopes):
-        present = attended[b].nonzero()[:, 0]
-        is_text = attended[b].clone()
-        for scope in found:
-            is_text[scope.positions] = False
-        if sample_ids is None:
-            sample_id = "prompt:" + hashlib.sha256(str(input_ids[b, present].tolist()).encode()).hexdigest()[:16]
-        else:
-            sample_id = sample_ids[b // (len(input_ids) // len(sample_ids))]
-        budgets = [joined(found)] if per_sample and len(found) > 1 else found
-        layouts = [list(scope.layout.shape) for scope in found]
-        rows.append(Row(sample_id, present, is_text.nonzero()[:, 0], layouts, [_untouched(scope) for scope in budgets]))
-    return rows
-
-
-def _untouched(scope: Scope) -> Alive:
-    everything = torch.arange(len(scope.positions), device=scope.positions.device)
-    return Alive(scope, everything, everything, len(scope.positions))
+def _is_plain(layer: object) -> bool:
+    """Return True for a layer of a cache whose tensors are its keys and values [B, H_kv, n, d], all of them and nothing else."""
+    keys = getattr(layer, "keys", None)
+    return isinstance(keys, Tensor) and keys.dim() == 4 and keys.shape[-2] == layer.get_seq_length()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_pruner_eval import hf_compat
+from vlm_pruner_eval.errors import PruningError
 
 # Outputs of the projections of queries (None if nobody asked) and keys, and the rotary embedding as (cos, sin).
 Seen = tuple[Tensor | None, Tensor, tuple[Tensor, Tensor]]
@@ -55,6 +56,7 @@ class Probe:
     def keys(self) -> Tensor:
         """Keys after rotary embedding, [B, H_kv, L, d]: what the KV cache of this layer holds."""
         if self._rotated is None:
+            self._check_seen()
             k = self._heads(self.k)
             self._rotated = hf_compat.rotate(self.attn, k, k, *self.rope)[1]
         return self._rotated
@@ -67,6 +69,7 @@ class Probe:
         seen : Tensor [n]
             Slots that the token may look at; all of them at or before `last`.
         """
+        self._check_seen()
         q = self._heads(self.q)[row : row + 1, :, last : last + 1]
         cos, sin = (x if x.shape[-3] == 1 else x[..., row : row + 1, :, :] for x in self.rope)
         q, _ = hf_compat.rotate(self.attn, q, q, cos[..., last : last + 1, :], sin[..., last : last + 1, :])
@@ -76,9 +79,17 @@ class Probe:
         weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype).float().mean(0)
         return weights.new_zeros(self.k.shape[1]).index_copy(0, seen, weights)
 
+    def _check_seen(self) -> None:
+        """Raise a PruningError if the attention ran past its projections, as fused kernels of other libraries do."""
+        if self.k is None or self.rope is None:
+            raise PruningError(
+                f"prune: {type(self.attn).__name__} did not call its {'k_proj' if self.rope else 'forward'} as a module, expected Hugging "
+                "Face's own attention, whose keys methods look at; leave out the library that replaced it."
+            )
+
     def _see(self, name: str):
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            setattr(self, name, output)
+            setattr(self, name, output.clone() if hf_compat.has_foreign_rotary(self.attn) else output)
 
         return hook
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from vlm_pruner_eval.budget import parse_rate
 from vlm_pruner_eval.errors import PruningError
+from vlm_pruner_eval.hf_compat import has_multidimensional_positions
 from vlm_pruner_eval.ledger import SampleRecord
 from vlm_pruner_eval.lmms.log import Answer
 from vlm_pruner_eval.pruners import Pruner
@@ -15,7 +16,9 @@ from vlm_pruner_eval.pruners import Pruner
 HOPELESS_AFTER = 16
 
 
-def check_prompt_lengths(n_prompt: Sequence[int], sample_ids: Sequence[str], config: object) -> None:
+def check_prompt_lengths(
+    n_prompt: Sequence[int], sample_ids: Sequence[str], config: object, n_positions: Sequence[int] | None = None
+) -> None:
     """Refuse prompts longer than the model's positions: rotary embeddings would run on and answer nonsense.
 
     Parameters
@@ -24,6 +27,9 @@ def check_prompt_lengths(n_prompt: Sequence[int], sample_ids: Sequence[str], con
         Tokens of each prompt, image tokens included, padding not.
     config
         The Hugging Face configuration of the VLM.
+    n_positions
+        Positions that each prompt takes, of a model with multi-dimensional ones: an image takes as many as its longer side has
+        tokens, so tokens say nothing about the limit and are not held against it.
 
     Raises
     ------
@@ -31,11 +37,15 @@ def check_prompt_lengths(n_prompt: Sequence[int], sample_ids: Sequence[str], con
         Naming the sample, its tokens and the model's positions.
     """
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    for n_tokens, sample_id in zip(n_prompt, sample_ids, strict=True):
-        if limit is not None and n_tokens > limit:
+    taken = n_positions if has_multidimensional_positions(config) else n_prompt
+    if limit is None or taken is None:
+        return
+    for n_tokens, n_taken, sample_id in zip(n_prompt, taken, sample_ids, strict=True):
+        if n_taken > limit:
             raise ValueError(
-                f"{sample_id}: got a prompt of {n_tokens} tokens (image tokens included), but the model has {limit} positions; "
-                "use a task with fewer images or shorter questions, a smaller max_frames_num, or a checkpoint with a longer context."
+                f"{sample_id}: got a prompt of {n_tokens} tokens (image tokens included), which takes {n_taken} positions, but the model "
+                f"has {limit} positions; use a task with fewer images or shorter questions, a smaller max_frames_num, or a checkpoint with "
+                "a longer context."
             )
 
 

@@ -26,6 +26,7 @@ from vlm_pruner_eval.budget import Rate
 from vlm_pruner_eval.cost import DecoderShape
 from vlm_pruner_eval.durable import is_disk_full
 from vlm_pruner_eval.errors import ConfigError, OutOfMemoryError
+from vlm_pruner_eval.hf_compat import count_positions, has_multidimensional_positions
 from vlm_pruner_eval.hook import prune
 from vlm_pruner_eval.lmms import prompts, settings
 from vlm_pruner_eval.lmms.ahead import Ahead, Job, Made, Step, Turn, default_workers
@@ -280,7 +281,7 @@ class PrunedModel(Answering):
     def read(self, batch: Prepared, options: Generation, *, n_more: int = 0) -> Reading:
         """Generate under pruning, and hold what was measured against the prompts; `n_more` tokens must fit behind each of them."""
         ids, asked = batch.sample_ids, {"n_beams": options.n_beams, "pruner": self.hooked, "n_layers": self._n_layers}
-        check_prompt_lengths([n + n_more for n in batch.n_prompt], ids, self.config)
+        check_prompt_lengths([n + n_more for n in batch.n_prompt], ids, self.config, self._n_positions(batch, n_more))
         inputs = move_inputs(batch.inputs, self.device, self.dtype)
         with time_forwards(self.model.model) as times, prune(self.model, self.hooked, sample_ids=ids) as ledger:
             output = self.model.generate(**inputs, **options.kwargs, pad_token_id=self.tokenizer.pad_token_id)
@@ -288,6 +289,12 @@ class PrunedModel(Answering):
         check_records(records, ids, batch.n_visual, batch.n_prompt, **asked)
         records, width = as_planned(records, batch.plans, ids), inputs["input_ids"].shape[1]
         return Reading(output, width, batch.n_prompt, records, times.prefill_ms, times.decode_ms, times.peak_bytes)
+
+    def _n_positions(self, batch: Prepared, n_more: int) -> list[int] | None:
+        """Positions of each prompt, of a model that has other ones than one for each token."""
+        if not has_multidimensional_positions(self.config):
+            return None
+        return [n + n_more for n in count_positions(self.model.model, batch.inputs)]
 
     def answer(self, batch: Prepared, options: Generation) -> list[Answer]:
         """Answer a batch by one call of the model's `generate` under pruning; whatever that raises is not caught."""

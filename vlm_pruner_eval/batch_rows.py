@@ -1,0 +1,103 @@
+"""Rows of a batch while it is pruned: which visual tokens of each image are left, and which positions that makes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vlm_pruner_eval.errors import PruningError
+from vlm_pruner_eval.timing import Span
+from vlm_pruner_eval.vlms.base import Scope, joined
+
+
+@dataclass
+class Alive:
+    """What is left of one scope after the stages so far.
+
+    Attributes
+    ----------
+    local : Tensor [n] int64
+        Ascending indices into the scope's tokens.
+    order : Tensor [n] int64
+        The same in selection order.
+    asked
+        Tokens that the stage that ran last was to keep; None as long as none has run.
+    """
+
+    scope: Scope
+    local: Tensor
+    order: Tensor
+    asked: int | None
+
+
+@dataclass
+class Row:
+    """One row of the batch. `present` [n]: attended positions; `text`: those that are not visual; `layouts`: one per image."""
+
+    sample_id: str
+    present: Tensor
+    text: Tensor
+    layouts: list[list[int]]
+    scopes: list[Alive]
+    quirks: set[str] = field(default_factory=set)
+    spans: list[Span] = field(default_factory=list)
+
+    @property
+    def padding(self) -> int:
+        """Padding before the first attended token."""
+        return int(self.present[0])
+
+    def positions(self) -> Tensor:
+        """Ascending positions [n] in the row of input_ids that are still there."""
+        kept = [alive.scope.positions[alive.local] for alive in self.scopes]
+        return torch.cat([self.text, *kept]).sort().values
+
+
+def batch_rows(
+    input_ids: Tensor, attended: Tensor, scopes: list[list[Scope]], sample_ids: Sequence[str] | None, *, per_sample: bool
+) -> list[Row]:
+    """Return the rows of a prompt batch before any stage.
+
+    Parameters
+    ----------
+    input_ids : Tensor [B, L]
+        On the CPU, as all positions here are.
+    attended : Tensor [B, L] bool
+        False = padding.
+    scopes
+        Images of every row, in prompt order.
+    sample_ids
+        One per prompt; None: a digest of each prompt.
+    per_sample
+        True if all images of a row share one budget.
+
+    Raises
+    ------
+    PruningError
+        Names that do not fit the batch.
+    """
+    if sample_ids is not None and (not sample_ids or len(input_ids) % len(sample_ids)):
+        raise PruningError(f"prune: got {len(sample_ids)} sample_ids for a batch of {len(input_ids)} rows, expected one per prompt.")
+    rows = []
+    for b, found in enumerate(scopes):
+        present = attended[b].nonzero()[:, 0]
+        is_text = attended[b].clone()
+        for scope in found:
+            is_text[scope.positions] = False
+        if sample_ids is None:
+            sample_id = "prompt:" + hashlib.sha256(str(input_ids[b, present].tolist()).encode()).hexdigest()[:16]
+        else:
+            sample_id = sample_ids[b // (len(input_ids) // len(sample_ids))]
+        budgets = [joined(found)] if per_sample and len(found) > 1 else found
+        layouts = [list(scope.layout.shape) for scope in found]
+        rows.append(Row(sample_id, present, is_text.nonzero()[:, 0], layouts, [_untouched(scope) for scope in budgets]))
+    return rows
+
+
+def _untouched(scope: Scope) -> Alive:
+    everything = torch.arange(len(scope.positions), device=scope.positions.device)
+    return Alive(scope, everything, everything, None)
