@@ -45,7 +45,8 @@ def fastv() -> object:
 
 def answer(model: nn.Module, inputs: dict, n: int = 4, **settings: object) -> list[list[int]]:
     """Greedy new tokens."""
-    ids = model.generate(**inputs, max_new_tokens=n, min_new_tokens=n, do_sample=False, **NO_IMAGE_TOKENS, **settings)
+    settings |= NO_IMAGE_TOKENS | {"eos_token_id": 2}
+    ids = model.generate(**inputs, max_new_tokens=n, min_new_tokens=n, do_sample=False, **settings)
     return ids[:, inputs["input_ids"].shape[1] :].tolist()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lmms_requests import GREEDY, request, set_batch_size, texts
+from lmms_requests import GREEDY, request, set_batch_size, texts, to_messages
 from PIL import Image
 from tiny_checkpoints import PROCESSORS, checkpoint
 
@@ -205,6 +205,18 @@ def test_other_media_are_a_sentence(model: PrunedModel, kind: str) -> None:
         assert "video clip: there is no such file" in model.answers[0].error
     else:
         assert f"holds 1 {kind} input(s), expected {' and '.join(model.kinds)} only" in model.answers[0].error
+
+
+def test_a_placeholder_in_a_question_is_a_sentence(model: PrunedModel) -> None:
+    token = model.processor.image_token
+
+    def with_placeholder(document: dict) -> list[dict]:
+        (chat,) = to_messages(document)
+        return [chat | {"content": [*chat["content"], {"type": "text", "text": f"Is {token} a word?"}]}]
+
+    assert texts(model, [request("first", 0, messages=with_placeholder)]) == [""]
+    n_images = len(model.task_dict["first"]["test"][0]["images"])
+    assert f"got {n_images + 1} placeholders {token} for {n_images} image(s)" in model.answers[0].error
 
 
 def test_all_but_the_families_of_images_take_videos(family: str) -> None:

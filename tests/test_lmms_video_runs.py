@@ -259,14 +259,18 @@ def test_a_file_that_breaks_while_it_is_decoded_costs_no_other_of_its_batch(fami
 
 def test_a_prompt_of_too_many_frames_is_a_sentence(family: str) -> None:
     model = load(f"vlmpruner_{family}", pretrained=checkpoint(family), max_frames_num=1000)
-    limit = 300
+    limit = 100 if family in QWEN else 300  # under multi-dimensional positions two frames take one
     model.config.get_text_config().max_position_embeddings = limit
     model.task_dict = {"clips": {"test": [{"videos": [pictures(160)], "images": []}]}}
     assert texts(model, [asked(0)]) == [""]
-    found = re.search(
-        r"got a prompt of (\d+) tokens .*, but the model has 300 positions; .* a smaller max_frames_num", model.answers[0].error
-    )
-    assert int(found[1]) > limit
+    sentence = rf"got a prompt of (\d+) tokens .* takes (\d+) positions, but the model has {limit} positions; .* a smaller max_frames_num"
+    n_tokens, n_positions = map(int, re.search(sentence, model.answers[0].error).groups())
+    assert n_tokens > 300
+    assert n_positions > limit
+    model.config.get_text_config().max_position_embeddings = n_positions
+    model.answers = []
+    texts(model, [asked(0)])
+    assert model.answers[0].error is None
 
 
 def test_videos_of_unequal_length_in_one_prompt(family: str, model: PrunedModel) -> None:

@@ -83,6 +83,8 @@ def build_inputs(processor: ProcessorMixin, batch: Sequence[Prompt], settings: S
     ValueError
         A video that can't be decoded, or videos whose frame counts the family can't hold in one batch.
     """
+    for prompt in batch:
+        _check_placeholders(prompt, processor)
     # a list per prompt: LLaVA-OneVision cuts a prompt's only image into tiles, and leaves several images whole
     images = [prompt.images for prompt in batch if prompt.images]
     videos = [video for prompt in batch for video in prompt.videos]
@@ -93,6 +95,18 @@ def build_inputs(processor: ProcessorMixin, batch: Sequence[Prompt], settings: S
         padding=True,
         return_tensors="pt",
     )
+
+
+def _check_placeholders(prompt: Prompt, processor: ProcessorMixin) -> None:
+    """Raise a ValueError if the text has other placeholders than there are images and videos, as one in a question makes it."""
+    for kind, media in (("image", prompt.images), ("video", prompt.videos)):
+        token = getattr(processor, f"{kind}_token", None)
+        n_found = prompt.text.count(token) if token else len(media)
+        if n_found != len(media):
+            raise ValueError(
+                f"{prompt.request.sample_id}: got {n_found} placeholders {token} for {len(media)} {kind}(s), expected one for each; if the "
+                "question's own text has the placeholder in it, take it out of the document."
+            )
 
 
 def move_inputs(inputs: BatchFeature, device: torch.device, dtype: torch.dtype) -> BatchFeature:
