@@ -259,7 +259,7 @@ def test_a_file_that_breaks_while_it_is_decoded_costs_no_other_of_its_batch(fami
 
 def test_a_prompt_of_too_many_frames_is_a_sentence(family: str) -> None:
     model = load(f"vlmpruner_{family}", pretrained=checkpoint(family), max_frames_num=1000)
-    limit = 100 if family in QWEN else 300  # under multi-dimensional positions two frames take one
+    limit = 60 if family in QWEN else 300  # under multi-dimensional positions two frames take one
     model.config.get_text_config().max_position_embeddings = limit
     model.task_dict = {"clips": {"test": [{"videos": [pictures(160)], "images": []}]}}
     assert texts(model, [asked(0)]) == [""]
