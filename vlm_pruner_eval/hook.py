@@ -55,7 +55,8 @@ def prune(model: nn.Module, pruner: Pruner, *, sample_ids: Sequence[str] | None 
     Parameters
     ----------
     model
-        A Hugging Face VLM of a known family (see `vlm_pruner_eval.vlms`), loaded and unmodified.
+        A Hugging Face VLM of a known family (see `vlm_pruner_eval.vlms`), or a wrapper that holds one (an adapter, a compiled or a
+        data-parallel module). Compiled code runs eagerly inside the context, with a RuntimeWarning.
     pruner
         Built by `get_pruner`, or an instance of your own Pruner subclass.
     sample_ids
@@ -68,10 +69,11 @@ def prune(model: nn.Module, pruner: Pruner, *, sample_ids: Sequence[str] | None 
     Raises
     ------
     ConfigError
-        On entry: a model, layer or position policy that can't work.
+        A model, layer or position policy that can't work.
     PruningError
-        In the context: what the tensors hold differs from what was asked, or an input that can't be pruned
-        (static caches, chunked prefill, inputs_embeds without input_ids, a new image in a later turn).
+        In the context: what the tensors hold differs from what was asked; an input that can't be pruned (static caches, chunked
+        prefill, inputs_embeds without input_ids, a new image in a later turn, an image at the prompt's end); a forward in the middle
+        of another thread's; a copy of the model. On exit: the model ran, and no prefill was recorded.
     """
     return PruningHook(model, pruner, sample_ids)
 
