@@ -36,11 +36,23 @@ class Alive:
 
 @dataclass
 class Row:
-    """One row of the batch. `present` [n]: attended positions; `text`: those that are not visual; `layouts`: one per image."""
+    """One row of the batch.
+
+    Attributes
+    ----------
+    present, text : Tensor [n] int64
+        Attended positions, and those of them that are not visual.
+    end
+        Position of the prompt's last token. What follows in the same forward was generated, or is a guess of assisted decoding, and
+        methods don't see it.
+    layouts
+        One per image.
+    """
 
     sample_id: str
     present: Tensor
     text: Tensor
+    end: int
     layouts: list[list[int]]
     scopes: list[Alive]
     quirks: set[str] = field(default_factory=set)
@@ -58,7 +70,7 @@ class Row:
 
 
 def batch_rows(
-    input_ids: Tensor, attended: Tensor, scopes: list[list[Scope]], sample_ids: Sequence[str] | None, *, per_sample: bool
+    input_ids: Tensor, attended: Tensor, scopes: list[list[Scope]], sample_ids: Sequence[str] | None, *, per_sample: bool, n_prompt: int
 ) -> list[Row]:
     """Return the rows of a prompt batch before any stage.
 
@@ -74,6 +86,8 @@ def batch_rows(
         One per prompt; None: a digest of each prompt.
     per_sample
         True if all images of a row share one budget.
+    n_prompt
+        Length of the prompt, at most L.
 
     Raises
     ------
@@ -85,16 +99,17 @@ def batch_rows(
     rows = []
     for b, found in enumerate(scopes):
         present = attended[b].nonzero()[:, 0]
+        asked = present[present < n_prompt]
         is_text = attended[b].clone()
         for scope in found:
             is_text[scope.positions] = False
         if sample_ids is None:
-            sample_id = "prompt:" + hashlib.sha256(str(input_ids[b, present].tolist()).encode()).hexdigest()[:16]
+            sample_id = "prompt:" + hashlib.sha256(str(input_ids[b, asked].tolist()).encode()).hexdigest()[:16]
         else:
             sample_id = sample_ids[b // (len(input_ids) // len(sample_ids))]
         budgets = [joined(found)] if per_sample and len(found) > 1 else found
         layouts = [list(scope.layout.shape) for scope in found]
-        rows.append(Row(sample_id, present, is_text.nonzero()[:, 0], layouts, [_untouched(scope) for scope in budgets]))
+        rows.append(Row(sample_id, present, is_text.nonzero()[:, 0], int(asked[-1]), layouts, [_untouched(scope) for scope in budgets]))
     return rows
 
 

@@ -88,6 +88,15 @@ class Cut:
         """Return the cut of other rows [B'] of the batch, for the tokens that follow the prompt."""
         return dataclasses.replace(self, index=self.index[rows], valid=self.valid[rows], _copies={})
 
+    def shortened(self, length: int) -> Cut | None:
+        """Return the cut of a prompt that ends at `length`; None unless all rows held every token from there on."""
+        n_gone = self.length - length
+        tail = self.index[:, -n_gone:]
+        if n_gone >= self.width or not torch.equal(tail, torch.arange(length, self.length).expand_as(tail)):
+            return None
+        index, valid = self.index[:, :-n_gone], self.valid[:, :-n_gone]
+        return dataclasses.replace(self, index=index, valid=valid, length=length, _copies={})
+
     def position_ids(self, past: int, n_new: int) -> Tensor:
         """Contiguous position ids [B, n_new] of the tokens after `past` cached ones, on the CPU; [1, n_new] if all rows are alike."""
         if past == 0:
@@ -145,6 +154,11 @@ class CutState:
         """The cut that decoder layer `layer` sees; None before the first."""
         seen = [cut for cut in self.cuts if cut.layer <= layer]
         return seen[-1] if seen else None
+
+    def shortened(self, length: int) -> CutState | None:
+        """Return the state of a prompt that ends at `length`; None if a token from there on was dropped."""
+        cuts = [cut.shortened(length) for cut in self.cuts]
+        return None if any(cut is None for cut in cuts) else CutState(length, cuts, self.context)
 
     def select_rows(self, select: Callable[[Tensor], Tensor]) -> CutState:
         """Return the state of other rows of the batch; `select` picks from the numbers [B] of the present ones."""
@@ -224,16 +238,20 @@ class CutCache:
         Raises
         ------
         PruningError
-            More than what follows the prompt: what was dropped of it can't come back.
+            So many that tokens which some layers dropped would be among them.
         """
         total = self.get_seq_length()
         n_removed = total - tokens if tokens > 0 else -tokens
-        left = recall(self).length
-        if total - n_removed < left:
+        n_left = total - n_removed
+        state = recall(self)
+        if n_left < state.length:
+            state = state.shortened(n_left)
+        if state is None:
             raise PruningError(
-                f"prune: got crop to {total - n_removed} tokens, but the pruned prompt has {left}, whose tokens are dropped at different "
-                "layers; expected to keep the prompt whole. Read a shorter prompt anew."
+                f"prune: got crop to {n_left} tokens of a pruned prompt, of whose later tokens some layers dropped some, expected to keep "
+                "all images whole. Read a shorter prompt anew."
             )
+        remember(self, state)
         for layer in self.layers if n_removed > 0 else ():
             layer.crop(-n_removed)
 

@@ -32,14 +32,11 @@ class Guard(NotCopied):
     ----------
     n_seen
         Forwards of the language model that the hooks followed to their end.
-    call
-        Number of the generate() call that is running; None outside of one.
     """
 
     def __init__(self) -> None:
         self.n_seen = 0
-        self.call: int | None = None
-        self._n_calls = 0
+        self._n_calls = 0  # of generate() that are running, one inside the other
         self._ran = False
         self._thread: int | None = None
         self._starts: list[tuple[nn.Module, int]] = []  # modules that are running, and n_seen when they began
@@ -61,7 +58,7 @@ class Guard(NotCopied):
             self._thread = threading.get_ident()
 
     def _leave(self) -> None:
-        if self.call is None and not self._starts:
+        if not self._n_calls and not self._starts:
             self._thread = None
 
     @contextmanager
@@ -75,15 +72,13 @@ class Guard(NotCopied):
         """Run ``model.generate`` as the only thread, and hold it against what the hooks saw."""
         with self.turn():
             self._enter()
-            outer = self.call
             self._n_calls += 1
-            self.call = self._n_calls
             self._ran = True
             before = self.n_seen
             try:
                 output = original(*args, **kwargs)
             finally:
-                self.call = outer
+                self._n_calls -= 1
                 self._leave()
             self._check_seen(before, "generate()")
             return output

@@ -31,7 +31,6 @@ from vlm_pruner_eval.refusals import (
     refuse_chunks,
     refuse_foreign_cache,
     refuse_late_images,
-    refuse_new_choice,
     refuse_prepared,
     refuse_repeated_singly,
     refuse_strange_cache,
@@ -115,7 +114,7 @@ class PruningHook(NotCopied):
         self._labels: Tensor | None = None
         self._is_encoding = False
         self._prefill: Prefill | None = None
-        self._without_cache: tuple[int | None, list[str]] = None, []  # generate() call, and the names that its rows had at first
+        self._n_prompt: int | None = None
         self._forget_forward()
 
     # ---- installation
@@ -178,7 +177,14 @@ class PruningHook(NotCopied):
     def _generate(self, original: Callable, *args: object, **kwargs: object) -> object:
         if self.stages:
             refuse_chunks(getattr(self.head, "generation_config", None), *args, *kwargs.values(), size=kwargs.get("prefill_chunk_size"))
-        return self._guard.generate(original, *args, **kwargs)
+        given = next((ids for ids in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if isinstance(ids, Tensor)), None)
+        with self._guard.turn():
+            outer = self._n_prompt
+            self._n_prompt = None if given is None else given.shape[1]
+            try:
+                return self._guard.generate(original, *args, **kwargs)
+            finally:
+                self._n_prompt = outer
 
     def _see_features(self, kind: str, original: Callable, *args: object, **kwargs: object) -> object:
         self._guard.check_thread()
@@ -253,19 +259,12 @@ class PruningHook(NotCopied):
             input_ids=input_ids,
             attended=attended,
             scopes=scopes,
-            sample_ids=self._names(len(input_ids)) if cache is None else self.sample_ids,
+            sample_ids=self.sample_ids,
             contiguous=self.contiguous,
             labels=labels[0] if labels else None,
+            n_prompt=self._n_prompt,
         )
         self._prefill.cache = cache
-
-    def _names(self, n_rows: int) -> Sequence[str] | None:
-        """Names of the rows in generate() without a cache, where every step is a prefill of a longer prompt: those of the first."""
-        call, names = self._without_cache
-        if self._guard.call is None or call != self._guard.call:
-            return self.sample_ids
-        refuse_new_choice(self.pruner)
-        return names if len(names) == n_rows else self.sample_ids
 
     def _before_layer(self, i: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         hidden = before = hf_compat.hidden_argument(args, kwargs, i)
@@ -329,9 +328,7 @@ class PruningHook(NotCopied):
         if prefill.cache is None:
             prefill.cache = hf_compat.cache_of(output)
         prefill.verify(self._state)
-        if prefill.cache is not None:
+        if prefill.cache is not None:  # without a cache every step is a prefill of the same images
             self._layouts.clear()
-        else:  # every step is a prefill of the same images
-            self._without_cache = self._guard.call, prefill.sample_ids
         prefill.cache = None  # measured; records that nobody has read yet must not keep it alive
         self.ledger.add(functools.partial(prefill.records, self._state))

@@ -41,6 +41,8 @@ class Prefill:
         One per prompt; beams and returned sequences share their prompt's. None: a digest of each prompt.
     labels : Tensor [B, L] or None
         Of a loss: it is read off the positions before them.
+    n_prompt
+        Length of the prompt; None: L. Methods don't see what follows in the same forward (without a cache, or in assisted decoding).
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Prefill:
         sample_ids: Sequence[str] | None,
         contiguous: bool,
         labels: Tensor | None = None,
+        n_prompt: int | None = None,
     ):
         self.pruner, self.family, self.text, self.probes, self.contiguous = pruner, family, text, probes, contiguous
         self.stages = {stage.layer: stage for stage in stages}
@@ -65,7 +68,8 @@ class Prefill:
         self.seen: dict[int, int] = {}
         self.ran: set[int] = set()  # layers of the stages that have run
         self.labels = labels
-        self.rows = batch_rows(input_ids, attended, scopes, sample_ids, per_sample=pruner.scope == "per_sample")
+        per_sample = pruner.scope == "per_sample"
+        self.rows = batch_rows(input_ids, attended, scopes, sample_ids, per_sample=per_sample, n_prompt=n_prompt or self.length)
 
     # ---- cutting
     def enter_layer(self, i: int, hidden: Tensor, state: CutState) -> Tensor:
@@ -74,11 +78,6 @@ class Prefill:
             hidden = self._cut(self.stages[i], hidden, state)
         self.seen[i] = hidden.shape[1]
         return hidden
-
-    @property
-    def sample_ids(self) -> list[str]:
-        """One per row."""
-        return [row.sample_id for row in self.rows]
 
     def _cut(self, stage: Stage, hidden: Tensor, state: CutState) -> Tensor:
         before, probe = state.at(stage.layer), self.probes.get(stage.layer)
@@ -106,7 +105,8 @@ class Prefill:
         for b, row in enumerate(self.rows):
             for alive in row.scopes:
                 is_visual[b, alive.scope.positions] = True
-        refuse_read_positions(cut, [int(row.present[-1]) for row in self.rows], self.labels, is_visual, self.sample_ids)
+        read = [(row.end, int(row.present[-1])) for row in self.rows]
+        refuse_read_positions(cut, read, self.labels, is_visual, [row.sample_id for row in self.rows])
 
     def _select_all(self, stage: Stage, hidden: Tensor, before: Cut | None, probe: Probe | None) -> list[tuple[int, Tensor, Tensor]]:
         """Run the method on every scope; returns (row, slots, new states) where it merged."""
@@ -267,7 +267,7 @@ class _RowView:
         )
 
     def _text(self, end: int) -> TextTokens:
-        positions = self.row.text[self.row.text > end]
+        positions = self.row.text[(self.row.text > end) & (self.row.text <= self.row.end)]
         slots, needs = self.slots(positions), self.prefill.pruner.needs
         return TextTokens(
             normed_hidden_states=self._normed(self.hidden[self.b, slots]) if "normed_hidden_states" in needs else None,
@@ -284,8 +284,9 @@ class _RowView:
     @functools.cached_property
     def _attention(self) -> Tensor:
         present = self.row.present if self.before is None else self.before.positions_of(self.b)
-        last = int(present[-1]) if self.before is None else self.before.width - 1  # cuts are right-aligned
-        return self.probe.attention_row(self.b, last, self.slots(present))
+        slots = self.slots(present[present <= self.row.end])
+        last = self.row.end if self.before is None else int(self.before.slots_of(self.b, torch.tensor([self.row.end])))
+        return self.probe.attention_row(self.b, last, slots)
 
 
 def _common(positions: Tensor, visual: Tensor) -> Tensor:

@@ -14,8 +14,6 @@ from vlm_pruner_eval.pruners.base import FROM_PREVIOUS_LAYER, Pruner
 from vlm_pruner_eval.types import Stage
 from vlm_pruner_eval.vlms.base import SINGLY, Family, Layout
 
-CHOOSES_BY_TEXT = frozenset({"attention", "text"})  # fields that change with every token that is generated
-
 
 def problems_of(pruner: Pruner, stages: Sequence[Stage], text: nn.Module, *, mrope: bool) -> list[str]:
     """Return sentences about layers and positions that a pruner asks for and this language model does not have."""
@@ -97,22 +95,15 @@ def refuse_repeated_singly(
             raise PruningError(f"prune: {SINGLY}")
 
 
-def refuse_new_choice(pruner: Pruner) -> None:
-    """Raise a PruningError when generate() without a cache reads the prompt again, and the method would choose other tokens."""
-    if pruner.needs & CHOOSES_BY_TEXT:
-        raise PruningError(
-            f"prune: got generate() without a cache, where {pruner.name or type(pruner).__name__} would choose other tokens at every step "
-            "(it looks at the text behind the image), expected use_cache=True."
-        )
-
-
-def refuse_read_positions(cut: Cut, last: Sequence[int], labels: Tensor | None, is_visual: Tensor, sample_ids: Sequence[str]) -> None:
+def refuse_read_positions(
+    cut: Cut, read: Sequence[Sequence[int]], labels: Tensor | None, is_visual: Tensor, sample_ids: Sequence[str]
+) -> None:
     """Raise a PruningError if something is read off a position that `cut` dropped.
 
     Parameters
     ----------
-    last
-        Position of each row's last attended token: the answer's first token is read off it.
+    read
+        Positions of each row that new tokens are read off: the last one of its prompt, and its last one.
     labels : Tensor [B, L] or None
         A loss reads each label off the position before it; -100 and image tokens are not read.
     is_visual : Tensor [B, L] bool
@@ -120,14 +111,14 @@ def refuse_read_positions(cut: Cut, last: Sequence[int], labels: Tensor | None, 
     for b, sample_id in enumerate(sample_ids):
         kept = torch.zeros(cut.length, dtype=torch.bool)
         kept[cut.positions_of(b)] = True
-        if not kept[last[b]]:
+        if not bool(kept[list(read[b])].all()):
             raise PruningError(
                 f"prune: sample {sample_id!r} ends with a visual token, which was removed, but the answer is read off the last token; put "
                 "text behind the image, as chat templates do."
             )
         if labels is not None:
-            read = (labels[b, 1:] != -100) & ~is_visual[b, 1:] & is_visual[b, :-1]
-            if bool((read & ~kept[:-1]).any()):
+            labelled = (labels[b, 1:] != -100) & ~is_visual[b, 1:] & is_visual[b, :-1]
+            if bool((labelled & ~kept[:-1]).any()):
                 raise PruningError(
                     f"prune: sample {sample_id!r} has a label right behind an image, whose loss is read off a visual token that was "
                     "removed; set that label to -100."
