@@ -18,7 +18,8 @@ from pathlib import Path
 import av
 import numpy as np
 from loguru import logger
-from PIL import Image
+
+from vlm_pruner_eval.lmms.images import as_rgb
 
 LOOSE_FRAMES_FPS = 3.0  # frames without a file state no times; MVBench's folders, which lmms-eval has, hold 3 a second
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
@@ -158,16 +159,10 @@ def _of_images(name: str, images: Sequence) -> _Source:
 
 
 def _pixels(name: str, image: object) -> np.ndarray:
-    if isinstance(image, (str, Path)):
-        try:
-            image = Image.open(image)
-        except OSError as error:
-            raise ValueError(f"{name}: a frame can't be read ({error}).") from error
-    if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
-    if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8:
-        return image
-    raise ValueError(f"{name}: got a {type(image).__name__} as a frame, expected an image, its path, or [height, width, 3] of uint8.")
+    try:
+        return np.asarray(as_rgb(image))
+    except ValueError as error:
+        raise ValueError(f"{name}: a frame can't be used ({error})") from error
 
 
 # ---- files
