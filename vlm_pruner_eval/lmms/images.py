@@ -18,14 +18,16 @@ from __future__ import annotations
 
 import base64
 import io
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from types import ModuleType
+from urllib.parse import unquote
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile
 
 from vlm_pruner_eval.shown import short
 
@@ -33,6 +35,15 @@ SWITCH = "LOAD_TRUNCATED_IMAGES"
 EXPECTED = "expected a whole file in a format that Pillow reads; fetch the task's data again."
 NAMES_SIXTEEN_BITS = {"PNG", "PPM"}  # formats in which greyscale of mode I, Pillow's 32 bits, is of 16 bits
 WHITE = (255, 255, 255, 255)
+TURNS = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 MOST_16_BIT = 65535
 MOST_8_BIT = 255
 
@@ -111,7 +122,7 @@ def as_rgb(source: object) -> Image.Image:
     if not (image.width and image.height):
         raise ValueError(f"{_name(source)}: got {image.width} x {image.height} pixels, expected at least one; mend the task's data.")
     try:
-        return _shown(_upright(image))
+        return _turned(_shown(image), _orientation(image))
     except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"{_name(source)}: got mode {image.mode} that can't be shown ({error}); convert it to RGB in the task.") from error
 
@@ -124,26 +135,36 @@ def loaded(source: object) -> Image.Image:
     ValueError
         A file that is missing, no image, or not whole.
     """
+    if isinstance(source, np.ndarray):
+        return _of_array(source)
+    file = source if isinstance(source, Image.Image) else _file(source)
     try:
         with whole_files():
-            return _decoded(source)
+            return _decoded(file)
     except MemoryError:
         raise
     except Exception as error:  # a broken file can make a decoder raise anything
-        if isinstance(source, Image.Image):
-            source.close()  # some decoders take what there is for all of it when they are asked again
+        if file is source:
+            file.close()  # some decoders take what there is for all of it when they are asked again
         raise ValueError(f"{_name(source)}: can't be read whole ({type(error).__name__}: {error}); {EXPECTED}") from error
 
 
-def _decoded(source: object) -> Image.Image:
-    if isinstance(source, Image.Image):
-        source.load()  # nothing, of a picture that was read before
-        return source
-    if isinstance(source, np.ndarray):
-        return Image.fromarray(source)
-    with Image.open(_file(source)) as image:
+def _decoded(file: Image.Image | Path | io.BytesIO) -> Image.Image:
+    if isinstance(file, Image.Image):
+        file.load()  # nothing, of a picture that was read before
+        return file
+    with Image.open(file) as image:
         image.load()
         return image
+
+
+def _of_array(array: np.ndarray) -> Image.Image:
+    try:
+        return Image.fromarray(array)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"image: got an array {list(array.shape)} of {array.dtype}, expected [height, width, 3] of uint8; convert it in the task."
+        ) from error
 
 
 def _file(source: object) -> Path | io.BytesIO:
@@ -153,16 +174,25 @@ def _file(source: object) -> Path | io.BytesIO:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return io.BytesIO(source)
     if not isinstance(source, (str, Path)):
-        raise TypeError(f"got a {type(source).__name__}, expected a PIL image, a path, the bytes of a file, or an array")
+        raise ValueError(f"image: got a {type(source).__name__}, expected a PIL image, a path, the bytes of a file, or an array.")
     text = str(source)
     if text.startswith("data:"):
-        _, found, content = text.partition("base64,")
-        if not found:
-            raise ValueError("got a data: URL in another encoding, expected base64")
-        return io.BytesIO(base64.b64decode(content))
-    if text.startswith(("http://", "https://")):
-        raise ValueError("addresses are not read, as what is behind them may change; download the data of the task first")
-    return Path(text.removeprefix("file://"))
+        return _of_data_url(text)
+    path = Path(unquote(text.removeprefix("file://")) if text.startswith("file://") else text)
+    if not path.is_file():
+        raise ValueError(f"{_name(source)}: there is no such file; download the data of the task first (web addresses are not read).")
+    return path
+
+
+def _of_data_url(text: str) -> io.BytesIO:
+    """Return the bytes of a ``data:`` URL in base64."""
+    _, found, content = text.partition("base64,")
+    try:
+        if found:
+            return io.BytesIO(base64.b64decode(content))
+    except ValueError as error:
+        raise ValueError(f"{_name(text)}: can't be read ({error}); expected base64; fetch the task's data again.") from error
+    raise ValueError(f"{_name(text)}: got a data: URL of another encoding, expected base64; convert it in the task.")
 
 
 def _name(source: object) -> str:
@@ -173,13 +203,21 @@ def _name(source: object) -> str:
     return f"image {short(str(file))}" if file else "image"
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn a picture as its EXIF orientation says; one that can't be read says nothing, as in a browser."""
+def _orientation(image: Image.Image) -> int:
+    """Read the EXIF orientation, 1 where there is none; EXIF data that can't be read says nothing, as in a browser."""
     try:
-        is_turned = image.getexif().get(0x0112, 1) in range(2, 9)
-    except (SyntaxError, ValueError, OSError):
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (SyntaxError, ValueError, OSError, LookupError, struct.error):
+        return 1
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    """Turn a picture as its EXIF orientation says, and forget that it had one."""
+    if orientation not in TURNS:
         return image
-    return ImageOps.exif_transpose(image) if is_turned else image
+    turned = image.transpose(TURNS[orientation])
+    turned.info = {}
+    return turned
 
 
 # ---- colours
@@ -191,13 +229,22 @@ def _shown(image: Image.Image) -> Image.Image:
         _check_floats(image)
     if image.mode == "LAB":
         raise ValueError("its colours need a colour-managed conversion")
-    has_alpha = image.getbands()[-1] in "Aa" or image.info.get("transparency") is not None
-    if not has_alpha:
+    if not _has_alpha(image):
         return image if image.mode == "RGB" else image.convert("RGB")
     if image.mode == "La":  # Pillow has no way from here to RGBA
         image = image.convert("LA")
+    colour = image.info.get("transparency")
+    if isinstance(colour, tuple) and max(colour) > MOST_8_BIT:  # of a PNG with 16 bits a channel, of which Pillow keeps 8
+        image = image.copy()
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image).convert("RGB")
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    """Report if some of a picture may be transparent: by a channel, by its palette, or by a colour that stands for it."""
+    in_palette = image.mode == "P" and image.palette is not None and image.palette.mode.endswith("A")
+    return image.getbands()[-1] in "Aa" or in_palette or image.info.get("transparency") is not None
 
 
 def _of_whole_numbers(image: Image.Image) -> Image.Image:
