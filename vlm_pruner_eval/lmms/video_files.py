@@ -24,8 +24,8 @@ from vlm_pruner_eval.lmms.containers import promised_bytes
 from vlm_pruner_eval.lmms.images import as_rgb
 
 TAIL_S = 1.0  # a file cut without regard to its pictures may end with some that nothing can decode
-BY_DEFAULT = {0, 2, 5, 6}  # colour spaces that swscale's own conversion is right for: RGB, unspecified, and BT.601 by two names
-BT_601 = 5
+BT_709, BT_601 = 1, 5  # colour spaces, by ffmpeg's numbers
+BT_601_BY_DEFAULT = {0, 2, 5, 6}  # what swscale converts so by itself: RGB, unspecified, and BT.601 by two names
 FULL_RANGE = 2
 MATRIX = "DISPLAYMATRIX"
 
@@ -46,6 +46,7 @@ def _stream(path: Path, container: av.container.InputContainer) -> av.VideoStrea
     """The stream that ffmpeg's tools would show; a cover beside the sound is none."""
     moving = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     if not moving:
+        _check_whole(path, has_all=False)  # what is cut inside its header has none either
         raise ValueError(f"video {path}: the file has no video stream, expected pictures that move.")
     best = container.streams.best("video")
     return best if best in moving else moving[0]
@@ -126,14 +127,23 @@ def _shown(container: av.container.InputContainer, stream: av.VideoStream, is_ti
 def _pixels(frame: av.VideoFrame) -> np.ndarray:
     """Convert a decoded frame to what is seen of it: [height, width, 3] of uint8, RGB."""
     has_alpha = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
-    options = {}
-    if frame.colorspace not in BY_DEFAULT:  # else PyAV takes every file's colours for BT.601
-        options = {"src_colorspace": frame.colorspace, "dst_colorspace": BT_601}
-        options |= {"src_color_range": frame.color_range, "dst_color_range": FULL_RANGE}
-    pixels = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", **options)
+    pixels = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", **_colours(frame))
     if has_alpha:
         pixels = np.asarray(as_rgb(Image.fromarray(pixels)))
     return _upright(pixels, frame)
+
+
+def _colours(frame: av.VideoFrame) -> dict[str, int]:
+    """What PyAV must be told of a frame's colours: by itself it takes all for BT.601, and most for the limited range.
+
+    It listens only if the two spaces differ; the second one is of no account, as what is asked for is RGB.
+    """
+    is_default = frame.colorspace in BT_601_BY_DEFAULT
+    if is_default and frame.color_range != FULL_RANGE:
+        return {}
+    space = BT_601 if is_default else frame.colorspace
+    other = BT_709 if space == BT_601 else BT_601
+    return {"src_colorspace": space, "dst_colorspace": other, "src_color_range": frame.color_range, "dst_color_range": FULL_RANGE}
 
 
 def _upright(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
