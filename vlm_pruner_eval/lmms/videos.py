@@ -110,7 +110,7 @@ def open_video(source: object, max_frames: int, start_s: float | None = None, en
         No such file, nothing that shows a picture, or a part that lies outside.
     """
     if isinstance(source, (str, Path)):
-        path = Path(source)
+        path = Path(str(source).removeprefix("file://"))
         if not path.exists():
             raise ValueError(f"video {source}: there is no such file or folder; download the data of the task first (URLs are not read).")
         name, n_total, fps, read = _of_folder(path) if path.is_dir() else of_file(path)
