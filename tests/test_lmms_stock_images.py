@@ -1,4 +1,4 @@
-"""What lmms-eval's stock wrappers show their models of a picture in every mode, held against what ours is shown.
+"""Pictures in every mode as lmms-eval's stock wrappers show them to their models, held against what ours is shown.
 
 The stock classes run as they are up to `generate`. A picture is shown alike if the stock wrapper makes the same pixels of it as of
 the RGB image that ours makes of it. Where not, it is on purpose, and both are pinned: `DIFFERENT` says why.

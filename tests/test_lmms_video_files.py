@@ -51,6 +51,7 @@ MATRICES: dict[str, tuple[tuple[int, int, int, int], Callable[[np.ndarray], np.n
     "top to bottom": ((ONE, 0, 0, -ONE), lambda frame: frame[::-1]),
     "transposed": ((0, ONE, ONE, 0), lambda frame: frame.transpose(1, 0, 2)),
     "transversed": ((0, -ONE, -ONE, 0), lambda frame: frame.transpose(1, 0, 2)[::-1, ::-1]),
+    "nothing": ((0, 0, 0, 0), lambda frame: frame),
     "45": ((46341, 46341, -46341, 46341), lambda frame: frame),  # no browser turns by less than a quarter
 }
 STOCK_TOO = ("as it is", "90", "180", "270")

@@ -7,7 +7,8 @@ browser shows. Four things differ from the stock wrappers, all on purpose:
   that is not stored as RGBA.
 - 16-bit greyscale keeps its upper 8 bits; Pillow's own conversion, which the stock wrappers leave it to, turns all but the darkest
   of it white.
-- An EXIF orientation is obeyed, as the images of Hugging Face's `datasets` obey it already when they are decoded.
+- An EXIF orientation is obeyed, as the images of Hugging Face's `datasets` obey it already when they are decoded. A task that turns
+  an image itself must drop the tag, as Pillow's own `exif_transpose` does.
 - A file that breaks off is an error. Importing lmms_eval has Pillow fill up what is missing with grey.
 
 Left as the stock wrappers have it: ICC profiles are not applied, CMYK is converted without one, and of several pictures in a file

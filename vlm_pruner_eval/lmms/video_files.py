@@ -134,7 +134,7 @@ def _pixels(frame: av.VideoFrame) -> np.ndarray:
 
 
 def _colours(frame: av.VideoFrame) -> dict[str, int]:
-    """What PyAV must be told of a frame's colours: by itself it takes all for BT.601, and most for the limited range.
+    """Tell PyAV of the colours of a frame: by itself it takes all for BT.601, and most for the limited range.
 
     It listens only if the two spaces differ; the second one is of no account, as what is asked for is RGB.
     """
@@ -151,9 +151,14 @@ def _upright(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
     matrix = next((np.frombuffer(data, np.int32) for data in frame.side_data if data.type.name == MATRIX), None)
     if matrix is None:
         return pixels
-    across, down = (int(matrix[0]), int(matrix[3])), (int(matrix[1]), int(matrix[4]))  # where x and y of a pixel go
-    if across[0] == down[1] == 0:
-        pixels, across, down = pixels.transpose(1, 0, 2), across[::-1], down[::-1]
-    elif across[1] or down[0]:
+    a, b, c, d = (int(matrix[i]) for i in (0, 1, 3, 4))  # a pixel at (x, y) goes to (a x + c y, b x + d y)
+    if a == d == 0 and b and c:
+        pixels = pixels.transpose(1, 0, 2)
+        right = c
+        down = b
+    elif b == c == 0:
+        right = a
+        down = d
+    else:
         return pixels
-    return np.ascontiguousarray(pixels[:: -1 if down[1] < 0 else 1, :: -1 if across[0] < 0 else 1])
+    return np.ascontiguousarray(pixels[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1])
