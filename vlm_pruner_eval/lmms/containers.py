@@ -70,10 +70,18 @@ def _vint(file: BinaryIO) -> int | None:
 
 
 def _of_riff(file: BinaryIO) -> int:
-    """End of an AVI's first part."""
-    file.seek(4)
-    length = int.from_bytes(file.read(4), "little")
-    return 0 if length in (0, 0xFFFFFFFF) else 8 + length
+    """End of the last part of an AVI, which has one for each gigabyte; 0 where one does not say how long it is."""
+    at = end = 0
+    while True:
+        file.seek(at)
+        head = file.read(8)
+        if head[:4] != b"RIFF":
+            return end
+        length = int.from_bytes(head[4:], "little")
+        if length in (0, 0xFFFFFFFF):
+            return 0
+        end = at + 8 + length
+        at = end + length % 2
 
 
 def _of_gif(file: BinaryIO, size: int) -> int:
