@@ -12,7 +12,7 @@ from lmms_requests import fresh_model, picture, request, to_messages
 from PIL import Image
 from tiny_videos import pictures, write_video
 
-from vlm_pruner_eval.lmms import PrunedModel, videos
+from vlm_pruner_eval.lmms import PrunedModel, video_files
 from vlm_pruner_eval.lmms.prompts import image_digest
 from vlm_pruner_eval.lmms.videos import open_video
 
@@ -63,8 +63,8 @@ def test_scored_choices_carry_them_too(model: PrunedModel) -> None:
 
 
 def test_a_video_has_the_digest_of_its_picked_frames_and_is_not_read_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, reads, real = write_video(tmp_path / "clip.mp4", pictures(40)), [], videos._decode
-    monkeypatch.setattr(videos, "_decode", lambda *args: reads.append(1) or real(*args))
+    path, reads, real = write_video(tmp_path / "clip.mp4", pictures(40)), [], video_files._decode
+    monkeypatch.setattr(video_files, "_decode", lambda *args: reads.append(1) or real(*args))
     video = open_video(path, 4)
     frames = video.frames()
     assert video.digest == hashlib.sha256(f"{frames.shape} ".encode() + frames.tobytes()).hexdigest()[:16]

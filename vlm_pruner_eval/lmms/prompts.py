@@ -6,9 +6,8 @@ import hashlib
 import itertools
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from lmms_eval.api.instance import Instance
 from lmms_eval.protocol import ChatMessages
@@ -17,6 +16,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from vlm_pruner_eval.lmms.images import EXPECTED, loaded, whole_files
+from vlm_pruner_eval.lmms.images import as_rgb as _as_rgb
 from vlm_pruner_eval.lmms.protocols import Protocol
 from vlm_pruner_eval.lmms.settings import Settings
 from vlm_pruner_eval.lmms.videos import Video, open_video
@@ -118,9 +119,10 @@ def build(
     Raises
     ------
     ValueError
-        A document with media that the family does not take, or that can't be opened.
+        A document with media that the family does not take, or that can't be read whole.
     """
-    document = task_dict[request.task][request.split][request.doc_id]
+    with _reading(request):
+        document = task_dict[request.task][request.split][request.doc_id]  # `datasets` decodes its pictures here
     with in_turn or nullcontext():
         messages = _messages_of(request, document)
         media = {kind: [part for message in messages.messages for part in message.content if part.type == kind] for kind in MEDIA}
@@ -131,7 +133,7 @@ def build(
                 )
         for part in media["image"]:
             if isinstance(part.url, Image.Image):
-                part.url.load()  # nothing, of a picture that was read before
+                loaded(part.url)
     images = [_as_rgb(part.url) for part in media["image"]]
     return Prompt(
         request,
@@ -144,9 +146,22 @@ def build(
     )
 
 
+@contextmanager
+def _reading(request: Request) -> Iterator[None]:
+    """Have files read whole or not at all while a task's own code reads them; what Pillow has against one becomes a sentence."""
+    try:
+        with whole_files():
+            yield
+    except OSError as error:
+        if error.errno is not None:  # not about a file's content
+            raise
+        raise ValueError(f"{request.sample_id}: a picture of this document can't be read whole ({error}); {EXPECTED}") from error
+
+
 def _messages_of(request: Request, document: Mapping) -> ChatMessages:
     try:
-        return ChatMessages(messages=request.to_messages(document))
+        with _reading(request):
+            return ChatMessages(messages=request.to_messages(document))
     except SystemExit as error:  # how some tasks say that a video was not downloaded
         raise ValueError(f"{request.sample_id}: the task gave up on this document ({error}).") from error
 
@@ -168,12 +183,6 @@ def image_digest(image: Image.Image) -> str:
     digest = hashlib.sha256(f"{image.width}x{image.height} ".encode())
     digest.update(image.tobytes())
     return digest.hexdigest()[:16]
-
-
-def _as_rgb(image: Image.Image | str | Path) -> Image.Image:
-    if not isinstance(image, Image.Image):
-        image = Image.open(image)
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @dataclass(frozen=True)
