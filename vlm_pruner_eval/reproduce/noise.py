@@ -11,6 +11,7 @@ from vlm_pruner_eval.report.load import Results, RunResult, load_results
 from vlm_pruner_eval.report.rows import relative_average
 from vlm_pruner_eval.report.stats.answers import document_answer
 from vlm_pruner_eval.reproduce.plan import Plan, Variant
+from vlm_pruner_eval.sweep.store import FINISHED
 
 Documents = dict[tuple[str, int], list[dict[str, Any]]]  # the samples of a document: one, or one a choice that was scored
 
@@ -91,11 +92,11 @@ def measure_noise(plan: Plan) -> Noise:
     """
     loaded = {variant.name: load_results(plan.noise_dir(variant)) for variant in plan.variants}
     runs = {name: results.runs[0] for name, results in loaded.items()}
-    problems = {name: _problem(run) for name, run in runs.items() if not run.finished}
+    problems = {name: _problem(run) for name, run in runs.items() if run.status != FINISHED}
     reference = plan.variants[0].name
     if reference in problems:
         return Noise(plan.variants, problems, None, {}, None)
-    documents = {name: _documents(loaded[name], run) for name, run in runs.items() if run.finished}
+    documents = {name: _documents(loaded[name], run) for name, run in runs.items() if run.status == FINISHED}
     records = {name: runs[name].record for name in documents}
     tasks = {task: _task_noise(task, list(runs), records, documents, reference) for task in loaded[reference].tasks}
     return Noise(plan.variants, problems, records[reference], tasks, _average_spread(tasks, documents, reference))

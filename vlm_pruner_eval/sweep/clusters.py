@@ -112,7 +112,7 @@ def pair_keys(fields: Sequence[Mapping[str, Any]]) -> list[tuple | None]:
     Any `pair_id` is one. A `question_id` is only where exactly two documents of a category have it: MME numbers its pictures so,
     POPE the questions of each split, and others write there what they like (MLVU: the question's text, the same of hundreds of videos).
     """
-    keys = [_key(of_document) for of_document in fields]
+    keys = [pair_key(of_document) for of_document in fields]
     times = Counter(key for key in keys if key is not None)
     return [key if key is not None and (key[0] != "question_id" or times[key] == 2) else None for key in keys]
 
@@ -122,7 +122,8 @@ def has_pairs(items: Sequence[Any]) -> bool:
     return any(key is not None for key in pair_keys([item if isinstance(item, Mapping) else {} for item in items]))
 
 
-def _key(fields: Mapping[str, Any]) -> tuple | None:
+def pair_key(fields: Mapping[str, Any]) -> tuple | None:
+    """Name, value and category of what may be the key of a pair; None where there is nothing of the kind."""
     found = next((name for name in PAIR_KEYS if fields.get(name) not in (None, "")), None)
     return None if found is None else (found, str(fields[found]), str(fields.get("category")))
 

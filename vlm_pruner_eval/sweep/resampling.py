@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_pruner_eval.shown import of_error
 from vlm_pruner_eval.sweep.clusters import PAIR_KEYS, RESAMPLES, Clusters
 from vlm_pruner_eval.sweep.counts import Form, forms
 
@@ -65,6 +66,14 @@ def draw(metric: Metric, clusters: Clusters) -> tuple[np.ndarray | None, str | N
         return _by_value(metric, clusters)
     if not metric.is_main and len(metric.items) > _MANY_ITEMS:
         return None, "no interval: only the main metric of a task this large is resampled"
+    try:
+        return _by_asking(metric, clusters)
+    except Exception as error:  # it answered once, so its score stands; the note tells what it says of other items
+        return None, f"no interval: its aggregation fails on resamples ({of_error(error)})"
+
+
+def _by_asking(metric: Metric, clusters: Clusters) -> tuple[np.ndarray | None, str | None]:
+    """Of an aggregation that can be called again: by a form that agrees with it, else by itself."""
     again = silently(metric.aggregate, metric.items)
     if not math.isclose(again, metric.value, rel_tol=1e-9, abs_tol=1e-12):
         return None, f"no interval: the aggregation answers {again:g} when asked again"

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_pruner_eval.sweep.aggregations import Aggregation
 from vlm_pruner_eval.sweep.clusters import Clusters, find_clusters, has_pairs
 from vlm_pruner_eval.sweep.counts import Form
 from vlm_pruner_eval.sweep.document_scores import document_scores
@@ -93,7 +94,7 @@ class Scored:
         For the run's record. `metrics`: name -> value, low, high (95 % percentile bootstrap over clusters of documents; Wilson's
         interval where every document scored the same), n, note. `main`: the same for the metric that stands for the task, in
         the unit of papers, or None when no metric can. `clusters`: n and digest, see `Clusters.as_json`. `note`: only of a task
-        that can't be scored here, why.
+        without a score, why. `remark`: only of a task whose score leaves documents out.
     draws
         [resamples]: the main metric on every resample, in its unit; None where it has no interval.
     documents
@@ -127,7 +128,8 @@ def score_task(
     images
         Document -> content hashes of its images: documents that share one are drawn together, as pairs of questions are.
     """
-    aggregations, better = task_object.aggregation(), task_object.higher_is_better()
+    aggregations = {metric: Aggregation.of(call) for metric, call in task_object.aggregation().items()}
+    better = task_object.higher_is_better()
     names = [key for key in results if "," in key and key.split(",")[0] in aggregations]
     filters = list(dict.fromkeys(key.split(",")[1] for key in names))
     wanted, clusters = MAIN_METRICS.get(task), find_clusters(task, samples, images or {})
@@ -141,13 +143,36 @@ def score_task(
         start = filters.index(filter_name) * per_filter
         shown = metric if len(filters) == 1 else name
         rows = [row for row in samples[start : start + per_filter] if metric in row]
-        metrics[shown] = _metric(metric, aggregations[metric], float(value), rows, wanted)
+        rows = [row for index, row in enumerate(rows) if index not in aggregations[metric].left_out]
+        metrics[shown] = _metric(metric, aggregations[metric].call, float(value), rows, wanted)
         draws[shown], scored[shown] = _score(metrics[shown], wanted, clusters)
     main, drawn = _main(wanted, scored, draws, better)
     mains = main["metric"].split(" + ") if main else []
     documents = {doc: score for name in mains for doc, score in zip(metrics[name].docs, metrics[name].numbers, strict=True)}
-    note = {"note": NOT_SCORABLE} if is_submission(list(aggregations)) else {}
-    return Scored({"metrics": scored, "main": main, "clusters": clusters.as_json()} | note, drawn, documents)
+    notes = _notes(wanted, main, aggregations, scored, len(samples))
+    return Scored({"metrics": scored, "main": main, "clusters": clusters.as_json()} | notes, drawn, documents)
+
+
+def _notes(
+    wanted: Main | None, main: dict[str, Any] | None, aggregations: dict[str, Aggregation], scored: dict[str, Any], n: int
+) -> dict[str, str]:
+    """`note`: why a task has no score; `remark`: what its score leaves out."""
+    if is_submission(list(aggregations)):
+        return {"note": NOT_SCORABLE}
+    lacking = [metric for metric in (aggregations if wanted is None else wanted.metrics) if metric not in scored]
+    if main is None and lacking:
+        return {"note": f"without a score: {_why_none(lacking, aggregations, n)}"}
+    if left := max((len(found.left_out) for found in aggregations.values()), default=0):
+        return {"remark": f"{left} of {n} documents do not count, as the other question of their pair was not asked (an odd limit)"}
+    return {}
+
+
+def _why_none(lacking: list[str], aggregations: dict[str, Aggregation], n: int) -> str:
+    for metric in lacking:
+        if metric in aggregations and aggregations[metric].problem is not None:
+            return f"its aggregation of {metric} failed ({aggregations[metric].problem})"
+    why = "a benchmark of several parts needs documents of each, which a limit may leave out"
+    return f"{', '.join(lacking)} is no number on these {n} documents ({why})"
 
 
 def _metric(name: str, aggregate: Callable, value: float, rows: Sequence[dict[str, Any]], wanted: Main | None) -> Metric:
