@@ -55,11 +55,14 @@ def of_error(error: BaseException) -> str:
     `tenacity` wraps lmms-eval's downloads and says of a failed one only that there was a last attempt: what that raised counts, and
     the first cause of it.
     """
-    last = _last_attempt(error)
+    last = None
+    while (attempt := _last_attempt(error if last is None else last)) is not None:
+        last = attempt
     if last is None:
         return sentence(_named(error))
-    first, seen = last, {id(last)}
-    while (cause := first.__cause__ or _last_attempt(first)) is not None and id(cause) not in seen:
+    first = last
+    seen = {id(last)}
+    while (cause := first.__cause__) is not None and id(cause) not in seen:
         seen.add(id(cause))
         first = cause
     text = _named(last)

@@ -176,7 +176,8 @@ def _why_none(lacking: list[str], aggregations: dict[str, Aggregation], n: int) 
 
 
 def _metric(name: str, aggregate: Callable, value: float, rows: Sequence[dict[str, Any]], wanted: Main | None) -> Metric:
-    is_main, items = wanted is None or name in wanted.metrics, [row[name] for row in rows]
+    is_main = wanted is None or name in wanted.metrics
+    items = [row[name] for row in rows]
     numbers = document_scores(items, value, aggregate if is_main else None)
     points = _points(items, wanted, value) if wanted is not None and wanted.adds is not None and is_main else None
     return Metric(aggregate, value, [row["doc_id"] for row in rows], items, numbers, points, is_main)
