@@ -17,6 +17,8 @@ from vlm_pruner_eval.report.build import build
 from vlm_pruner_eval.report.check import write_reference
 from vlm_pruner_eval.report.load import load_results
 from vlm_pruner_eval.report.rows import rows_of as table_rows
+from vlm_pruner_eval.report.stats.compare import compare
+from vlm_pruner_eval.report.stats.comparisons import AVERAGE
 from vlm_pruner_eval.sweep.aggregations import Aggregation
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
@@ -42,11 +44,36 @@ def fail(items):
 """
 
 
+MMBENCH = """
+include: tiny_mean.yaml
+task: tiny_mmbench
+process_results: !function circular.score
+metric_list:
+  - metric: gpt_eval_score
+    aggregation: !function lmms_eval.tasks.mmbench.en_utils.mmbench_aggregate_dev_results_static
+    higher_is_better: true
+"""
+CIRCULAR = """
+from lmms_eval.tasks.mmbench.en_utils import mmbench_process_results
+
+
+def score(doc, results):
+    number = int(doc["question"].split()[1].rstrip("?"))
+    index = number // 2 + 1_000_000 * (number % 2)
+    letter = {"yes": "A", "no": "B"}[doc["answer"]]
+    names = dict.fromkeys(("hint", "source", "split", "category", "L2-category", "C", "D"), "nan")
+    document = {"index": index, "question": doc["question"], "answer": letter, "A": "yes", "B": "no", **names}
+    return {"gpt_eval_score": mmbench_process_results(document, [results[0] + "."])["gpt_eval_score"]}
+"""
+
+
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = write_tasks(tmp_path_factory.mktemp("tasks"))
     (folder / "broken.py").write_text(FUNCTIONS)
     (folder / "tiny_broken.yaml").write_text(BROKEN)
+    (folder / "circular.py").write_text(CIRCULAR)
+    (folder / "tiny_mmbench.yaml").write_text(MMBENCH)
     return task_manager(folder)
 
 
@@ -137,3 +164,24 @@ def test_resampling_that_fails_costs_the_interval_only() -> None:
     found = score_task("unknown", {"acc,none": 0.7}, rows_of("acc", [1.0, 0.0] * 10), Task(acc=needs_all)).record
     assert (found["main"]["value"], found["main"]["low"]) == (0.7, None)
     assert "other items than were asked" in found["metrics"]["acc"]["note"]
+
+
+def test_an_average_with_mmbench_has_an_interval_and_its_questions_are_counted_once(tmp_path: Path, tasks: Any) -> None:
+    """24 rows are 12 questions of two turns; the pruned model is right in words, where a comparison of texts would see a wrong answer."""
+    config, output = make_config(tasks=["tiny_mean", "tiny_mmbench"], methods=["vlmpruner"], limit=None), tmp_path / "out"
+    assert sweep(config, output, tasks)[0].failed == 0
+    results = load_results(output)
+    pruned = results.runs[1]
+    samples = [sample for sample in results.store.read_samples(pruned.run_id) if sample["task"] == "tiny_mmbench"]
+    right = {sample["doc_id"]: sample["answer"] == sample["target"] for sample in samples}
+    expected = {doc: float(right[doc] and right[doc + 1]) for doc in range(0, 24, 2)}
+    assert {sample["doc_id"]: sample["score"] for sample in samples if sample["score"] is not None} == expected
+    wrong = list(expected.values()).count(0.0)
+    assert 0 < wrong < 12 and pruned.record["tasks"]["tiny_mmbench"]["clusters"]["n"] == 12
+    comparisons = compare(results)
+    average, task = (comparisons.of("vlmpruner", "2/3", name) for name in (AVERAGE, "tiny_mmbench"))
+    assert average.difference.low < average.difference.value < average.difference.high
+    assert average.p is not None and average.p_holm is not None
+    assert task.difference.value == pytest.approx(-100 * wrong / 12)
+    assert task.mcnemar_p == pytest.approx(min(1.0, 2 * 0.5**wrong))
+    assert not [note for note in comparisons.notes if "no interval" in note]

@@ -189,8 +189,8 @@ def _score(metric: Metric, wanted: Main | None, clusters: Clusters) -> tuple[np.
     summary = _summary(metric.value, draws, len(metric.docs)) | ({"note": note} if note else {})
     unit = None if draws is None else _unit_if_alike(metric, wanted)
     if unit is not None:
-        ends = wilson_interval(metric.value / unit, len({clusters.of[doc] for doc in metric.docs}))
-        summary |= {name: unit * end for name, end in zip(("low", "high"), ends, strict=True)}
+        low, high = wilson_interval(metric.value / unit, len({clusters.of[doc] for doc in metric.docs}))
+        summary |= {"low": min(unit * low, metric.value), "high": max(unit * high, metric.value)}  # no rounding beside the value
     return draws, summary
 
 
