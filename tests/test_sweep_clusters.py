@@ -17,6 +17,7 @@ from vlm_pruner_eval.sweep.clusters import RESAMPLES, Clusters, connected, find_
 from vlm_pruner_eval.sweep.counts import compared, held_score
 from vlm_pruner_eval.sweep.document_scores import document_scores
 from vlm_pruner_eval.sweep.scores import Scored, score_task
+from vlm_pruner_eval.sweep.turns import turn_scores
 
 
 # ---- clusters
@@ -274,6 +275,33 @@ def test_mmbench_all_right_or_all_wrong_has_wilsons_interval_in_percent() -> Non
     wrong = score_mmbench(mmbench([(i, "B") for i in range(20)])).record["main"]
     assert (right["low"], right["high"]) == (pytest.approx(83.89, abs=0.01), pytest.approx(100.0))
     assert (wrong["low"], wrong["high"]) == (0.0, pytest.approx(16.11, abs=0.01))
+
+
+def test_turns_are_right_where_lmms_evals_own_evaluation_says_so() -> None:
+    from lmms_eval.tasks.mmbench.en_utils import mmbench_evaluator
+
+    rng = np.random.default_rng(3)
+    said = ["A"] * 9 + [
+        "A.",
+        "(A)",
+        "the cup",
+        "A cup is what I see here",
+        "Answer: A",
+        "**A**",
+        "nothing",
+        "",
+        "E",
+        "A B",
+        "the cup and the dog",
+    ]
+    for _ in range(5):
+        turns = [(i + 1_000_000 * turn, said[rng.integers(len(said))]) for i in range(20) for turn in range(1 + i % 4)]
+        items = mmbench([turns[i] for i in rng.permutation(len(turns))])
+        with contextlib.redirect_stdout(io.StringIO()):
+            expected = mmbench_evaluator.eval_result(items, "static")[0]
+        known = [score for score in turn_scores(items) if score is not None]
+        assert len(known) == 20
+        assert mean(known) == pytest.approx(expected)
 
 
 def test_mmbench_that_a_judge_read_has_no_scores_of_ours() -> None:

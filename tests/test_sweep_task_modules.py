@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from lmms_eval.tasks import TaskManager
+from rich.console import Console
 from sweep_standin import make_config, task_manager, write_tasks
 
 from vlm_pruner_eval.doctor import data_sets
 from vlm_pruner_eval.doctor.finding import FAIL
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.reproduce.run import reproduce
 from vlm_pruner_eval.sweep import opening
 from vlm_pruner_eval.sweep.preview import preview
+from vlm_pruner_eval.sweep.store import Store
 from vlm_pruner_eval.sweep.task_modules import module_problems
 
 MINIVLM = {"id": "vlmpruner_llava", "pretrained": "minivlm", "device": "cpu", "visual_tokens": 576, "layers": 5}
@@ -79,3 +84,20 @@ def test_wrong_layers_are_refused_before_weights_are_read(tmp_path: Path) -> Non
         opening.check_layers(ModelSection(**MINIVLM | {"pretrained": str(tmp_path), "layers": 32}))
     (tmp_path / "config.json").write_text("{broken")
     opening.check_layers(ModelSection(**MINIVLM | {"pretrained": str(tmp_path), "layers": 32}))  # who loads it says what is wrong
+
+
+def test_layers_are_looked_at_before_anything_loads(tasks: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the noise floor would come first, of a model that takes minutes to load."""
+
+    def load(*args: object, **kwargs: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("vlm_pruner_eval.lmms.wrapper.load", load)
+    monkeypatch.setattr("vlm_pruner_eval.selftest.run", lambda: None)
+    config = make_config(model=MINIVLM | {"layers": 32})
+    console = Console(file=io.StringIO(), record=True)
+    with pytest.raises(ConfigError, match="has 5 decoder layers"):
+        opening.open_session(config, Store(tmp_path), [], console=console, task_manager=tasks)
+    with pytest.raises(ConfigError, match="has 5 decoder layers"):
+        reproduce(SimpleNamespace(rows=config), console=console, task_manager=tasks)
+    assert "Noise floor" not in console.export_text()

@@ -37,12 +37,18 @@ def turn_scores(items: Sequence[Mapping[str, Any]]) -> list[float | None]:
     list
         None for further turns, which the metric does not count apart.
     """
-    import pandas as pd
+    right: dict[Hashable, bool] = {}
+    for item in items:
+        question = question_of(item)
+        right[question] = right.get(question, True) and _letter(item) == item["answer"]
+    return [float(right[question_of(item)]) if item["index"] < _A_TURN else None for item in items]
+
+
+def _letter(item: Mapping[str, Any]) -> str | None:
+    """The letter that lmms-eval's evaluation without a judge reads out of an answer: by MMBench's rules, else by its own."""
+    from lmms_eval.tasks._task_utils.mcq_extract import extract_mcq_answer
     from lmms_eval.tasks.mmbench.mmbench_evals import MMBench_Evaluator
 
-    table = pd.DataFrame(list(items)).sort_values(by="index")
-    table["prediction"] = table["prediction"].astype(str)
-    answers = dict(zip(table["index"], table["answer"], strict=True))
-    grouped = table.groupby(table["index"] % _A_TURN)
-    right = {question: MMBench_Evaluator().eval_sub_data(turns, answers, static_only=True) for question, turns in grouped}
-    return [float(right[question_of(item)]) if item["index"] < _A_TURN else None for item in items]
+    rules = MMBench_Evaluator()
+    answered = {**item, "prediction": str(item["prediction"])}
+    return rules.prefetch_answer(answered) or extract_mcq_answer(answered["prediction"], choices=sorted(rules.build_choices(answered)))
