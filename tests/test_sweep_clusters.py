@@ -281,7 +281,8 @@ def test_turns_are_right_where_lmms_evals_own_evaluation_says_so() -> None:
     from lmms_eval.tasks.mmbench.en_utils import mmbench_evaluator
 
     rng = np.random.default_rng(3)
-    said = ["A"] * 9 + [
+    said = ["A"] * 9
+    said += [
         "A.",
         "(A)",
         "the cup",
