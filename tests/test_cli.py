@@ -152,7 +152,7 @@ def test_a_model_that_cannot_be_loaded_is_refused(
     assert os.listdir(".") == []
 
 
-def test_a_dry_run_shows_the_grid_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_dry_run_shows_the_grid_and_writes_nothing(tmp_path: Path, behaviour: Behaviour) -> None:
     result = call("sweep", write(tmp_path), "--dry-run")
     assert result.exit_code == 0
     line = last_json(result)
@@ -245,8 +245,14 @@ def test_the_module_answers_a_broken_file_without_a_traceback(tmp_path: Path) ->
 def test_the_script_hands_on_arguments_and_exit_codes(tmp_path: Path) -> None:
     surroundings = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     script = ["bash", str(ROOT / "scripts" / "sweep.sh")]
+    known = write(tmp_path, tasks=["digitscenes_read"])
     done = subprocess.run(
-        [*script, str(write(tmp_path)), "--dry-run"], capture_output=True, text=True, timeout=120, check=False, env=surroundings
+        [*script, str(known), "--dry-run"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=surroundings,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.strip().splitlines()[-1])["runs"] == 3

@@ -198,6 +198,44 @@ def test_data_sets_of_groups_and_of_what_they_hold() -> None:
         list(data_sets.data_sets("wrong", index))
 
 
+@pytest.mark.usefixtures("one_index")
+def test_pictures_that_a_task_loads_itself_are_data_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GQA's task file names the questions; a function of it loads the pictures."""
+    questions, pictures = (DataSet("lmms-lab-encoder/GQA", f"testdev_balanced_{part}", token=True) for part in ("instructions", "images"))
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setattr(data_sets, "is_prepared", lambda data: data == questions)
+    finding = only(data_sets.tasks(config("gqa")), "task gqa")
+    assert (finding.status, finding.found) == (FAIL, f"not prepared: {pictures.shown}, and nothing is downloaded")
+    monkeypatch.setattr(data_sets, "is_prepared", lambda data: data in (questions, pictures))
+    assert only(data_sets.tasks(config("gqa")), "task gqa").status == OK
+
+
+def test_loads_are_found_through_functions_of_the_same_file(tmp_path: Path) -> None:
+    source = """
+import datasets
+from datasets import load_dataset
+
+def prompt(doc):
+    return _more()
+
+def _more():
+    datasets.load_dataset("a/one", name="part", split="test", token=True)
+    prompt(None)
+
+def elsewhere(doc):
+    load_dataset("a/two")
+    load_dataset(doc["path"])
+    load_dataset("a/three", doc["part"])
+
+def unused():
+    load_dataset("a/four")
+"""
+    (tmp_path / "utils.py").write_text(source)
+    (tmp_path / "one.yaml").write_text("task: one\ndoc_to_text: !function utils.prompt\nprocess_docs: !function utils.elsewhere\n")
+    found = list(data_sets._loaded_besides(str(tmp_path / "one.yaml")))
+    assert found == [DataSet("a/one", "part", token=True), DataSet("a/two")]
+
+
 def prepare(cache: Path, folder: str, part: str) -> None:
     """Tables as `datasets` itself prepares them, under the name that it gives to a data set of the hub."""
     from datasets.packaged_modules.parquet.parquet import Parquet

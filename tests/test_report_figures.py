@@ -145,6 +145,16 @@ def test_the_radar_shows_percent_of_unpruned_on_every_axis(rows: list[Row], tmp_
     assert "blind" not in found
     assert radar._rings([84.0, 98.0]) == [80, 85, 90, 95, 100]
     assert radar._rings([0.0, 120.0]) == [0, 25, 50, 75, 100, 125]
+    assert radar._rings([60.0, 400.0]) == [0, 100, 200, 300, 400]
+    assert len(radar._rings([0.0, 7000.0])) < 10
+
+
+def test_a_radar_names_the_benchmarks_that_have_no_axis(rows: list[Row], tmp_path: Path) -> None:
+    zero = dataclasses.replace(rows[0], cells=rows[0].cells | {"ocrbench": Cell(0.0)})
+    _, svg = radar.draw([zero, *rows[1:]], TASKS, tmp_path / "radar")
+    found = texts(svg)
+    assert "ocrbench" not in found and "gqa" in found
+    assert "no score above 0 there: ocrbench." in " ".join(found)
 
 
 def test_a_radar_needs_three_benchmarks_and_whole_rows(rows: list[Row], tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,25 +19,22 @@ HEADER = "paper,table,vlm,method,retained_tokens,pruning_rate_percent,benchmark,
 
 
 def test_an_answer_may_change_without_its_score() -> None:
-    ours, theirs = ({("t", 0): [{"answer": text, "metrics": {"m": {"score": 0.0}}, "choice": None}]} for text in ("a", "b"))
+    ours, theirs = ({("t", 0): [{"answer": text, "score": 0.0, "choice": None}]} for text in ("a", "b"))
     assert noise._answer_flips(ours, theirs) == Flips(1, 1)
-    assert noise._score_flips(ours, theirs, {"t": ["m"]}) == Flips(0, 1)
+    assert noise._score_flips(ours, theirs) == Flips(0, 1)
 
 
 @pytest.mark.parametrize(
-    ("items", "metrics", "score"),
+    ("ours", "theirs", "expected"),
     [
-        ({"exact_match": 1.0}, ["exact_match"], (1.0,)),
-        ({"cognition": {"score": 0.0, "category": "code"}}, ["perception", "cognition"], (0.0,)),
-        ({"seed_image": {"pred": "A ", "answer": "a"}}, ["seed_image"], (True,)),
-        ({"lvb_acc": {"parsed_pred": "B", "answer": "A"}}, ["lvb_acc"], (False,)),
-        ({"gpt_eval_score": {"prediction": "The answer is A.", "answer": "A"}}, ["gpt_eval_score"], None),
-        ({"other": 1.0}, ["exact_match"], None),
-        (None, ["exact_match"], None),
+        ([1.0, 0.0, None], [0.0, 0.0, None], Flips(1, 2)),  # further turns of a question are not counted apart
+        ([1.0, 0.0], [1.0, None], None),
+        ([None, None], [None, None], None),
     ],
 )
-def test_the_score_of_a_document_is_read_from_the_items_of_its_task(items: Any, metrics: list[str], score: Any) -> None:
-    assert noise.document_score({"metrics": items}, metrics) == score
+def test_score_flips_are_counted_over_the_documents_that_have_scores(ours: list, theirs: list, expected: Flips | None) -> None:
+    sides = [{("t", i): [{"score": score}] for i, score in enumerate(scores)} for scores in (ours, theirs)]
+    assert noise._score_flips(*sides) == expected
 
 
 def test_of_scored_choices_the_most_likely_by_token_is_the_answer() -> None:
@@ -49,9 +45,9 @@ def test_of_scored_choices_the_most_likely_by_token_is_the_answer() -> None:
 
 def test_a_benchmark_of_several_tasks_counts_the_documents_of_all() -> None:
     scored = {"metrics": {"part_a": {"metric": "acc"}, "part_b": {"metric": "acc,none"}}, "main": {"metric": "mean of acc over 2 tasks"}}
-    assert noise._metrics_by_leaf("whole", scored) == {"part_a": ["acc"], "part_b": ["acc"]}
+    assert noise._leaves("whole", scored) == {"part_a", "part_b"}
     single = {"metrics": {"p": {"value": 1.0}, "c": {"value": 1.0}}, "main": {"metric": "p + c"}}
-    assert noise._metrics_by_leaf("mme", single) == {"mme": ["p", "c"]}
+    assert noise._leaves("mme", single) == {"mme"}
 
 
 def unpruned(**scores: tuple[float | None, float]) -> Noise:

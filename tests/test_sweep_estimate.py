@@ -26,6 +26,12 @@ MODEL = {"id": "vlmpruner_llava", "pretrained": "somewhere/tiny", "visual_tokens
 MINIVLM = {"id": "vlmpruner_llava", "pretrained": "minivlm", "batch_size": 4, "device": "cpu", "visual_tokens": 576, "layers": 5}
 
 
+@pytest.fixture(autouse=True)
+def no_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tasks of these sweeps are not in lmms-eval's index, which takes seconds to read."""
+    monkeypatch.setattr("vlm_pruner_eval.sweep.preview._check_tasks", lambda config: None)
+
+
 def kept(run_of: dict[str, Any] | str, *, rate: str = "8/9", layers: int | None = 32) -> tuple[int | None, float | None]:
     config = make_config(model=MODEL, pruning_rates=[rate], methods=[run_of])
     found = estimate.kept_tokens(expand(config)[1], 576, layers)

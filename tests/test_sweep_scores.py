@@ -113,14 +113,17 @@ def test_an_aggregation_that_remembers_is_not_resampled() -> None:
 
 
 def test_an_aggregation_that_writes_files_is_never_called_again() -> None:
+    """Its interval is that of the mean where the mean of the items is its score; else there is none."""
+
     def writes(items: list[float], args: object) -> float:
         raise AssertionError("called")
 
-    got = score_task("unknown", {"submitted,none": 0.5}, rows_of("submitted", [1.0, 0.0]), Task(submitted=writes)).record["metrics"][
-        "submitted"
-    ]
-    assert got["low"] is None
-    assert "writes files" in got["note"]
+    rows, task = rows_of("submitted", [1.0, 0.0] * 20), Task(submitted=writes)
+    mean_of_them, other = (score_task("unknown", {"submitted,none": value}, rows, task).record["main"] for value in (0.5, 0.6))
+    assert mean_of_them["high"] - mean_of_them["low"] == pytest.approx(2 * 1.96 * math.sqrt(0.25 / 40), abs=0.03)
+    assert other["low"] is None
+    note = score_task("unknown", {"submitted,none": 0.6}, rows, task).record["metrics"]["submitted"]["note"]
+    assert "writes files" in note
 
 
 def test_ocrbench_points_get_an_interval_without_calling_its_aggregation() -> None:
@@ -133,6 +136,19 @@ def test_ocrbench_points_get_an_interval_without_calling_its_aggregation() -> No
     assert main["value"] == 500.0
     assert main["low"] == pytest.approx(500 - 31, abs=5)
     assert main["high"] == pytest.approx(500 + 31, abs=5)
+
+
+@pytest.mark.parametrize(("score", "ends"), [(0, (0.0, 16.11 * 20 / 100)), (1, (83.89 * 20 / 100, 20.0))])
+def test_ocrbench_all_alike_has_wilsons_interval_in_points(score: int, ends: tuple[float, float]) -> None:
+    """20 questions, a point each."""
+    rows = rows_of("ocrbench_accuracy", [{"question_type": "x", "score": score}] * 20)
+    found = score_task("ocrbench", {"ocrbench_accuracy,none": 20 * score / 1000}, rows, Task(ocrbench_accuracy=lambda items, args: 0.0))
+    assert (found.record["main"]["low"], found.record["main"]["high"]) == (
+        pytest.approx(ends[0], abs=0.01),
+        pytest.approx(ends[1], abs=0.01),
+    )
+    assert "note" not in found.record["metrics"]["ocrbench_accuracy"]
+    assert set(found.draws) == {20.0 * score}
 
 
 def test_submissions_and_tables_are_no_scores() -> None:

@@ -49,6 +49,36 @@ def sentence(text: str) -> str:
     return spelled_out(without_secrets(_BREAKS.sub(" ", text)))
 
 
+def of_error(error: BaseException) -> str:
+    """An exception as a sentence: its type and message.
+
+    `tenacity` wraps lmms-eval's downloads and says of a failed one only that there was a last attempt: what that raised counts, and
+    the first cause of it.
+    """
+    last = None
+    while (attempt := _last_attempt(error if last is None else last)) is not None:
+        last = attempt
+    if last is None:
+        return sentence(_named(error))
+    first = last
+    seen = {id(last)}
+    while (cause := first.__cause__) is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        first = cause
+    text = _named(last)
+    return sentence(text if str(first) in text else f"{text} (cause: {_named(first)})")
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".strip().removesuffix(":")
+
+
+def _last_attempt(error: BaseException) -> BaseException | None:
+    """What a call that was tried several times raised last; None of other exceptions."""
+    attempt = getattr(error, "last_attempt", None)
+    return attempt.exception() if callable(getattr(attempt, "exception", None)) else None
+
+
 class _Short(reprlib.Repr):
     """A nested or huge value must not flood a message, and Python refuses to write out whole numbers of thousands of digits."""
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from vlm_pruner_eval.doctor.finding import FAIL, OK, WARN, Finding
 from vlm_pruner_eval.doctor.surroundings import LOGIN, checkpoint_cache, data_cache, offline_switches
+from vlm_pruner_eval.doctor.task_sources import loads_of
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.sweep.config import SweepConfig
 
@@ -66,7 +67,7 @@ def tasks(config: SweepConfig) -> Iterator[Finding]:
 
 
 def data_sets(member: str | dict[str, Any], manager: Any) -> Iterator[DataSet]:
-    """Hub data sets of a task, or of the members of a group.
+    """Hub data sets of a task, or of the members of a group, with those that its functions load.
 
     Parameters
     ----------
@@ -97,6 +98,17 @@ def data_sets(member: str | dict[str, Any], manager: Any) -> Iterator[DataSet]:
         more = raw.get("dataset_kwargs") or {}
         videos = more.get("cache_dir") if more.get("video") else None
         yield DataSet(raw["dataset_path"], raw.get("dataset_name"), more.get("token") is True, videos)
+    if path != -1 and not isinstance(inside, list):
+        yield from _loaded_besides(path)
+
+
+def _loaded_besides(path: str) -> Iterator[DataSet]:
+    """Data sets of the hub that the functions of a task file load themselves (the pictures of GQA)."""
+    from lmms_eval.utils import load_yaml_config
+
+    for found in loads_of(load_yaml_config(path, mode="full")):
+        if _is_of_hub(found["path"]):
+            yield DataSet(found["path"], found["name"], found["token"])
 
 
 def _is_of_hub(path: object) -> bool:

@@ -9,7 +9,8 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 
-from vlm_pruner_eval.doctor.finding import FAIL, OK, WARN, Finding, named
+from vlm_pruner_eval.doctor.finding import FAIL, OK, WARN, Finding
+from vlm_pruner_eval.shown import of_error
 
 GB = 1e9
 _QUERY = ("nvidia-smi", "--query-gpu=name,driver_version,memory.used,memory.total", "--format=csv,noheader")
@@ -42,7 +43,7 @@ def _driver() -> tuple[list[str], str]:
     try:
         done = subprocess.run(_QUERY, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return [], f"can't be run ({named(error)})"
+        return [], f"can't be run ({of_error(error)})"
     if done.returncode != 0:
         return [], f"ends with code {done.returncode}: {(done.stdout + done.stderr).strip()}"
     gpus = [line.rsplit(", ", 3) for line in done.stdout.splitlines() if line.count(", ") >= 3]
@@ -82,7 +83,7 @@ def attention() -> Iterator[Finding]:
     try:
         importlib.import_module("flash_attn")
     except Exception as error:  # built for another torch: symbols that do not exist, libraries that can't be loaded
-        yield Finding("flash_attn", WARN, f"can't be imported ({named(error)})", fix)
+        yield Finding("flash_attn", WARN, f"can't be imported ({of_error(error)})", fix)
         return
     if not is_flash_attn_2_available():
         yield Finding("flash_attn", WARN, "is installed, but transformers can't use it", fix)

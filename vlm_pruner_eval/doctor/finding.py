@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vlm_pruner_eval.shown import sentence
+from vlm_pruner_eval.shown import of_error, sentence
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 
@@ -56,12 +56,7 @@ def findings(checks: Iterable[tuple[str, Check]]) -> Iterator[Finding]:
 
 def broken(name: str, error: Exception) -> Finding:
     """A check that could not be made."""
-    return _presentable(Finding(name, FAIL, named(error), "Mend what is named here, or make the environment anew."))
-
-
-def named(error: Exception) -> str:
-    """Type and text of an exception."""
-    return f"{type(error).__name__}: {error}".removesuffix(": ")
+    return _presentable(Finding(name, FAIL, of_error(error), "Mend what is named here, or make the environment anew."))
 
 
 def _presentable(finding: Finding) -> Finding:

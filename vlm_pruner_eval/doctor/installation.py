@@ -16,7 +16,8 @@ from urllib.request import url2pathname
 
 import vlm_pruner_eval
 from vlm_pruner_eval import selftest, versions
-from vlm_pruner_eval.doctor.finding import FAIL, OK, WARN, Finding, named
+from vlm_pruner_eval.doctor.finding import FAIL, OK, WARN, Finding
+from vlm_pruner_eval.shown import of_error
 from vlm_pruner_eval.versions import DISTRIBUTION
 
 _STATUS = {versions.OK: OK, versions.NEWER: WARN, versions.OLDER: FAIL, versions.BROKEN: FAIL, versions.ABSENT: FAIL}
@@ -115,7 +116,7 @@ def torch_and_torchvision() -> Iterator[Finding]:
             loaded.append(importlib.import_module(module).__version__)
         except Exception as error:  # operators that do not exist, libraries that can't be loaded: all of it is a mismatch
             beside = f" beside torch {loaded[0]}" if loaded else ""
-            yield Finding(name, FAIL, f"{module} can't be imported{beside} ({named(error)})", fix)
+            yield Finding(name, FAIL, f"{module} can't be imported{beside} ({of_error(error)})", fix)
             return
     builds = {version.partition("+")[2] for version in loaded}
     expected = torchvision_for(loaded[0])

@@ -129,6 +129,29 @@ def locate(pretrained: str) -> str:
     return pretrained
 
 
+def decoder_layers(pretrained: str, revision: str | None = None) -> int | None:
+    """Decoder layers of the language model, as config.json has them; of a hub id that file alone is downloaded.
+
+    Returns
+    -------
+    int or None
+        None where the file can't be read or does not say: who loads the weights then says why.
+
+    Raises
+    ------
+    ConfigError
+        Text that reads as a path, with nothing there.
+    """
+    source, where = locate(pretrained), {"revision": revision, "trust_remote_code": False}
+    try:
+        raw, _ = PretrainedConfig.get_config_dict(source, **where)
+        if is_original(raw):
+            return raw.get("num_hidden_layers")
+        return getattr(AutoConfig.from_pretrained(source, **where).get_text_config(decoder=True), "num_hidden_layers", None)
+    except (OSError, ValueError):  # `load_checkpoint` reads the same file, and refuses in a sentence
+        return None
+
+
 def _read_config(read: Callable, source: str, settings: Settings, where: dict) -> Any:
     try:
         return read(source, **where)

@@ -12,7 +12,7 @@ from vlm_pruner_eval.report.load import Results, load_results
 from vlm_pruner_eval.sweep.files import write_atomic
 from vlm_pruner_eval.sweep.inputs import read_text
 from vlm_pruner_eval.sweep.records import answer_digest, kept_digest
-from vlm_pruner_eval.sweep.store import to_json
+from vlm_pruner_eval.sweep.store import FINISHED, to_json
 
 _DIGITS = 8  # 32 bits a document: a chance match is no worry, and the file stays small
 _SETTINGS = ("id", "pretrained", "revision", "dtype", "protocol", "attn_implementation")
@@ -33,7 +33,7 @@ def write_reference(results_dir: Path | str, path: Path | str) -> Path:
         Runs that failed or did not happen: a reference must be complete.
     """
     results, path = load_results(results_dir), Path(path)
-    unfinished = [f"{run.key} ({run.status})" for run in results.runs if not run.finished]
+    unfinished = [f"{run.key} ({run.status})" for run in results.runs if run.status != FINISHED]
     if unfinished:
         raise ConfigError(f"{results_dir}: got unfinished runs ({', '.join(unfinished)}), expected a complete sweep; run it again.")
     tolerance = _read(path)["tolerance"] if path.exists() else TOLERANCE
@@ -70,7 +70,7 @@ def check(results_dir: Path | str, reference_path: Path | str) -> list[str]:
     ]
     if different:
         raise ConfigError(different)
-    problems = [f"{run.key}: is {run.status}, expected finished." for run in results.runs if not run.finished]
+    problems = [f"{run.key}: is {run.status}, expected finished." for run in results.runs if run.status != FINISHED]
     if (version := _results_version(results)) != reference.get("results_version"):
         problems.append(
             f"results version: the sweep has {version}, the reference {reference.get('results_version')}; where that was meant, write the "

@@ -50,8 +50,8 @@ class RunResult:
 
     @property
     def finished(self) -> bool:
-        """Whether its numbers may be used."""
-        return self.status == FINISHED
+        """Whether its numbers may be used: it is finished, or failed for tasks that could not be scored only."""
+        return self.status == FINISHED or _is_partly_scored(self.status, self.record)
 
     @property
     def scores(self) -> dict[str, float | None]:
@@ -155,9 +155,10 @@ def _result(store: Store, line: dict[str, Any]) -> RunResult:
         raise ConfigError(
             f"{line['run_id']}: run.json has status {status!r}, expected {FINISHED} or {FAILED}; delete it and run the sweep again."
         )
-    if status == FINISHED and (problem := record_problem(line["run_id"], record)):
+    is_shown = status == FINISHED or _is_partly_scored(status, record)
+    if is_shown and (problem := record_problem(line["run_id"], record)):
         raise ConfigError(problem)
-    if status == FINISHED and not (store.run_dir(line["run_id"]) / "samples.jsonl").is_file():
+    if is_shown and not (store.run_dir(line["run_id"]) / "samples.jsonl").is_file():
         status, record = SAMPLES_MISSING, None  # scores that no answer stands behind are not shown
     return RunResult(
         **{key: line[key] for key in ("key", "run_id", "label", "method", "pruning_rate", "seed")},
@@ -168,6 +169,11 @@ def _result(store: Store, line: dict[str, Any]) -> RunResult:
         asked_rate=line.get("asked_rate", line["pruning_rate"]),
         iso_layer=line.get("iso_layer"),
     )
+
+
+def _is_partly_scored(status: str, record: dict[str, Any] | None) -> bool:
+    """Whether all was answered, and some tasks have scores while the aggregation of others failed."""
+    return status == FAILED and bool((record or {}).get("unscored"))
 
 
 def _mixtures(runs: tuple[RunResult, ...]) -> Iterator[str]:
@@ -197,17 +203,24 @@ def _document_counts(runs: tuple[RunResult, ...]) -> Iterator[str]:
     seen: dict[str, tuple[int, str]] = {}
     for run in runs:
         for task, scores in run.record["tasks"].items() if run.finished else ():
-            n = scores["main"]["n"] if scores["main"] else None
+            if scores["main"] is None:
+                continue
+            n = scores["main"]["n"]
             first = seen.setdefault(task, (n, run.key))
             if n != first[0]:
                 yield f"{run.key}: {task} has {n} documents, but {first[1]} has {first[0]}; run one of them again, or report them apart."
 
 
 def _unscored(runs: tuple[RunResult, ...]) -> Iterator[str]:
-    """A remark for each task that can't be scored here."""
-    for task, scores in next((run.record["tasks"] for run in runs if run.finished), {}).items():
-        if "note" in scores:
-            yield f"{task} is {scores['note']}; without its score, rows have no relative average."
+    """A remark for each task that can't be scored here, or whose scores leave documents out."""
+    said: dict[str, None] = {}
+    for run in runs:
+        for task, scores in run.record["tasks"].items() if run.finished else ():
+            if "note" in scores and run.status == FINISHED:  # else it is told as the run's problem
+                said[f"{task} is {scores['note']}; without its score, rows have no relative average."] = None
+            if "remark" in scores:
+                said[f"{task}: {scores['remark']}."] = None
+    yield from said
 
 
 def _text(value: object) -> str:

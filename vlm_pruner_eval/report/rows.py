@@ -12,7 +12,7 @@ from typing import Any
 from vlm_pruner_eval.report.load import Results, RunResult
 from vlm_pruner_eval.sweep.grid import RATELESS, UNPRUNED, rate_percent
 from vlm_pruner_eval.sweep.score_line import relative_average
-from vlm_pruner_eval.sweep.store import FINISHED
+from vlm_pruner_eval.sweep.store import FAILED, FINISHED
 
 PLUMBING = "The embedded benchmark (digitscenes) checks the plumbing; it is no evidence about which method is better. No winner is marked."
 
@@ -42,7 +42,7 @@ class Row:
     status
         "finished", "failed", "not run", "not run: samples missing", or "3 of 5 seeds finished".
     cells
-        By task; empty unless a run is finished.
+        By task; empty unless a run is finished, or failed for tasks that could not be scored only.
     relative
         Relative average in percent.
     asked, kept, layer_averaged
@@ -146,7 +146,7 @@ def _row(runs: list[RunResult], tasks: list[str], unpruned: RunResult | None) ->
         label=runs[0].label,
         method=runs[0].method,
         pruning_rate=runs[0].pruning_rate,
-        status=_status(runs, finished),
+        status=_status(runs),
         cells={task: _cell([record["tasks"][task]["main"] for record in records]) for task in tasks if records},
         relative=Cell(statistics.fmean(known), sd=_sd(known), seeds=len(known)) if complete else Cell(None),
         asked=_merged([record["tokens"]["asked"] for record in records]),
@@ -155,7 +155,7 @@ def _row(runs: list[RunResult], tasks: list[str], unpruned: RunResult | None) ->
         prefill_ms=time_over_seeds(records, "prefill_ms"),
         selection_ms=time_over_seeds(records, "selection_ms"),
         quirks=dict(sum((Counter(record["tokens"]["quirks"]) for record in records), Counter())),
-        problems=tuple(f"{run.key}: {run.record['problem']}" for run in runs if run.record is not None and not run.finished),
+        problems=tuple(f"{run.key}: {run.record['problem']}" for run in runs if run.status == FAILED),
         params={name: value for name, value in runs[0].params.items() if name != "seed" or len(runs) == 1},
         changed=runs[0].changed,
         runs=tuple(run.run_id for run in runs),
@@ -164,9 +164,9 @@ def _row(runs: list[RunResult], tasks: list[str], unpruned: RunResult | None) ->
     )
 
 
-def _status(runs: list[RunResult], finished: list[RunResult]) -> str:
+def _status(runs: list[RunResult]) -> str:
     kinds = {run.status for run in runs}
-    return runs[0].status if len(kinds) == 1 else f"{len(finished)} of {len(runs)} seeds {FINISHED}"
+    return runs[0].status if len(kinds) == 1 else f"{[run.status for run in runs].count(FINISHED)} of {len(runs)} seeds {FINISHED}"
 
 
 def _average(run: RunResult, unpruned: RunResult | None) -> float | None:

@@ -11,13 +11,11 @@ from vlm_pruner_eval.report.load import Results, RunResult, load_results
 from vlm_pruner_eval.report.rows import relative_average
 from vlm_pruner_eval.report.stats.answers import document_answer
 from vlm_pruner_eval.reproduce.plan import Plan, Variant
+from vlm_pruner_eval.sweep.store import FINISHED
 
 Documents = dict[tuple[str, int], list[dict[str, Any]]]  # the samples of a document: one, or one a choice that was scored
 
-_KEPT_FIELDS = ("answer", "metrics", "choice", "loglikelihood", "n_new_tokens")
-# What the tasks' own items call a score, and a parsed answer beside the letter that would be right.
-_SCORE_FIELDS = ("score", "right")
-_PARSED_FIELDS = ("pred", "pred_answer", "parsed_pred", "predicted")
+_KEPT_FIELDS = ("answer", "score", "choice", "loglikelihood", "n_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,8 @@ class TaskNoise:
     answer_flips
         By variant other than the reference: documents whose answer text differs.
     score_flips
-        The same for the score of a document; None where the task gives a document no score.
+        The same for the score of a document under the main metric, as the sweep recorded it; documents that the task does not count
+        apart (further turns of MMBench's questions) are left out. None where the task gives a document no score.
     """
 
     metric: str | None
@@ -93,11 +92,11 @@ def measure_noise(plan: Plan) -> Noise:
     """
     loaded = {variant.name: load_results(plan.noise_dir(variant)) for variant in plan.variants}
     runs = {name: results.runs[0] for name, results in loaded.items()}
-    problems = {name: _problem(run) for name, run in runs.items() if not run.finished}
+    problems = {name: _problem(run) for name, run in runs.items() if run.status != FINISHED}
     reference = plan.variants[0].name
     if reference in problems:
         return Noise(plan.variants, problems, None, {}, None)
-    documents = {name: _documents(loaded[name], run) for name, run in runs.items() if run.finished}
+    documents = {name: _documents(loaded[name], run) for name, run in runs.items() if run.status == FINISHED}
     records = {name: runs[name].record for name in documents}
     tasks = {task: _task_noise(task, list(runs), records, documents, reference) for task in loaded[reference].tasks}
     return Noise(plan.variants, problems, records[reference], tasks, _average_spread(tasks, documents, reference))
@@ -116,8 +115,8 @@ def _documents(results: Results, run: RunResult) -> Documents:
 
 
 def _task_noise(task: str, names: list[str], records: dict[str, Any], documents: dict[str, Documents], reference: str) -> TaskNoise:
-    metrics = _metrics_by_leaf(task, records[reference]["tasks"][task])
-    mine = {name: {key: held[key] for key in held if key[0] in metrics} for name, held in documents.items()}
+    leaves = _leaves(task, records[reference]["tasks"][task])
+    mine = {name: {key: held[key] for key in held if key[0] in leaves} for name, held in documents.items()}
     others = [name for name in mine if name != reference]
     for name in others:
         if mine[name].keys() != mine[reference].keys():
@@ -132,15 +131,13 @@ def _task_noise(task: str, names: list[str], records: dict[str, Any], documents:
         scores=scores,
         spread=_spread(scores.values()),
         answer_flips={name: _answer_flips(mine[reference], mine[name]) for name in others},
-        score_flips={name: _score_flips(mine[reference], mine[name], metrics) for name in others},
+        score_flips={name: _score_flips(mine[reference], mine[name]) for name in others},
     )
 
 
-def _metrics_by_leaf(task: str, scored: dict[str, Any]) -> dict[str, list[str]]:
-    """Names of the metrics that make the score, by the task that samples are filed under: several where a group is one benchmark."""
-    parts = {leaf: held for leaf, held in scored["metrics"].items() if "metric" in held}
-    mains = parts or {task: scored["main"]}
-    return {leaf: [name.split(",")[0] for name in main["metric"].split(" + ")] if main else [] for leaf, main in mains.items()}
+def _leaves(task: str, scored: dict[str, Any]) -> set[str]:
+    """Tasks that samples are filed under: several where a group is one benchmark."""
+    return {leaf for leaf, held in scored["metrics"].items() if "metric" in held} or {task}
 
 
 def _score(record: dict[str, Any], task: str) -> float | None:
@@ -157,38 +154,13 @@ def _answer_flips(reference: Documents, other: Documents) -> Flips:
     return Flips(sum(document_answer(reference[key]) != document_answer(other[key]) for key in reference), len(reference))
 
 
-def _score_flips(reference: Documents, other: Documents, metrics: dict[str, list[str]]) -> Flips | None:
-    pairs = [tuple(document_score(held[key][0], metrics[key[0]]) for held in (reference, other)) for key in reference]
-    if any(None in pair for pair in pairs):
+def _score_flips(reference: Documents, other: Documents) -> Flips | None:
+    """None where the two do not have scores of the same documents, or of none."""
+    pairs = [(reference[key][0]["score"], other[key][0]["score"]) for key in reference]
+    known = [pair for pair in pairs if pair != (None, None)]
+    if not known or any(None in pair for pair in known):
         return None
-    return Flips(sum(ours != theirs for ours, theirs in pairs), len(pairs))
-
-
-def document_score(sample: dict[str, Any], metrics: list[str]) -> tuple[float | bool, ...] | None:
-    """The scores of one document under the metrics it has items of (MME's have perception or cognition).
-
-    Returns
-    -------
-    tuple or None
-        None when an item holds no score of its own: MMBench, for one, reads letters out of answers while it aggregates.
-    """
-    items = sample["metrics"] or {}
-    scores = [_item_score(items[name]) for name in metrics if name in items]
-    return tuple(scores) if scores and None not in scores else None
-
-
-def _item_score(item: Any) -> float | bool | None:
-    if isinstance(item, (bool, int, float)):
-        return item
-    if not isinstance(item, dict):
-        return None
-    for field in _SCORE_FIELDS:
-        if isinstance(item.get(field), (bool, int, float)):
-            return item[field]
-    parsed = next((field for field in _PARSED_FIELDS if field in item), None)
-    if parsed is None or "answer" not in item:
-        return None
-    return str(item[parsed]).strip().lower() == str(item["answer"]).strip().lower()
+    return Flips(sum(ours != theirs for ours, theirs in known), len(known))
 
 
 def _average_spread(tasks: dict[str, TaskNoise], finished: Iterable[str], reference: str) -> float | None:

@@ -19,7 +19,7 @@ from vlm_pruner_eval.reproduce.plan import Plan
 from vlm_pruner_eval.reproduce.rows import ReproducedRow, reproduced_rows, spreads_of
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.grid import UNPRUNED, expand
-from vlm_pruner_eval.sweep.opening import Loader, check_methods, check_tasks
+from vlm_pruner_eval.sweep.opening import Loader, check_layers, check_methods, check_tasks
 from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
 from vlm_pruner_eval.sweep.store import Store
 
@@ -74,6 +74,8 @@ def reproduce(
     """
     console = console or Console(stderr=True)
     printed = read_printed()
+    if load is None:
+        check_layers(plan.rows.model)
     stages = _Stages(console, _OneAtATime(plan, load), check_tasks(plan.rows, task_manager))
     for variant in plan.variants:
         console.print(f"Noise floor: unpruned, batch size {variant.batch_size}, {variant.attention} attention", highlight=False)

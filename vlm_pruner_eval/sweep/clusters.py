@@ -9,11 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from vlm_pruner_eval.sweep.turns import question_of
 
 RESAMPLES = 1000
 PAIR_KEYS = ("pair_id", "question_id")
@@ -78,7 +81,11 @@ def find_clusters(task: str, rows: Sequence[dict[str, Any]], images: Mapping[Any
     images
         Document -> content hashes of its images; documents that are not in it have none.
     """
-    keys = {row["doc_id"]: [*images.get(row["doc_id"], ()), *_pair(row)] for row in rows}
+    by_document = {row["doc_id"]: row for row in rows}  # one row for each filter of the task
+    pairs = pair_keys([_fields(row) for row in by_document.values()])
+    keys: dict[Any, list[Hashable]] = {}
+    for (doc, row), key in zip(by_document.items(), pairs, strict=True):
+        keys[doc] = [*images.get(doc, ()), *([] if key is None else [key]), *_question(row)]
     return Clusters(task, connected(keys))
 
 
@@ -99,11 +106,41 @@ def connected(keys: Mapping[Any, Iterable[Hashable]]) -> dict[Any, int]:
     return {item: numbers.setdefault(root(item), len(numbers)) for item in keys}
 
 
-def _pair(row: dict[str, Any]) -> list[tuple]:
-    """The key that the two questions of a pair share; MME and POPE number their questions by category."""
-    fields = dict(row.get("doc", {}))
-    for value in row.values():
-        if isinstance(value, dict) and value is not row.get("doc"):
-            fields |= {key: value[key] for key in (*PAIR_KEYS, "category") if key in value}
-    found = next((key for key in PAIR_KEYS if fields.get(key) not in (None, "")), None)
-    return [] if found is None else [(found, str(fields[found]), str(fields.get("category")))]
+def pair_keys(fields: Sequence[Mapping[str, Any]]) -> list[tuple | None]:
+    """Per document the key that the two questions of a pair share; None of one that is alone.
+
+    Any `pair_id` is one. A `question_id` is only where exactly two documents of a category have it: MME numbers its pictures so,
+    POPE the questions of each split, and others write there what they like (MLVU: the question's text, the same of hundreds of videos).
+    """
+    keys = [pair_key(of_document) for of_document in fields]
+    times = Counter(key for key in keys if key is not None)
+    return [key if key is not None and (key[0] != "question_id" or times[key] == 2) else None for key in keys]
+
+
+def has_pairs(items: Sequence[Any]) -> bool:
+    """Whether metric items are of questions in pairs."""
+    return any(key is not None for key in pair_keys([item if isinstance(item, Mapping) else {} for item in items]))
+
+
+def pair_key(fields: Mapping[str, Any]) -> tuple | None:
+    """Name, value and category of what may be the key of a pair; None where there is nothing of the kind."""
+    found = next((name for name in PAIR_KEYS if fields.get(name) not in (None, "")), None)
+    return None if found is None else (found, str(fields[found]), str(fields.get("category")))
+
+
+def _fields(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Names of a document, as it has them itself; what it lacks is looked for in the metric items."""
+    fields: dict[str, Any] = {}
+    for held in (*_items(row), dict(row.get("doc") or {})):
+        fields |= {name: held[name] for name in (*PAIR_KEYS, "category") if held.get(name) is not None}
+    return fields
+
+
+def _question(row: Mapping[str, Any]) -> list[tuple]:
+    """The key that all turns of a question share."""
+    asked = {question_of(item) for item in _items(row)} - {None}
+    return [("turns of", question) for question in asked]
+
+
+def _items(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [value for name, value in row.items() if name != "doc" and isinstance(value, Mapping)]

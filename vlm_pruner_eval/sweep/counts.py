@@ -6,6 +6,7 @@ value as the aggregation itself on the whole data and on several resamples.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,9 @@ from vlm_pruner_eval.sweep.clusters import PAIR_KEYS
 # What the tasks' own items call a score, and a parsed answer beside the one that would be right.
 _SCORE_FIELDS = ("score", "right")
 _PARSED_FIELDS = ("pred", "pred_answer", "parsed_pred", "predicted", "prediction")
+_RAW_FIELD = "prediction"  # some tasks put the whole answer there
 _GOLD_FIELDS = ("answer", "ground_truth")
+_CHOICE = re.compile(r"[a-z]|yes|no|true|false", re.IGNORECASE)
 _GROUP_FIELDS = ("category", "l2_category", "task_type", "task_category")
 
 
@@ -37,32 +40,75 @@ class Form:
     value: Callable[[np.ndarray], np.ndarray]
 
 
-def item_score(item: Any) -> float | None:
-    """The score of one document in [0, 1], as the task's item holds it; None where the item holds no such number."""
+def held_score(item: Any) -> float | None:
+    """The score in [0, 1] that the task's item is, or holds; None where it holds no such number."""
     score: Any = item
     if isinstance(item, dict):
-        score = next((item[field] for field in _SCORE_FIELDS if _is_number(item.get(field))), None)
-        parsed, gold = _answers(item)
-        if score is None and parsed is not None and gold is not None:
-            score = _same(parsed, gold)
-    return float(score) if _is_number(score) and 0 <= score <= 1 else None
+        score = next((item[field] for field in _SCORE_FIELDS if is_number(item.get(field))), None)
+    return float(score) if is_number(score) and 0 <= score <= 1 else None
 
 
-def forms(items: Sequence[Any]) -> Iterator[Form]:
-    """Every form that these items could be summed by, the likeliest first."""
-    numbers = items if all(map(_is_number, items)) else [item_score(item) for item in items]
-    if None not in numbers:
-        for scale in (1.0, 100.0):
-            yield _mean(numbers, scale)
-    if not all(isinstance(item, dict) for item in items):
+def compared(item: Any, *, strict: bool = False) -> float | None:
+    """1 if the answer that the task parsed is the right one, else 0; None where the item does not hold both.
+
+    An answer that could not be parsed (None) is wrong.
+
+    Parameters
+    ----------
+    strict
+        Compare only what was parsed for sure (a field `prediction` may hold the whole answer), and only with a choice (a letter, yes,
+        no) or a number: free text, or a box, may be judged otherwise.
+    """
+    if not isinstance(item, dict):
+        return None
+    parsed = next((field for field in _PARSED_FIELDS if field in item), None)
+    gold = next((field for field in _GOLD_FIELDS if item.get(field) is not None), None)
+    if parsed is None or gold is None or (strict and parsed == _RAW_FIELD):
+        return None
+    if item[parsed] is None:
+        return 0.0
+    return _same(item[parsed], item[gold]) if _is_one_kind(item[parsed], item[gold], strict) else None
+
+
+def _is_one_kind(parsed: Any, gold: Any, strict: bool) -> bool:
+    """A box is never a sentence; a number may be given as text, and free text be judged by its meaning, but neither is for sure."""
+    if is_number(parsed) and is_number(gold):
+        return True
+    if strict:
+        return isinstance(parsed, str) and isinstance(gold, str) and bool(_CHOICE.fullmatch(gold.strip()))
+    return type(parsed) is type(gold) or all(isinstance(value, str) or is_number(value) for value in (parsed, gold))
+
+
+def shares(items: Sequence[Any], numbers: Sequence[float | None]) -> Iterator[Form]:
+    """Forms that are means of the items' scores: of all, and over categories, as fractions and as percentages.
+
+    Items without a score (None) are not counted.
+    """
+    if all(number is None for number in numbers):
         return
-    groups = [[item[field] for item in items] for field in _GROUP_FIELDS if all(field in item for item in items)]
-    for group in groups if None not in numbers else ():
+    for scale in (1.0, 100.0):
+        yield _mean(numbers, scale)
+    for group in _groups(items) if None not in numbers else ():
         for scale in (1.0, 100.0):
             yield _mean_of_groups(numbers, group, scale)
+
+
+def forms(items: Sequence[Any], numbers: Sequence[float | None]) -> Iterator[Form]:
+    """Every form that these items could be summed by, the likeliest first.
+
+    Parameters
+    ----------
+    numbers
+        Per item: its score, see `document_scores`; values beyond [0, 1] where the items themselves are such numbers.
+    """
+    if items and all(map(is_number, items)):
+        numbers = items
+    yield from shares(items, numbers)
+    if not all(isinstance(item, dict) for item in items):
+        return
     answers = [_answers(item) for item in items]
     if not any(None in pair for pair in answers):
-        for group in ([""] * len(items), *groups):
+        for group in ([""] * len(items), *_groups(items)):
             for strict in (True, False):
                 yield _f1(answers, group, strict=strict)
     key = next((key for key in PAIR_KEYS if all(key in item for item in items)), None)
@@ -72,7 +118,15 @@ def forms(items: Sequence[Any]) -> Iterator[Form]:
         yield _mme(numbers, pairs)
 
 
-def _is_number(value: Any) -> bool:
+def _groups(items: Sequence[Any]) -> list[list[Any]]:
+    """The items' categories, by every field that holds one."""
+    if not all(isinstance(item, dict) for item in items):
+        return []
+    return [[item[field] for item in items] for field in _GROUP_FIELDS if all(field in item for item in items)]
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number or a truth value."""
     return isinstance(value, (bool, int, float, np.number))
 
 
@@ -85,8 +139,10 @@ def _same(parsed: Any, gold: Any) -> float:
     return float(str(parsed).strip().lower() == str(gold).strip().lower())
 
 
-def _mean(numbers: Sequence[float], scale: float) -> Form:
-    columns = np.column_stack([np.asarray(numbers, dtype=np.float64), np.ones(len(numbers))])
+def _mean(numbers: Sequence[float | None], scale: float) -> Form:
+    """Mean of the items that are counted (those that are not None)."""
+    counted = np.array([number is not None for number in numbers], dtype=np.float64)
+    columns = np.column_stack([np.array([number or 0.0 for number in numbers], dtype=np.float64), counted])
     return Form(columns, lambda sums: scale * _ratio(sums[..., 0], sums[..., 1]))
 
 

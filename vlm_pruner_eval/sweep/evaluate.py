@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,17 +12,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlm_pruner_eval.sweep import scores
+from vlm_pruner_eval.sweep import aggregations, scores
 from vlm_pruner_eval.sweep.config import SweepConfig
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Scores by task and by benchmark, and lmms-eval's logged samples by task."""
+    """Scores by task and by benchmark, and lmms-eval's logged samples by task.
+
+    Attributes
+    ----------
+    unscored
+        Of tasks whose aggregation failed: a sentence each, with the traceback.
+    """
 
     scored: dict[str, scores.Scored] = field(default_factory=dict)
     benchmarks: dict[str, scores.Scored] = field(default_factory=dict)
     logged: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    unscored: dict[str, str] = field(default_factory=dict)
 
 
 def evaluate(model: Any, config: SweepConfig, task_manager: Any, folder: Path) -> Evaluated:
@@ -29,21 +38,25 @@ def evaluate(model: Any, config: SweepConfig, task_manager: Any, folder: Path) -
     Tasks are loaded afresh for every run, because some of them keep state between evaluations in their module (OCRBench adds
     each run's points to the last run's).
     """
-    tasks, groups = _load_tasks(config, task_manager)
-    results = _simple_evaluate(model, config, task_manager, tasks, folder)
-    logged = {name: results["samples"][name] for name in tasks}
-    images: dict[str, dict[Any, Sequence[str]]] = {name: {} for name in tasks}
-    for answer in model.answers:
-        images[answer.task][answer.doc_id] = answer.images
-    scored = {name: scores.score_task(name, results["results"][name], logged[name], task, images[name]) for name, task in tasks.items()}
-    return Evaluated(scored, _by_benchmark(scored, groups), logged)
+    with contextlib.redirect_stdout(sys.stderr):  # tasks print tables and notices, and a sweep's stdout is for programs
+        tasks, groups = _load_tasks(config, task_manager)
+        aggregations.guard(tasks)
+        results = _simple_evaluate(model, config, task_manager, tasks, folder)
+        logged = {name: results["samples"][name] for name in tasks}
+        images: dict[str, dict[Any, Sequence[str]]] = {name: {} for name in tasks}
+        for answer in model.answers:
+            images[answer.task][answer.doc_id] = answer.images
+        scored = {name: scores.score_task(name, results["results"][name], logged[name], task, images[name]) for name, task in tasks.items()}
+    failed = {problem: trace for name, task in tasks.items() for problem, trace in aggregations.failures(name, task)}
+    return Evaluated(scored, _by_benchmark(scored, groups), logged, failed)
 
 
 def answer_only(model: Any, config: SweepConfig, task_manager: Any, folder: Path) -> Evaluated:
     """The same up to the last answer: of several processes that answer a run together, only one scores it."""
-    tasks, _ = _load_tasks(config, task_manager)
-    with _until_answered(model):
-        _simple_evaluate(model, config, task_manager, tasks, folder)
+    with contextlib.redirect_stdout(sys.stderr):  # as in `evaluate`
+        tasks, _ = _load_tasks(config, task_manager)
+        with _until_answered(model):
+            _simple_evaluate(model, config, task_manager, tasks, folder)
     return Evaluated()
 
 

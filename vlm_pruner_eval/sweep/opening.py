@@ -21,6 +21,7 @@ from vlm_pruner_eval.sweep.hub_code import hub_code_problems
 from vlm_pruner_eval.sweep.images import ImageStore, Keeper
 from vlm_pruner_eval.sweep.session import Session, Team
 from vlm_pruner_eval.sweep.store import Store
+from vlm_pruner_eval.sweep.task_modules import module_problems
 
 Loader = Callable[..., Any]  # vlm_pruner_eval.lmms.wrapper.load, or a stand-in of the same interface
 
@@ -57,6 +58,8 @@ def open_session(
     task_manager = check_tasks(config, task_manager)
     for task in unscorable(config, task_manager):
         console.print(f"{task} is {scores.NOT_SCORABLE}; without its score, rows have no relative average.", highlight=False)
+    if load is None:
+        check_layers(config.model)
     model = _load_model(config.model, load)
     _check_layers(config.model, model)
     check_methods(model, todo)
@@ -83,12 +86,12 @@ def sharing(session: Session, runs: Sequence[Run]) -> Iterator[Session]:
 
 
 def check_tasks(config: SweepConfig, task_manager: Any = None) -> Any:
-    """lmms-eval's task index, after checking that it knows every task of the sweep.
+    """lmms-eval's task index, after checking that it knows every task of the sweep and can import its functions.
 
     Raises
     ------
     ConfigError
-        Unknown task names, each with the closest known one.
+        Unknown task names, each with the closest known one; tasks that need a package that is not installed.
     """
     if task_manager is None:
         import lmms_eval.models  # noqa: F401  # loads the plugins, which add the packaged tasks to every index
@@ -103,7 +106,9 @@ def check_tasks(config: SweepConfig, task_manager: Any = None) -> Any:
             close = difflib.get_close_matches(task, known, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]!r}? " if close else ""
             problems.append(f"tasks: got {task!r}, which lmms-eval does not know; {hint}`lmms-eval tasks list` shows all names.")
-    problems += hub_code_problems([task for task in config.tasks if task in known], task_manager)
+    found = [task for task in config.tasks if task in known]
+    problems += hub_code_problems(found, task_manager)
+    problems = problems or list(module_problems(found, task_manager))  # what runs code of the hub is not imported before
     if problems:
         raise ConfigError(problems)
     return task_manager
@@ -135,9 +140,29 @@ def _load_model(section: ModelSection, load: Loader | None) -> Any:
     return model
 
 
+def check_layers(section: ModelSection) -> None:
+    """Hold the layers of the file against the checkpoint's config.json, which is read in a moment, before weights are.
+
+    Raises
+    ------
+    ConfigError
+        They differ, which would give iso-compute rows another budget than they claim.
+    """
+    if section.layers is None:
+        return
+    from vlm_pruner_eval.lmms.checkpoint import decoder_layers
+
+    _refuse_layers(section, decoder_layers(section.pretrained, section.revision))
+
+
 def _check_layers(section: ModelSection, model: Any) -> None:
-    """A wrong number of layers in the file would give iso-compute rows another budget than they claim."""
-    if section.layers is not None and (actual := model.describe()["layers"]) != section.layers:
+    """The same of the loaded model, whoever loaded it."""
+    if section.layers is not None:
+        _refuse_layers(section, model.describe()["layers"])
+
+
+def _refuse_layers(section: ModelSection, actual: int | None) -> None:
+    if actual is not None and actual != section.layers:
         raise ConfigError(f"model.layers: got {section.layers}, but {section.pretrained} has {actual} decoder layers; write {actual}.")
 
 

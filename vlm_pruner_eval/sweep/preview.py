@@ -78,7 +78,7 @@ def preview(config: SweepConfig, output: Path) -> Preview:
     Raises
     ------
     ConfigError
-        Methods that can't keep what they are asked.
+        Methods that can't keep what they are asked; tasks that lmms-eval does not know or can't load.
     """
     runs, store = expand(config), Store(output)
     preflight.refuse_other_sweep(store, config)
@@ -97,7 +97,14 @@ def preview(config: SweepConfig, output: Path) -> Preview:
     seconds = None if None in paces else sum(pace.per_question_s * counted.total + pace.per_run_s for pace in paces)
     basis = Counter(pace.nearness for pace in paces if pace is not None)
     processors = sorted({record["provenance"]["processor"] for record in earlier})
+    _check_tasks(config)  # last, as it takes seconds to import lmms-eval
     return Preview(config, runs, status, n_visual, kept, questions, disk, seconds, basis, processors, per, notices)
+
+
+def _check_tasks(config: SweepConfig) -> None:
+    from vlm_pruner_eval.sweep.opening import check_tasks
+
+    check_tasks(config)
 
 
 def _all_kept(runs: Sequence[Run], n_visual: int | None, layers: int | None) -> list[estimate.Kept]:

@@ -63,10 +63,10 @@ def score_line(record: Mapping[str, Any], unpruned: Mapping[str, Any] | None, to
     """
     took = None if took_s is None or record.get("shared_prefix") else duration(took_s)
     if record.get("status") != FINISHED:
-        return f"FAILED{'' if took is None else f' after {took}'}: {record.get('problem')}"
+        others = f" Scores: {_listed(_scores(record))}" if record.get("unscored") else ""
+        return f"FAILED{'' if took is None else f' after {took}'}: {record.get('problem')}{others}"
     scores = _scores(record)
-    names = short_names(list(scores))
-    line = ", ".join(f"{names[task]} {number(score)}" for task, score in scores.items())
+    line = _listed(scores)
     average = None if unpruned is None or record["method"] == UNPRUNED else relative_average(scores, _scores(unpruned))
     if average is not None:
         line += f" ({number(average)} % of unpruned)"
@@ -74,6 +74,11 @@ def score_line(record: Mapping[str, Any], unpruned: Mapping[str, Any] | None, to
     if kept is not None:
         line += f", kept {kept['mean']:.4g} of {there['mean']:.4g}"
     return line if took is None else f"{line}, {took}"
+
+
+def _listed(scores: Mapping[str, float | None]) -> str:
+    names = short_names(list(scores))
+    return ", ".join(f"{names[task]} {number(score)}" for task, score in scores.items())
 
 
 def _scores(record: Mapping[str, Any]) -> dict[str, float | None]:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import inspect
-import io
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from vlm_pruner_eval.sweep.clusters import PAIR_KEYS, RESAMPLES, Clusters, find_clusters
-from vlm_pruner_eval.sweep.counts import Form, forms, item_score
+from vlm_pruner_eval.sweep.aggregations import Aggregation
+from vlm_pruner_eval.sweep.clusters import Clusters, find_clusters, has_pairs
+from vlm_pruner_eval.sweep.counts import Form
+from vlm_pruner_eval.sweep.document_scores import document_scores
+from vlm_pruner_eval.sweep.resampling import Metric, draw
+from vlm_pruner_eval.sweep.turns import has_turns
 
 CONFIDENCE = 95.0
-_MANY_ITEMS = 2000  # above this, only the main metric is resampled
-_PATIENCE_S = 120.0  # for calling one metric's aggregation on all resamples
-_CHECKS = 3  # resamples on which a form must agree with the aggregation
 
 
 @dataclass(frozen=True)
@@ -34,8 +31,8 @@ class Main:
     scale
         Factor to the unit in which papers print it.
     adds
-        Field of the per-document items whose sum the task reports up to a constant; for aggregations that keep state or write
-        files and therefore can't be called on resamples.
+        Field of the per-document items whose sum is the score that papers print; for aggregations that keep state or write files
+        and therefore can't be called on resamples.
     """
 
     metrics: tuple[str, ...]
@@ -97,9 +94,9 @@ class Scored:
         For the run's record. `metrics`: name -> value, low, high (95 % percentile bootstrap over clusters of documents; Wilson's
         interval where every document scored the same), n, note. `main`: the same for the metric that stands for the task, in
         the unit of papers, or None when no metric can. `clusters`: n and digest, see `Clusters.as_json`. `note`: only of a task
-        that can't be scored here, why.
+        without a score, why. `remark`: only of a task whose score leaves documents out.
     draws
-        [RESAMPLES]: the main metric on every resample, in its unit; None where it has no interval.
+        [resamples]: the main metric on every resample, in its unit; None where it has no interval.
     documents
         Document -> its score in [0, 1] under the main metric; None where the task gives it no number.
     """
@@ -131,12 +128,13 @@ def score_task(
     images
         Document -> content hashes of its images: documents that share one are drawn together, as pairs of questions are.
     """
-    aggregations, better = task_object.aggregation(), task_object.higher_is_better()
+    aggregations = {metric: Aggregation.of(call) for metric, call in task_object.aggregation().items()}
+    better = task_object.higher_is_better()
     names = [key for key in results if "," in key and key.split(",")[0] in aggregations]
     filters = list(dict.fromkeys(key.split(",")[1] for key in names))
     wanted, clusters = MAIN_METRICS.get(task), find_clusters(task, samples, images or {})
     per_filter = len(samples) // max(1, len(filters))
-    scored, draws, rows = {}, {}, {}
+    scored, draws, metrics = {}, {}, {}
     for name in names:
         metric, filter_name = name.split(",")[:2]
         value = results[name]
@@ -144,17 +142,56 @@ def score_task(
             continue  # submissions and tables are not scores
         start = filters.index(filter_name) * per_filter
         shown = metric if len(filters) == 1 else name
-        rows[shown] = [row for row in samples[start : start + per_filter] if metric in row]
-        draws[shown], note = _draw(aggregations[metric], rows[shown], metric, float(value), wanted, clusters)
-        scored[shown] = _summary(float(value), draws[shown], len(rows[shown])) | ({"note": note} if note else {})
-        if draws[shown] is not None and _all_alike([row[metric] for row in rows[shown]], value):
-            n = len({clusters.of[row["doc_id"]] for row in rows[shown]})
-            scored[shown] |= dict(zip(("low", "high"), wilson_interval(float(value), n), strict=True))
+        rows = [row for row in samples[start : start + per_filter] if metric in row]
+        rows = [row for index, row in enumerate(rows) if index not in aggregations[metric].left_out]
+        metrics[shown] = _metric(metric, aggregations[metric].call, float(value), rows, wanted)
+        draws[shown], scored[shown] = _score(metrics[shown], wanted, clusters)
     main, drawn = _main(wanted, scored, draws, better)
     mains = main["metric"].split(" + ") if main else []
-    documents = {row["doc_id"]: item_score(row[name.split(",")[0]]) for name in mains for row in rows[name]}
-    note = {"note": NOT_SCORABLE} if is_submission(list(aggregations)) else {}
-    return Scored({"metrics": scored, "main": main, "clusters": clusters.as_json()} | note, drawn, documents)
+    documents = {doc: score for name in mains for doc, score in zip(metrics[name].docs, metrics[name].numbers, strict=True)}
+    notes = _notes(wanted, main, aggregations, scored, len(samples))
+    return Scored({"metrics": scored, "main": main, "clusters": clusters.as_json()} | notes, drawn, documents)
+
+
+def _notes(
+    wanted: Main | None, main: dict[str, Any] | None, aggregations: dict[str, Aggregation], scored: dict[str, Any], n: int
+) -> dict[str, str]:
+    """`note`: why a task has no score; `remark`: what its score leaves out."""
+    if is_submission(list(aggregations)):
+        return {"note": NOT_SCORABLE}
+    lacking = [metric for metric in (aggregations if wanted is None else wanted.metrics) if metric not in scored]
+    if main is None and lacking:
+        return {"note": f"without a score: {_why_none(lacking, aggregations, n)}"}
+    if left := max((len(found.left_out) for found in aggregations.values()), default=0):
+        return {"remark": f"{left} of {n} documents do not count, as the other question of their pair was not asked (an odd limit)"}
+    return {}
+
+
+def _why_none(lacking: list[str], aggregations: dict[str, Aggregation], n: int) -> str:
+    for metric in lacking:
+        if metric in aggregations and aggregations[metric].problem is not None:
+            return f"its aggregation of {metric} failed ({aggregations[metric].problem})"
+    why = "a benchmark of several parts needs documents of each, which a limit may leave out"
+    return f"{', '.join(lacking)} is no number on these {n} documents ({why})"
+
+
+def _metric(name: str, aggregate: Callable, value: float, rows: Sequence[dict[str, Any]], wanted: Main | None) -> Metric:
+    is_main = wanted is None or name in wanted.metrics
+    items = [row[name] for row in rows]
+    numbers = document_scores(items, value, aggregate if is_main else None)
+    points = _points(items, wanted, value) if wanted is not None and wanted.adds is not None and is_main else None
+    return Metric(aggregate, value, [row["doc_id"] for row in rows], items, numbers, points, is_main)
+
+
+def _score(metric: Metric, wanted: Main | None, clusters: Clusters) -> tuple[np.ndarray | None, dict[str, Any]]:
+    """Draws of one metric, and its entry in the record."""
+    draws, note = draw(metric, clusters)
+    summary = _summary(metric.value, draws, len(metric.docs)) | ({"note": note} if note else {})
+    unit = None if draws is None else _unit_if_alike(metric, wanted)
+    if unit is not None:
+        low, high = wilson_interval(metric.value / unit, len({clusters.of[doc] for doc in metric.docs}))
+        summary |= {"low": min(unit * low, metric.value), "high": max(unit * high, metric.value)}  # no rounding beside the value
+    return draws, summary
 
 
 def score_group(tasks: dict[str, Scored]) -> Scored:
@@ -208,9 +245,24 @@ def _summary(value: float, draws: np.ndarray | None, n: int) -> dict[str, Any]:
     return {"value": value, "low": low, "high": high, "n": n}
 
 
-def _all_alike(items: list[Any], value: float) -> bool:
-    """Whether a metric that is a share has the same 0 or 1 everywhere; of items that are no numbers, nothing but 0 may be points."""
-    return value in (0, 1) and all(item_score(item) == value and (value == 1 or np.isscalar(item)) for item in items)
+def _unit_if_alike(metric: Metric, wanted: Main | None) -> float | None:
+    """What a metric that is a share has where all is right, if here all documents score 0 or all score 1; else None.
+
+    Nothing right of pairs, or of a task that is not known and has items that are no numbers, may be points: no share.
+    """
+    counted = {number for number in metric.numbers if number is not None}
+    if counted == {1.0}:
+        is_share = metric.points is not None or metric.value in (1, 100)
+        return metric.value if is_share else None
+    if counted != {0.0} or metric.value != 0:
+        return None
+    if metric.points is not None:
+        return len(metric.items) / wanted.scale
+    if all(map(np.isscalar, metric.items)):
+        return 1.0
+    if has_turns(metric.items):
+        return 100.0
+    return None if wanted is None or has_pairs(metric.items) else 100.0 / wanted.scale
 
 
 def _main(
@@ -236,92 +288,8 @@ def _main(
     return {"metric": " + ".join(names)} | _summary(value, total, n), total
 
 
-def _draw(
-    aggregate: Callable, rows: list[dict[str, Any]], metric: str, value: float, wanted: Main | None, clusters: Clusters
-) -> tuple[np.ndarray | None, str | None]:
-    """Values of the metric on resampled clusters, or None and the reason why there are none."""
-    docs, items = [row["doc_id"] for row in rows], [row[metric] for row in rows]
-    is_main = wanted is not None and metric in wanted.metrics
-    if is_main and wanted.adds is not None and (form := _adding(items, wanted.adds, value)) is not None:
-        return _checked(form.value(clusters.sums(clusters.by_cluster(docs, form.columns))))
-    slow = wanted is not None and not is_main and len(rows) > _MANY_ITEMS
-    if reason := _unresampled(aggregate, items, value, n_clusters=len({clusters.of[doc] for doc in docs}), slow=slow):
-        return None, f"no interval: {reason}"
-    resamples = _Resamples(aggregate, docs, items, clusters)
-    for form in forms(items):
-        if resamples.agree_with(form, value):
-            return _checked(form.value(clusters.sums(clusters.by_cluster(docs, form.columns))))
-    return _checked(resamples.values()) if resamples.seconds() < _PATIENCE_S else (None, "no interval: its aggregation takes too long")
-
-
-def _checked(draws: np.ndarray) -> tuple[np.ndarray | None, str | None]:
-    return (draws, None) if np.isfinite(draws).all() else (None, "no interval: the metric is not defined on every resample")
-
-
-def _adding(items: list[Any], field: str, value: float) -> Form | None:
-    """The mean of a field of the items, in the unit of the metric."""
-    numbers = np.array([item[field] for item in items], dtype=np.float64)
-    if numbers.sum() <= 0:
-        return None  # of nothing but zeros the unit can't be told
-    unit = value / numbers.mean()
-    return Form(np.column_stack([numbers, np.ones(len(items))]), lambda sums: unit * sums[..., 0] / sums[..., 1])
-
-
-def _unresampled(aggregate: Callable, items: list[Any], value: float, *, n_clusters: int, slow: bool) -> str | None:
-    """Why a metric can't be computed on resamples; None when it can."""
-    if n_clusters < 2:
-        return "fewer than two documents, or all of them share images"
-    if "args" in inspect.signature(aggregate).parameters:
-        return "this task's aggregation writes files"
-    if slow:
-        return "only the main metric of a task this large is resampled"
-    again = float(_silently(aggregate, items))
-    return None if math.isclose(again, value, rel_tol=1e-9, abs_tol=1e-12) else f"the aggregation answers {again:g} when asked again"
-
-
-def _silently(aggregate: Callable, items: list[Any]) -> Any:
-    """Some aggregations print their table every time."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        return aggregate(items)
-
-
-@dataclass(frozen=True)
-class _Resamples:
-    """An aggregation on resampled clusters."""
-
-    aggregate: Callable
-    docs: list[Any]
-    items: list[Any]
-    clusters: Clusters
-
-    def agree_with(self, form: Form, value: float) -> bool:
-        """Whether the form gives the metric's value on all items, and what the aggregation answers on a few resamples."""
-        if not math.isclose(form.value(form.columns.sum(0)), value, rel_tol=1e-9, abs_tol=1e-12):
-            return False
-        weights = next(self.clusters.weights())[:_CHECKS]
-        guesses = form.value(weights @ self.clusters.by_cluster(self.docs, form.columns))
-        return all(np.isclose(guess, self._value(row), rtol=1e-9, equal_nan=True) for guess, row in zip(guesses, weights, strict=True))
-
-    def seconds(self) -> float:
-        """How long `values` would take."""
-        started = time.perf_counter()
-        self._value(next(self.clusters.weights())[0])
-        return RESAMPLES * (time.perf_counter() - started)
-
-    def values(self) -> np.ndarray:
-        """[RESAMPLES]"""
-        return np.array([self._value(row) for block in self.clusters.weights() for row in block])
-
-    def _value(self, weights: np.ndarray) -> float:
-        times = weights.astype(int).tolist()
-        drawn = [
-            _renamed(item, copy) for item, doc in zip(self.items, self.docs, strict=True) for copy in range(times[self.clusters.of[doc]])
-        ]
-        return float(_silently(self.aggregate, drawn)) if drawn else math.nan
-
-
-def _renamed(item: Any, copy: int) -> Any:
-    """A pair drawn twice must count as two pairs, so each draw gets its own id."""
-    if not isinstance(item, dict):
-        return item
-    return item | {key: f"{item[key]}#{copy}" for key in PAIR_KEYS if key in item}
+def _points(items: Sequence[dict[str, Any]], wanted: Main, value: float) -> Form:
+    """The mean of the items' points in the unit of the metric, whose value is their sum over ``wanted.scale``."""
+    points = np.array([item[wanted.adds] for item in items], dtype=np.float64)
+    unit = value / points.mean() if points.sum() > 0 else len(items) / wanted.scale
+    return Form(np.column_stack([points, np.ones(len(items))]), lambda sums: unit * sums[..., 0] / sums[..., 1])

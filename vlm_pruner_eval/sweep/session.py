@@ -14,7 +14,7 @@ from vlm_pruner_eval.durable import stopped
 from vlm_pruner_eval.errors import DamagedError, PruningError, StoppedError
 from vlm_pruner_eval.lmms.journal import Journal, Source
 from vlm_pruner_eval.lmms.plan import WHOLE, BatchSize, Part, ShareDone
-from vlm_pruner_eval.shown import sentence, without_secrets
+from vlm_pruner_eval.shown import of_error, without_secrets
 from vlm_pruner_eval.sweep import documents, provenance, records
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.evaluate import Evaluated, answer_only, evaluate, samples_of
@@ -109,7 +109,7 @@ class Session:
         except (Exception, SystemExit) as error:  # as in `_record`
             if full := stopped(error):
                 raise full from error
-            return sentence(f"{type(error).__name__}: {error}".strip())
+            return of_error(error)
         finally:
             self.model.source, self.model.may_shrink = None, may_shrink
         return None
@@ -153,7 +153,7 @@ class Session:
             if full := stopped(error):
                 raise full from error
             raised, trace = error, without_secrets(traceback.format_exc())
-            problem = sentence(f"{type(error).__name__}: {error}".strip())
+            problem = of_error(error)
             if self.team is not None:
                 self.team.give_up(run.run_id, problem)
         finally:
@@ -167,9 +167,13 @@ class Session:
         problem = _problem(samples, evaluated, problem)
         if common is not None and self.is_one_of_many and not self.finished:
             raise self._stopped(run, journal, common, problem, trace)
+        unscored = evaluated.unscored if problem is None else {}
+        if unscored:
+            problem, trace = " ".join(unscored), "\n".join(unscored.values())
         total_s, answers_s = journal.earlier_s + time.time() - started, journal.earlier_s + journal.computed_s
         record = self._describe(run, samples, evaluated, total_s, answers_s, started)
         record |= {"status": FINISHED if problem is None else FAILED, "problem": problem, "traceback": trace}
+        record |= {"unscored": list(unscored)} if unscored else {}  # its other scores are shown
         draws = {task: result.draws for task, result in evaluated.benchmarks.items() if result.draws is not None}
         self.store.write_run(record, samples, draws)
         if problem is None or record["failures"]:

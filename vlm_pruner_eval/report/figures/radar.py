@@ -6,6 +6,7 @@ Paper: arXiv 2512.02700, Figure 1.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 _LEAST_AXES = 3
 _PANEL = (4.2, 3.7)
 _COLUMNS = 3
+_LETTERS = 55  # in a line below a figure of one panel
+_STEPS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000)  # percent between rings
+_MOST_RINGS = 6  # more of their labels would overlap
 
 
 def draw(rows: Sequence[Row], tasks: Sequence[str], stem: Path) -> list[Path]:
@@ -35,7 +39,7 @@ def draw(rows: Sequence[Row], tasks: Sequence[str], stem: Path) -> list[Path]:
         a score on each of them.
     """
     unpruned = next((row for row in rows if row.method == UNPRUNED), None)
-    axes_of = [task for task in tasks if unpruned is not None and (cell := style.score(unpruned, task)) is not None and cell.value > 0]
+    axes_of = [task for task in tasks if unpruned is not None and has_axis(unpruned, task)]
     pruned = [row for row in rows if row.percent is not None and _is_whole(row, axes_of)]
     if len(axes_of) < _LEAST_AXES or not pruned:
         return []
@@ -55,8 +59,22 @@ def draw(rows: Sequence[Row], tasks: Sequence[str], stem: Path) -> list[Path]:
         for axis in axes.flat[len(panels) :]:
             axis.set_axis_off()
         style.add_legend(figure)
-        figure.supxlabel("% of the unpruned score" + style.plumbing_note(tasks), fontsize="medium")
+        figure.supxlabel("% of the unpruned score" + _left_out(tasks, axes_of) + style.plumbing_note(tasks), fontsize="medium")
         return style.save(figure, stem)
+
+
+def has_axis(unpruned: Row, task: str) -> bool:
+    """Whether there is an unpruned score above 0 that others can be a share of."""
+    cell = style.score(unpruned, task)
+    return cell is not None and cell.value > 0
+
+
+def _left_out(tasks: Sequence[str], axes_of: Sequence[str]) -> str:
+    """Names of the benchmarks that have no axis, on lines of their own."""
+    names = [text.short_names(list(tasks))[task] for task in tasks if task not in axes_of]
+    if not names:
+        return ""
+    return "\n" + textwrap.fill(f"Without an axis, as the unpruned model has no score above 0 there: {', '.join(names)}.", _LETTERS)
 
 
 def relative_scores(row: Row, unpruned: Row, tasks: Sequence[str]) -> list[float]:
@@ -71,7 +89,7 @@ def _is_whole(row: Row, tasks: Sequence[str]) -> bool:
 def _rings(scores: Sequence[float]) -> list[int]:
     """Round values that hold all scores and 100 between the first and the last: the same for every panel."""
     low, high = min(scores), max(100.0, *scores)
-    step = 5 if high - low < 25 else 10 if high - low < 60 else 25
+    step = next((step for step in _STEPS if high - low < _MOST_RINGS * step), _STEPS[-1])
     first = max(0, math.floor((low - 1) / step) * step)
     return list(range(first, math.ceil(high / step) * step + 1, step))
 

@@ -50,7 +50,7 @@ class Flips:
     rate
         Share of documents with another answer.
     mcnemar_p
-        None unless every document scored 0 or 1 in both.
+        None unless every document that the task counts scored 0 or 1 in both (further turns of MMBench's questions are not counted).
     """
 
     rate: float
@@ -64,6 +64,7 @@ def flips(ours: Answers, theirs: Answers, tasks: list[str]) -> Flips | None:
         return None
     pairs = [(ours[task][doc_id], theirs[task][doc_id]) for task, doc_id in keys]
     rate = sum(mine.answer != other.answer for mine, other in pairs) / len(pairs)
-    if not all(answer.score in (0, 1) for pair in pairs for answer in pair):
+    counted = [pair for pair in pairs if any(answer.score is not None for answer in pair)]
+    if not counted or not all(answer.score in (0, 1) for pair in counted for answer in pair):
         return Flips(rate, None)
-    return Flips(rate, mcnemar([mine.score for mine, _ in pairs], [other.score for _, other in pairs]))
+    return Flips(rate, mcnemar([mine.score for mine, _ in counted], [other.score for _, other in counted]))

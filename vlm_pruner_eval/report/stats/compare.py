@@ -215,8 +215,19 @@ class _Table:
                 yield f"{task}: differences have no interval ({self._why(task)})."
             elif task in self.unpruned.draws and not (self.unpruned.draws[task] > 0).all():
                 yield f"Relative averages have no interval: in some resamples of {task} the unpruned model scores 0 (few documents)."
+        yield from self._no_average(lines)
         if self.blind is not None:
             yield from self._no_gain()
+
+    def _no_average(self, lines: list[_Line]) -> Iterator[str]:
+        """Tasks that leave relative averages without intervals and p values, and the rows that this concerns where not all are."""
+        missing = [task for task in self.results.tasks if task not in self.unpruned.draws]
+        if missing and self.unpruned.values.get(AVERAGE) is not None:
+            yield f"Relative averages have no interval and no p value: {', '.join(missing)} has none."
+        for line in lines:
+            lacks = [task for task in self.results.tasks if task in self.unpruned.draws and task not in line.draws]
+            if lacks and line.values.get(AVERAGE) is not None and self._is_new(line.row):
+                yield f"{line.row.label}: its relative average has no interval and no p value: {', '.join(lacks)} has none in this row."
 
     def _is_new(self, row: Row) -> bool:
         return any("clusters" in held for run_id in row.runs if run_id in self.records for held in self.records[run_id]["tasks"].values())
