@@ -20,8 +20,8 @@ from vlm_pruner_eval.lmms.protocols import at_most_three_tiles, pad_to_square, v
 
 QUESTION = {"role": "user", "content": [{"type": "text", "text": "What is it?\n"}, {"type": "image"}]}
 SYSTEM = (
-    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the human's questions."
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions."
 )
 
 
