@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +17,7 @@ from tiny_models import IMAGE
 from transformers import LlavaNextConfig, LlavaNextImageProcessor
 
 from vlm_pruner_eval import ConfigError, keep_count
-from vlm_pruner_eval.lmms import PrunedModel, load
+from vlm_pruner_eval.lmms import PrunedModel, load, prompts
 from vlm_pruner_eval.lmms.prompts import Request
 from vlm_pruner_eval.lmms.protocols import at_most_three_tiles, pad_to_square, vicuna_v1
 
@@ -71,6 +74,34 @@ def test_a_run_under_the_papers_protocol_sends_that_prompt_and_that_image() -> N
         assert answer == model.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert model.describe()["protocol"] == "paper"
     assert answers != texts(fresh_model_without_pruning(), [request("first", i) for i in range(3)])
+
+
+def metaspace_copy(family: str, folder: Path, prepend: str) -> str:
+    """A tiny checkpoint whose tokenizer writes spaces as Llama's does, and puts one at the start of a text or of every piece."""
+    copy = shutil.copytree(tiny_llava() if family == "llava" else checkpoint(family), folder / prepend)
+    core = json.loads((copy / "tokenizer.json").read_text())
+    space = next(token for token, number in core["model"]["vocab"].items() if number > 5 and token not in ("<image>", "<pad>"))
+    core["model"]["vocab"]["▁"] = core["model"]["vocab"].pop(space)
+    core["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": prepend, "split": False}
+    (copy / "tokenizer.json").write_text(json.dumps(core))
+    return str(copy)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_a_tokenizer_that_loses_the_space_behind_an_image_is_refused_under_the_papers_protocol_only(family: str, tmp_path: Path) -> None:
+    """LLaVA tokenizes the text behind an image apart, so it begins with Llama's space; transformers 5 can save one that has none there."""
+    model_id, broken = f"vlmpruner_{family}", metaspace_copy(family, tmp_path, "first")
+    with pytest.raises(ConfigError, match=r"protocol: got 'paper' for a checkpoint whose tokenizer splits .* unlike LLaVA.*protocol=hf"):
+        load(model_id, pretrained=broken, protocol="paper")
+    assert load(model_id, pretrained=broken).settings.protocol == "hf"
+    assert load(model_id, pretrained=metaspace_copy(family, tmp_path, "always"), protocol="paper").settings.protocol == "paper"
+
+
+def test_an_answer_has_at_most_the_tokens_of_llavas_scripts_where_the_task_names_none() -> None:
+    model = load("vlmpruner_llava", pretrained=tiny_llava(), protocol="paper")
+    assert prompts.generation({}, model.defaults).kwargs["max_new_tokens"] == 128
+    assert prompts.generation({"max_new_tokens": 16}, model.defaults).kwargs["max_new_tokens"] == 16
+    assert prompts.generation({}, fresh_model().defaults).kwargs["max_new_tokens"] == 1024
 
 
 def fresh_model_without_pruning():
