@@ -1,4 +1,4 @@
-"""Tiny checkpoints under the names of the published ones, with random weights and answers of a few tokens."""
+"""Tiny checkpoints under the names of the published ones, with random weights and answers of one token."""
 
 from __future__ import annotations
 
@@ -25,16 +25,11 @@ def write_checkpoints(root: Path) -> None:
     video.parent.mkdir(parents=True)
     made.rename(video)
     for folder in [*written, video]:
-        end_soon(folder)
+        end_at_once(folder)
 
 
-def end_soon(checkpoint: Path) -> None:
-    """Let every third token end an answer: random weights never say the one that should."""
-    path = checkpoint / "generation_config.json"
-    held = json.loads(path.read_text())
-    n_words = _vocabulary(json.loads((checkpoint / "config.json").read_text()))
-    path.write_text(json.dumps(held | {"eos_token_id": list(range(2, n_words, 3))}))
-
-
-def _vocabulary(config: dict) -> int:
-    return config["vocab_size"] if "vocab_size" in config else config["text_config"]["vocab_size"]
+def end_at_once(checkpoint: Path) -> None:
+    """Let every token end an answer: random weights would never say the one that should."""
+    path, config = checkpoint / "generation_config.json", json.loads((checkpoint / "config.json").read_text())
+    n_words = config["vocab_size"] if "vocab_size" in config else config["text_config"]["vocab_size"]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": list(range(n_words))}))

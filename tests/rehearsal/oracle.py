@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sweep_standin import TIMES, StandIn
@@ -12,27 +13,35 @@ from sweep_standin import TIMES, StandIn
 from vlm_pruner_eval.lmms.log import Answer
 
 LETTERS = "ABCDE"
+Doc = Mapping[str, Any]
 
 
-def gold(task: str, doc: Mapping[str, Any]) -> str:
+def _letter(doc: Doc) -> str:
+    return LETTERS[int(doc["answer"])]
+
+
+def _first(doc: Doc) -> str:
+    return doc["answers" if "answers" in doc else "answer"][0]
+
+
+def _most_frequent(doc: Doc) -> str:
+    return Counter(doc["answers"]).most_common(1)[0][0]
+
+
+# by the first word of a task's name; of the others the answer is in the column "answer"
+GOLD: dict[str, Callable[[Doc], str]] = {
+    **dict.fromkeys(("textvqa", "ok"), _most_frequent),
+    **dict.fromkeys(("docvqa", "infovqa", "ocrbench"), _first),
+    **dict.fromkeys(("scienceqa", "ai2d"), _letter),
+    "mvbench": lambda doc: LETTERS[doc["candidates"].index(doc["answer"])],
+    "longvideobench": lambda doc: LETTERS[doc["correct_choice"]],
+    "refcoco": lambda doc: str([round(float(side), 4) for side in doc["bbox"]]),
+}
+
+
+def gold(task: str, doc: Doc) -> str:
     """The answer that scores most, in the form in which a model would say it."""
-    match task.split("_")[0]:
-        case "textvqa" | "ok":
-            return Counter(doc["answers"]).most_common(1)[0][0]
-        case "docvqa" | "infovqa":
-            return doc["answers"][0]
-        case "ocrbench":
-            return doc["answer"][0]
-        case "scienceqa" | "ai2d":
-            return LETTERS[int(doc["answer"])]
-        case "mvbench":
-            return LETTERS[doc["candidates"].index(doc["answer"])]
-        case "longvideobench":
-            return LETTERS[doc["correct_choice"]]
-        case "refcoco":
-            return str([round(float(side), 4) for side in doc["bbox"]])
-        case _:
-            return doc["answer"]
+    return GOLD.get(task.split("_", maxsplit=1)[0], operator.itemgetter("answer"))(doc)
 
 
 class Oracle(StandIn):

@@ -9,24 +9,27 @@ report is replaced. Then an oracle answers the same tasks. FOLDER/rehearsal.json
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-SWEEPS = {
-    # by file: whether VLM-Pruner runs beside the unpruned model. The other files of LLaVA-1.5 have the tasks of Table 1
-    "paper/table1_llava15_7b.yaml": True,
-    "paper/table2_llava_next_7b.yaml": False,
-    "paper/table3_qwen2_vl_7b.yaml": False,
-    "paper/table4_llava_video_7b.yaml": True,
-    "paper/table7_qwen3_vl_4b.yaml": False,
-    "suite_2026.yaml": False,
-}
+# By file. The other files of LLaVA-1.5 have the tasks of Table 1
+SWEEPS = (
+    "paper/table1_llava15_7b.yaml",
+    "paper/table2_llava_next_7b.yaml",
+    "paper/table3_qwen2_vl_7b.yaml",
+    "paper/table4_llava_video_7b.yaml",
+    "paper/table7_qwen3_vl_4b.yaml",
+    "suite_2026.yaml",
+)
+PRUNED = ("paper/table1_llava15_7b.yaml", "paper/table4_llava_video_7b.yaml")  # VLM-Pruner runs beside the unpruned model
+LIMITS = {"paper/table3_qwen2_vl_7b.yaml": 6}  # of questions to the checkpoint, which takes long over 1,280 tokens a picture; all of POPE's
 SHORT = {"dtype": "float32", "layers": None}  # what a tiny checkpoint on a CPU has otherwise
 
 
@@ -45,8 +48,10 @@ def read(name: str) -> Any:
 
     config = load(ROOT / "configs" / name, check=method_problems)
     model = SHORT | ({} if config.model.max_frames_num is None else {"max_frames_num": 4})
-    methods = [entry for entry in config.methods if entry.name == "vlmpruner"][: SWEEPS[name]]
-    return config.model_copy(update={"model": config.model.model_copy(update=model), "methods": methods})
+    here = [task for task in config.tasks if task != "longvideobench_val_v" or importlib.util.find_spec("decord")]
+    methods = [entry for entry in config.methods if entry.name == "vlmpruner"][: name in PRUNED]
+    fewest = {name: getattr(config, name)[-1:] for name in ("pruning_rates", "keep_tokens") if getattr(config, name) is not None}
+    return config.model_copy(update={"model": config.model.model_copy(update=model), "methods": methods, "tasks": here, **fewest})
 
 
 class Rehearsal:
@@ -95,38 +100,60 @@ class Rehearsal:
 
         config, stem = read(name), Path(name).stem
         self.prompts = {}
-        failed = self.sweep(config, self.folder / stem / "tiny", self.load)
+        limited = config.model_copy(update={"limit": LIMITS.get(name)})
+        failed = self.sweep(limited, self.folder / stem / "tiny", self.load)
         failed += self.sweep(config, self.folder / stem / "oracle", lambda model_id, **model_args: Oracle())
-        tiny, perfect = (report(self.folder / stem / kind) for kind in ("tiny", "oracle"))
+        tiny = unpruned(report(self.folder / stem / "tiny", whole=False))
+        reported = report(self.folder / stem / "oracle", whole=name in PRUNED)
+        perfect, printed = unpruned(reported), beside(reported)
         paper = paper_model(config.model.pretrained)
         rows = []
         for task in config.tasks:
             column = benchmark_of(task, paper.vlm) if paper else None
             got = {"value": tiny[task]["value"], "perfect": perfect[task]["value"], "metric": perfect[task]["metric"]}
             asked = {leaf: text for leaf, text in self.prompts.items() if leaf == task or leaf.startswith(f"{task}_")}
-            rows.append({"file": name, "task": task, "column": column, "failed": failed, "prompts": asked} | got)
+            known = {"file": name, "task": task, "column": column, "beside": printed.get(task), "failed": failed, "prompts": asked}
+            rows.append(known | got)
         return rows
 
 
-def report(folder: Path) -> dict[str, dict[str, Any]]:
-    """Build a sweep's report; of every task the unpruned row's score there, and its metric in the record."""
-    from vlm_pruner_eval.report.build import build
+def report(folder: Path, *, whole: bool) -> dict[str, Any]:
+    """Report a sweep; `whole` draws the figures, too. Gives the contents of report.json."""
+    from vlm_pruner_eval.report.build import as_json, report_of, write
+    from vlm_pruner_eval.report.load import load_results
 
-    paths = build(folder)
-    held = json.loads(paths["json"].read_text())
+    made = report_of(load_results(folder))
+    if whole:
+        write(made)
+    return json.loads(json.dumps(as_json(made), default=str))
+
+
+def unpruned(held: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The unpruned row's score of every task, and its metric in the record of its run."""
     cells = next(row for row in held["rows"] if row["method"] == "none")["cells"]
-    record = json.loads(next(folder.glob("runs/unpruned-*/run.json")).read_text())
+    record = next(run["record"] for run in held["runs"] if run["key"] == "unpruned")
     return {task: {"value": cell["value"], "metric": record["tasks"][task]["main"]["metric"]} for task, cell in cells.items()}
 
 
-def lines(rows: list[Mapping[str, Any]], expected: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """A line a task: metric, score of perfect answers, column of the paper, and if the prompts are those of `expected`."""
-    told = []
+def beside(held: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Our score of the unpruned model beside the printed one, by task that has one."""
+    verdicts = (held["paper"] or {"gate": {"tasks": []}})["gate"]["tasks"]
+    return {
+        verdict["task"]: {"ours": verdict["score"], "printed": number["value"], "difference": verdict["score"] - number["value"]}
+        for verdict in verdicts
+        if (number := verdict["printed"]) is not None
+    }
+
+
+def lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A line a task: metric, score of perfect answers, column of the paper, and if its prompts are as expected."""
+    from expected_prompts import EXPECTED, ORIGIN
+
     for row in rows:
-        same = row["prompts"] == expected[row["file"]].get(row["task"])
-        said = "prompt equal" if same else "PROMPT DIFFERS"
-        told.append(f"{row['file']}: {row['task']}: {row['metric']}, perfect {row['perfect']:g}, column {row['column'] or '-'}, {said}")
-    return told
+        same = row["prompts"] == EXPECTED[row["file"]].get(row["task"])
+        column = f"column {row['column']}" if row["column"] else "no column"
+        prompt = f"prompt {'equal' if same else 'DIFFERS'} ({ORIGIN[row['file']]})"
+        yield f"{Path(row['file']).stem} | {row['task']} | {row['metric']} | perfect answers {row['perfect']:g} | {column} | {prompt}"
 
 
 def main(folder: Path) -> None:
@@ -146,6 +173,7 @@ def main(folder: Path) -> None:
         for name in SWEEPS:
             rows += rehearsal.rows_of(name)
     (folder / "rehearsal.json").write_text(json.dumps(rows, indent=1))
+    print("\n".join(lines(rows)))
 
 
 if __name__ == "__main__":

@@ -102,7 +102,10 @@ def mmbench() -> Repository:
             )
     features = {"index": INT64, **texts("question", "hint", "answer", *"ABCD", "category"), "image": PICTURE}
     features = Features(features | texts("source", "L2-category", "comment", "split"))
-    return {"en": {"dev": (rows, features), "test": ([rows[0] | {"answer": None, "split": "test"}], features)}, "cn": {"dev": (rows, features)}}
+    return {
+        "en": {"dev": (rows, features), "test": ([rows[0] | {"answer": None, "split": "test"}], features)},
+        "cn": {"dev": (rows, features)},
+    }
 
 
 def mme() -> Repository:
@@ -120,10 +123,10 @@ def mme() -> Repository:
 
 def pope() -> Repository:
     rows = [
-        {"id": str(4 * i + k), "question_id": str(k + 1), "question": "Is there a snowboard in the image?", "answer": ("yes", "no")[k % 2]}
+        {"id": str(2 * i + k), "question_id": str(k + 1), "question": "Is there a snowboard in the image?", "answer": ("yes", "no")[k % 2]}
         | {"image_source": f"COCO_val2014_{k // 2:012d}", "image": picture(300 + k // 2), "category": category}
         for i, category in enumerate(("adversarial", "popular", "random"))
-        for k in range(4)
+        for k in range(2)
     ]
     features = Features({**texts("id", "question_id", "question", "answer", "image_source", "category"), "image": PICTURE})
     splits = {name: ([row for row in rows if row["category"] == name], features) for name in ("adversarial", "popular", "random")}
@@ -144,8 +147,8 @@ def scienceqa() -> Repository:
     features = Features({"image": PICTURE, "question": TEXT, "choices": List(TEXT), "answer": INT8, **words})
     full = [rows[0], rows[1] | {"image": None}]
     return {
-        "ScienceQA-IMG": {split: (rows, features) for split in ("train", "validation", "test")},
-        "ScienceQA-FULL": {split: (full, features) for split in ("train", "validation", "test")},
+        "ScienceQA-IMG": dict.fromkeys(("train", "validation", "test"), (rows, features)),
+        "ScienceQA-FULL": dict.fromkeys(("train", "validation", "test"), (full, features)),
     }
 
 
@@ -185,7 +188,11 @@ def seed() -> Repository:
     rows = [
         {"answer": "ABCD"[k % 4], "choice_a": "One", "choice_b": "Two", "choice_c": "Three", "choice_d": "Four", "data_id": f"{k}_1"}
         | {"data_type": "video" if k == 2 else "image", "question": "How many towels are in the image?", "question_id": str(k)}
-        | {"question_type_id": 10 if k == 2 else 1, "image": [picture(700 + k)] * (8 if k == 2 else 1), "segment": [0, 12] if k == 2 else []}
+        | {
+            "question_type_id": 10 if k == 2 else 1,
+            "image": [picture(700 + k)] * (8 if k == 2 else 1),
+            "segment": [0, 12] if k == 2 else [],
+        }
         for k in range(5)
     ]
     words = texts("answer", "choice_a", "choice_b", "choice_c", "choice_d", "data_id", "data_type", "question", "question_id")
@@ -249,7 +256,12 @@ def mmstar() -> Repository:
 def refcoco() -> Repository:
     """A box in pixels (left, top, width, height) with one or two sentences, each of which becomes a question."""
     rows = [
-        {"question_id": str(k), "image": picture(1200 + k), "question": "Please caption the area.", "answer": ["left person", "man"][: k + 1]}
+        {
+            "question_id": str(k),
+            "image": picture(1200 + k),
+            "question": "Please caption the area.",
+            "answer": ["left person", "man"][: k + 1],
+        }
         | {"segmentation": [10.0, 10.0, 60.0, 10.0, 60.0, 90.0], "bbox": [10.0, 10.0, 50.0, 80.0], "iscrowd": 0, "file_name": f"{k}.jpg"}
         for k in range(2)
     ]
@@ -257,7 +269,7 @@ def refcoco() -> Repository:
         {**texts("question_id", "question", "file_name"), "image": PICTURE, "answer": List(TEXT), "iscrowd": INT8}
         | dict.fromkeys(("segmentation", "bbox"), List(REAL))
     )
-    return {"default": {split: (rows, features) for split in ("val", "test", "testA", "testB")}}
+    return {"default": dict.fromkeys(("val", "test", "testA", "testB"), (rows, features))}
 
 
 def ai2d() -> Repository:
