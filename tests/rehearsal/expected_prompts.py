@@ -28,10 +28,9 @@ OF_LLAVAS_SCRIPTS = {
     "seedbench_image": SEED,
     "ok_vqa_val2014_plain": "What sport can you use this for?" + WORD,
 }
+_ALIKE = ("gqa", "mme_total", "pope_splits", "scienceqa_img", "textvqa_val_ocr", "seedbench_image")
 OF_THEIR_LMMS_EVAL = {
-    **{
-        task: OF_LLAVAS_SCRIPTS[task] for task in ("gqa", "mme_total", "pope_splits", "scienceqa_img", "textvqa_val_ocr", "seedbench_image")
-    },
+    **{task: OF_LLAVAS_SCRIPTS[task] for task in _ALIKE},
     "mmbench_en_dev_static": (
         "Read the passage.\nThen answer. What is in the middle? There are several options:" + OPTIONS + "\n" + LETTER
     ),

@@ -17,7 +17,7 @@ from transformers import (
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.lmms.original_weights import Source
 from vlm_pruner_eval.lmms.protocols import VICUNA_SYSTEM, splits_like_llava
-from vlm_pruner_eval.vlms.llava_video import LlavaVideoProcessor
+from vlm_pruner_eval.vlms.llava_video import LlavaVideoProcessor, pooled_side
 
 IMAGE, VIDEO = "<image>", "<video>"
 PLACEHOLDERS = {"llava": (IMAGE,), "llava_video": (IMAGE, VIDEO)}
@@ -116,7 +116,7 @@ def _llava_video(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -
     """
     side = config.vision_config.image_size
     values = {"size": {"height": side, "width": side}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
-    return LlavaVideoProcessor(
+    processor = LlavaVideoProcessor(
         image_processor=LlavaOnevisionImageProcessor(image_grid_pinpoints=config.image_grid_pinpoints, **values),
         tokenizer=tokenizer,
         video_processor=LlavaOnevisionVideoProcessor(**values),
@@ -125,3 +125,5 @@ def _llava_video(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -
         vision_aspect_ratio=config.vision_aspect_ratio,
         chat_template=CHATML_TEMPLATE,
     )
+    processor.frame_side = pooled_side(config)
+    return processor

@@ -33,7 +33,8 @@ OF_MODEL = {
     ),
     "LLaVA-Video-7B-Qwen2": (
         "A frame's 27 x 27 patches are pooled to 14 x 14, sides rounded up (mm_spatial_pool_mode bilinear, as the checkpoint says): 210 "
-        "tokens with a newline a row. Pooled by average they would be 13 x 13: 182 tokens.",
+        "tokens with a newline a row. Pooled by averages they are 13 x 13, 182 tokens; a checkpoint folder whose config.json says average "
+        "is run so.",
     ),
 }
 # asked by LLaVA's own scripts
