@@ -19,7 +19,7 @@ from transformers import LlavaNextConfig, LlavaNextImageProcessor
 from vlm_pruner_eval import ConfigError, keep_count
 from vlm_pruner_eval.lmms import PrunedModel, load, prompts
 from vlm_pruner_eval.lmms.prompts import Request
-from vlm_pruner_eval.lmms.protocols import at_most_three_tiles, pad_to_square, vicuna_v1
+from vlm_pruner_eval.lmms.protocols import at_most_tiles, pad_to_square, vicuna_v1
 
 QUESTION = {"role": "user", "content": [{"type": "text", "text": "What is it?\n"}, {"type": "image"}]}
 SYSTEM = (
@@ -188,10 +188,23 @@ def test_llava_next_shows_at_most_four_views_of_any_image() -> None:
 def test_the_published_shapes_of_llava_next_but_the_square_one_are_left() -> None:
     config, processor = LlavaNextConfig(), SimpleNamespace(image_processor=LlavaNextImageProcessor())
     assert [672, 672] in config.image_grid_pinpoints
-    at_most_three_tiles(config, processor)
+    at_most_tiles(3, config, processor)
     shapes = [[336, 672], [672, 336], [1008, 336], [336, 1008]]
     assert config.image_grid_pinpoints == processor.image_processor.image_grid_pinpoints == shapes
     assert max(height * width for height, width in shapes) + 336**2 == 1344 * 336
+
+
+def test_the_second_reading_has_newline_tokens_among_the_papers_2304() -> None:
+    """Two tiles of 24 x 24 and at most 48 newlines beside the base view are 1,776 tokens; three are more than 2,304 with any newline."""
+    config, processor = LlavaNextConfig(), SimpleNamespace(image_processor=LlavaNextImageProcessor())
+    at_most_tiles(2, config, processor)
+    assert config.image_grid_pinpoints == processor.image_processor.image_grid_pinpoints == [[336, 672], [672, 336]]
+    model = load("vlmpruner_llava_next", pretrained=checkpoint("llava_next"), protocol="paper_two_tiles")
+    assert model.config.image_grid_pinpoints == [[56, 112], [112, 56]]
+    assert (model.describe()["protocol"], model.may_shrink, model.defaults.new_tokens) == ("paper_two_tiles", False, 128)
+    assert model.protocol.render([QUESTION], model.processor) == f"{SYSTEM} USER: <image>\nWhat is it? ASSISTANT:"
+    with pytest.raises(ConfigError, match=r"got 'paper_two_tiles', expected hf or paper for vlmpruner_llava: it is a reading of another"):
+        load("vlmpruner_llava", pretrained="x", protocol="paper_two_tiles")
 
 
 def test_llava_next_is_asked_as_vicuna_and_pruned_as_asked() -> None:
@@ -213,10 +226,10 @@ def test_llava_next_is_asked_as_vicuna_and_pruned_as_asked() -> None:
 def test_llava_next_around_another_language_model_has_no_paper_protocol() -> None:
     config = LlavaNextConfig(text_config={"model_type": "mistral"})
     with pytest.raises(ConfigError, match="protocol: got 'paper' for a LLaVA-NeXT around 'mistral', expected one around Vicuna"):
-        at_most_three_tiles(config, SimpleNamespace(image_processor=LlavaNextImageProcessor()))
+        at_most_tiles(3, config, SimpleNamespace(image_processor=LlavaNextImageProcessor()))
 
 
 def test_llava_next_without_a_shape_of_three_tiles_has_no_paper_protocol() -> None:
     config = LlavaNextConfig(image_grid_pinpoints=[[672, 672]])
     with pytest.raises(ConfigError, match=r"image_grid_pinpoints are \[\[672, 672\]\], expected one or more of at most 3 tiles"):
-        at_most_three_tiles(config, SimpleNamespace(image_processor=LlavaNextImageProcessor()))
+        at_most_tiles(3, config, SimpleNamespace(image_processor=LlavaNextImageProcessor()))

@@ -5,6 +5,8 @@ A protocol changes scores by points, so it is part of every run's identity, and 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -150,11 +152,12 @@ def _padded(image: Image.Image, processor: ProcessorMixin) -> Image.Image:
     return pad_to_square(image, processor.image_processor.image_mean)
 
 
-def at_most_three_tiles(config: PretrainedConfig, processor: ProcessorMixin) -> None:
-    """Leave LLaVA-NeXT the shapes of at most three tiles: with the base view at most 4 x 576 patch tokens an image.
+def at_most_tiles(n_tiles: int, config: PretrainedConfig, processor: ProcessorMixin) -> None:
+    """Leave LLaVA-NeXT the shapes of at most `n_tiles` tiles.
 
-    This is how we read "max pixels 1344 x 336, at most 2304 tokens"; newline tokens come on top. Model and processor each hold
-    the list of shapes, and must agree on it.
+    Three is how we read "max pixels 1344 x 336, at most 2304 tokens": with the base view at most 4 x 576 patch tokens an image,
+    newline tokens on top. Two is the reading with newline tokens among them. Model and processor each hold the list of shapes,
+    and must agree on it.
 
     Paper: arXiv 2512.02700, experimental settings of LLaVA-NeXT.
 
@@ -170,24 +173,25 @@ def at_most_three_tiles(config: PretrainedConfig, processor: ProcessorMixin) -> 
             "template the protocol has; use protocol=hf, or llava-v1.6-vicuna."
         )
     side = config.vision_config.image_size
-    shapes = [list(shape) for shape in config.image_grid_pinpoints if (shape[0] // side) * (shape[1] // side) <= NEXT_TILES]
+    shapes = [list(shape) for shape in config.image_grid_pinpoints if (shape[0] // side) * (shape[1] // side) <= n_tiles]
     if not shapes:
         raise ConfigError(
             f"protocol: got 'paper' for a checkpoint whose image_grid_pinpoints are {config.image_grid_pinpoints}, expected one or more of "
-            f"at most {NEXT_TILES} tiles of {side} x {side} pixels; use protocol=hf."
+            f"at most {n_tiles} tiles of {side} x {side} pixels; use protocol=hf."
         )
     config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints = shapes
 
 
-def _prepare_next(config: PretrainedConfig, processor: ProcessorMixin) -> None:
-    at_most_three_tiles(config, processor)
+def _prepare_next(n_tiles: int, config: PretrainedConfig, processor: ProcessorMixin) -> None:
+    at_most_tiles(n_tiles, config, processor)
     check_split(config, processor)
 
 
 HF = Protocol()
 # image_aspect_ratio: pad; arXiv 2310.03744
 LLAVA_PAPER = Protocol(render=_vicuna, view=_padded, prepare=check_split, new_tokens=LLAVA_NEW_TOKENS)
-LLAVA_NEXT_PAPER = Protocol(render=_vicuna, prepare=_prepare_next, new_tokens=LLAVA_NEW_TOKENS)
+LLAVA_NEXT_PAPER = Protocol(render=_vicuna, prepare=functools.partial(_prepare_next, NEXT_TILES), new_tokens=LLAVA_NEW_TOKENS)
+LLAVA_NEXT_TWO_TILES = dataclasses.replace(LLAVA_NEXT_PAPER, prepare=functools.partial(_prepare_next, NEXT_TILES - 1))
 # every image about 1280 tokens, whatever its size; the checkpoint's own template
 QWEN2_VL_PAPER = Protocol(fixes={"min_pixels": QWEN2_VL_PIXELS, "max_pixels": QWEN2_VL_PIXELS})
 

@@ -107,7 +107,7 @@ class PrunedModel(Answering):
         bound_pixels(self.processor, self.settings)
         self.dtype, self._family, self._n_layers = self._model.dtype, family_of(self._model), len(self._model.model.language_model.layers)
         # under torchrun the other ranks would go on with larger batches; the paper's protocol fixes the batch
-        self.may_shrink = self.settings.protocol != "paper" and self._world_size == 1
+        self.may_shrink = not self.settings.protocol.startswith("paper") and self._world_size == 1
         self._use(method, pruner)
 
     @classmethod

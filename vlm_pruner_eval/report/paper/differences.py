@@ -28,8 +28,8 @@ OF_MODEL = {
     "LLaVA-NeXT-7B": (
         "No command for this model was released. The prompts are those of the released loaders, which have branches for it; the number of "
         "tiles is read from the paper's text.",
-        "The paper's 2,304 tokens are read as the base view and at most three tiles, 4 x 576, with up to 72 newline tokens on top; read "
-        "with the newlines within, an image would have at most two tiles.",
+        "The paper's 2,304 tokens are read as the base view and at most three tiles, 4 x 576, with up to 72 newline tokens on top "
+        "(protocol paper); read with the newlines among them, an image has at most two tiles (protocol paper_two_tiles).",
     ),
     "LLaVA-Video-7B-Qwen2": (
         "A frame's 27 x 27 patches are pooled to 14 x 14, sides rounded up (mm_spatial_pool_mode bilinear, as the checkpoint says): 210 "
