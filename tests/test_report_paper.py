@@ -133,7 +133,8 @@ def test_what_we_do_otherwise_than_the_authors_is_known_of_every_table() -> None
     assert list(differences("LLaVA-NeXT-7B", tasks))[-3:] == of_llava
     assert "2,304" in " ".join(differences("LLaVA-NeXT-7B", []))
     assert "182" in " ".join(differences("LLaVA-Video-7B-Qwen2", ["mvbench"]))
-    assert list(differences("Qwen2-VL-7B-Instruct", tasks)) == []
+    (of_qwen,) = differences("Qwen2-VL-7B-Instruct", tasks)  # asked by a copy of lmms-eval, not by LLaVA's scripts
+    assert "mmbench_en_test" in of_qwen
 
 
 # ---- a sweep of a model of the paper

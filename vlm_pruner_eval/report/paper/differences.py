@@ -31,6 +31,10 @@ OF_MODEL = {
         "The paper's 2,304 tokens are read as the base view and at most three tiles, 4 x 576, with up to 72 newline tokens on top "
         "(protocol paper); read with the newlines among them, an image has at most two tiles (protocol paper_two_tiles).",
     ),
+    "Qwen2-VL-7B-Instruct": (
+        "The authors submitted MMBench's test split to its server (mmbench_en_test) and took the pooled F1 of POPE, which is among the "
+        "metrics of pope_splits. Their wrapper stores every image as JPEG and resizes it twice; ours does neither.",
+    ),
     "LLaVA-Video-7B-Qwen2": (
         "A frame's 27 x 27 patches are pooled to 14 x 14, sides rounded up (mm_spatial_pool_mode bilinear, as the checkpoint says): 210 "
         "tokens with a newline a row. Pooled by averages they are 13 x 13, 182 tokens; a checkpoint folder whose config.json says average "
