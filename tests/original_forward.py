@@ -45,6 +45,16 @@ def video_features(parts: Parts, pixels: Tensor) -> Tensor:
     return torch.stack(tokens)
 
 
+def averaged_features(parts: Parts, pixels: Tensor) -> Tensor:
+    """[frames * 2 * 3, D]: means of 2 x 2 patches, of 5 x 5 the last row and column left out, each row with the newline behind it."""
+    frames = tower_features(parts, pixels).view(-1, SIDE, SIDE, 32)
+    tokens = []
+    for frame in frames:
+        for row in range(2):
+            tokens += [frame[2 * row : 2 * row + 2, 2 * col : 2 * col + 2].mean((0, 1)) for col in range(2)] + [parts.newline]
+    return torch.stack(tokens)
+
+
 def best_size(image: Image.Image, sizes: list[tuple[int, int]]) -> tuple[int, int]:
     """Of sizes (width, height), the one that keeps most of the image, and of those the one that wastes least; the first of equals."""
 

@@ -35,12 +35,12 @@ RUNS = {
 TABLES = [CONFIGS / name for name in RUNS if name.startswith("paper/table")]
 NINE = [
     "gqa",
-    "mmbench_en_dev_static",
+    "mmbench_en_dev_llava",
     "mme_total",
     "pope_splits",
     "scienceqa_img",
     "textvqa_val_ocr",
-    "ocrbench",
+    "ocrbench_short",
     "seedbench_image",
     "ok_vqa_val2014_plain",
 ]
@@ -184,8 +184,16 @@ def test_a_table_is_run_as_published(name: str, model: str, dtype: str, protocol
 
 
 def test_the_benchmarks_of_the_paper() -> None:
-    for name in ("table1_llava15_7b", "table2_llava15_13b", "table2_llava_next_7b", "table3_qwen2_vl_7b", "ablations"):
+    for name in ("table1_llava15_7b", "table2_llava15_13b", "ablations"):
         assert named(name).tasks == NINE
+    # the authors' loader leaves OCR tokens out for checkpoints of 1.6, and Qwen2-VL was asked by a copy of lmms-eval
+    assert named("table2_llava_next_7b").tasks == [{"textvqa_val_ocr": "textvqa_val"}.get(task, task) for task in NINE]
+    stock = {
+        "mmbench_en_dev_llava": "mmbench_en_dev_static",
+        "ocrbench_short": "ocrbench",
+        "ok_vqa_val2014_plain": "ok_vqa_val2014",
+    }
+    assert named("table3_qwen2_vl_7b").tasks == [stock.get(task, task) for task in NINE]
     video = named("table4_llava_video_7b")
     assert video.tasks == ["mvbench", "mlvu_dev", "videomme", "longvideobench_val_v"]
     assert video.model.max_frames_num == 64

@@ -14,6 +14,7 @@ from original_forward import (
     SIDE,
     anyres_views,
     assert_same,
+    averaged_features,
     image_features,
     original_embeds,
     picture,
@@ -77,6 +78,21 @@ def test_images_equal_the_original_forward(tmp_path: Path, height: int, width: i
     torch.testing.assert_close(inputs["pixel_values"][0], views, atol=0.1, rtol=0)  # resized twice, rounded differently
     embeds = original_embeds(parts, text, [image_features(parts, image, inputs["pixel_values"][0], sizes, most_tiles)])
     assert_same(checkpoint, dict(inputs), parts, embeds)
+
+
+def test_a_config_that_says_average_pools_frames_by_averages(tmp_path: Path) -> None:
+    """The second way to read the paper's number of tokens: 13 x 13 and newlines in place of 14 x 14, here 2 x 2 in place of 3 x 3."""
+    folder, parts = copy_of("llava_video", tmp_path), parts_of("llava_video")[0]
+    edit_config(folder, mm_spatial_pool_mode="average")
+    checkpoint = loaded(folder, "llava_video")
+    frames, text = [picture(70, 90, seed=i) for i in range(N_FRAMES)], "<|im_start|>user\n<video>\nWhat?<|im_end|>\n"
+    inputs = checkpoint.processor(text=[text], videos=[frames], videos_kwargs={"do_sample_frames": False}, return_tensors="pt")
+    assert int((inputs["input_ids"] == checkpoint.model.config.video_token_id).sum()) == N_FRAMES * 2 * (2 + 1)
+    features = averaged_features(parts, inputs["pixel_values_videos"][0])
+    assert_same(checkpoint, dict(inputs), parts, original_embeds(parts, text, [features]))
+    with prune(checkpoint.model, get_pruner("vlmpruner", pruning_rate="2/3")) as ledger:
+        checkpoint.model.generate(**inputs, max_new_tokens=2, pad_token_id=0)
+    assert [(record.n_visual, record.n_kept) for record in ledger.records] == [(N_FRAMES * 6, keep_count(N_FRAMES * 6, "2/3"))]
 
 
 def test_image_and_video_in_one_prompt(video: Checkpoint) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,14 +17,14 @@ from tiny_models import IMAGE
 from transformers import LlavaNextConfig, LlavaNextImageProcessor
 
 from vlm_pruner_eval import ConfigError, keep_count
-from vlm_pruner_eval.lmms import PrunedModel, load
+from vlm_pruner_eval.lmms import PrunedModel, load, prompts
 from vlm_pruner_eval.lmms.prompts import Request
-from vlm_pruner_eval.lmms.protocols import at_most_three_tiles, pad_to_square, vicuna_v1
+from vlm_pruner_eval.lmms.protocols import at_most_tiles, pad_to_square, vicuna_v1
 
 QUESTION = {"role": "user", "content": [{"type": "text", "text": "What is it?\n"}, {"type": "image"}]}
 SYSTEM = (
-    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the human's questions."
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions."
 )
 
 
@@ -71,6 +74,34 @@ def test_a_run_under_the_papers_protocol_sends_that_prompt_and_that_image() -> N
         assert answer == model.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert model.describe()["protocol"] == "paper"
     assert answers != texts(fresh_model_without_pruning(), [request("first", i) for i in range(3)])
+
+
+def metaspace_copy(family: str, folder: Path, prepend: str) -> str:
+    """A tiny checkpoint whose tokenizer writes spaces as Llama's does, and puts one at the start of a text or of every piece."""
+    copy = shutil.copytree(tiny_llava() if family == "llava" else checkpoint(family), folder / prepend)
+    core = json.loads((copy / "tokenizer.json").read_text())
+    space = next(token for token, number in core["model"]["vocab"].items() if number > 5 and token not in ("<image>", "<pad>"))
+    core["model"]["vocab"]["▁"] = core["model"]["vocab"].pop(space)
+    core["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": prepend, "split": False}
+    (copy / "tokenizer.json").write_text(json.dumps(core))
+    return str(copy)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_a_tokenizer_that_loses_the_space_behind_an_image_is_refused_under_the_papers_protocol_only(family: str, tmp_path: Path) -> None:
+    """LLaVA tokenizes the text behind an image apart, so it begins with Llama's space; transformers 5 can save one that has none there."""
+    model_id, broken = f"vlmpruner_{family}", metaspace_copy(family, tmp_path, "first")
+    with pytest.raises(ConfigError, match=r"protocol: got 'paper' for a checkpoint whose tokenizer splits .* unlike LLaVA.*protocol=hf"):
+        load(model_id, pretrained=broken, protocol="paper")
+    assert load(model_id, pretrained=broken).settings.protocol == "hf"
+    assert load(model_id, pretrained=metaspace_copy(family, tmp_path, "always"), protocol="paper").settings.protocol == "paper"
+
+
+def test_an_answer_has_at_most_the_tokens_of_llavas_scripts_where_the_task_names_none() -> None:
+    model = load("vlmpruner_llava", pretrained=tiny_llava(), protocol="paper")
+    assert prompts.generation({}, model.defaults).kwargs["max_new_tokens"] == 128
+    assert prompts.generation({"max_new_tokens": 16}, model.defaults).kwargs["max_new_tokens"] == 16
+    assert prompts.generation({}, fresh_model().defaults).kwargs["max_new_tokens"] == 1024
 
 
 def fresh_model_without_pruning():
@@ -157,10 +188,23 @@ def test_llava_next_shows_at_most_four_views_of_any_image() -> None:
 def test_the_published_shapes_of_llava_next_but_the_square_one_are_left() -> None:
     config, processor = LlavaNextConfig(), SimpleNamespace(image_processor=LlavaNextImageProcessor())
     assert [672, 672] in config.image_grid_pinpoints
-    at_most_three_tiles(config, processor)
+    at_most_tiles(3, config, processor)
     shapes = [[336, 672], [672, 336], [1008, 336], [336, 1008]]
     assert config.image_grid_pinpoints == processor.image_processor.image_grid_pinpoints == shapes
     assert max(height * width for height, width in shapes) + 336**2 == 1344 * 336
+
+
+def test_the_second_reading_has_newline_tokens_among_the_papers_2304() -> None:
+    """Two tiles of 24 x 24 and at most 48 newlines beside the base view are 1,776 tokens; three are more than 2,304 with any newline."""
+    config, processor = LlavaNextConfig(), SimpleNamespace(image_processor=LlavaNextImageProcessor())
+    at_most_tiles(2, config, processor)
+    assert config.image_grid_pinpoints == processor.image_processor.image_grid_pinpoints == [[336, 672], [672, 336]]
+    model = load("vlmpruner_llava_next", pretrained=checkpoint("llava_next"), protocol="paper_two_tiles")
+    assert model.config.image_grid_pinpoints == [[56, 112], [112, 56]]
+    assert (model.describe()["protocol"], model.may_shrink, model.defaults.new_tokens) == ("paper_two_tiles", False, 128)
+    assert model.protocol.render([QUESTION], model.processor) == f"{SYSTEM} USER: <image>\nWhat is it? ASSISTANT:"
+    with pytest.raises(ConfigError, match=r"got 'paper_two_tiles', expected hf or paper for vlmpruner_llava: it is a reading of another"):
+        load("vlmpruner_llava", pretrained="x", protocol="paper_two_tiles")
 
 
 def test_llava_next_is_asked_as_vicuna_and_pruned_as_asked() -> None:
@@ -182,10 +226,10 @@ def test_llava_next_is_asked_as_vicuna_and_pruned_as_asked() -> None:
 def test_llava_next_around_another_language_model_has_no_paper_protocol() -> None:
     config = LlavaNextConfig(text_config={"model_type": "mistral"})
     with pytest.raises(ConfigError, match="protocol: got 'paper' for a LLaVA-NeXT around 'mistral', expected one around Vicuna"):
-        at_most_three_tiles(config, SimpleNamespace(image_processor=LlavaNextImageProcessor()))
+        at_most_tiles(3, config, SimpleNamespace(image_processor=LlavaNextImageProcessor()))
 
 
 def test_llava_next_without_a_shape_of_three_tiles_has_no_paper_protocol() -> None:
     config = LlavaNextConfig(image_grid_pinpoints=[[672, 672]])
     with pytest.raises(ConfigError, match=r"image_grid_pinpoints are \[\[672, 672\]\], expected one or more of at most 3 tiles"):
-        at_most_three_tiles(config, SimpleNamespace(image_processor=LlavaNextImageProcessor()))
+        at_most_tiles(3, config, SimpleNamespace(image_processor=LlavaNextImageProcessor()))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import math
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lmms_eval.tasks
@@ -35,8 +37,14 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."
 VARIANTS = {
     "textvqa_val_ocr": ("textvqa/textvqa_val.yaml", {"task", "metric_list", "lmms_eval_specific_kwargs", "metadata"}),
     "ok_vqa_val2014_plain": ("ok_vqa/ok_vqa_val2014.yaml", {"task", "metric_list", "lmms_eval_specific_kwargs", "metadata"}),
-    "mme_total": ("mme/mme.yaml", {"task", "metric_list", "process_results", "lmms_eval_specific_kwargs", "metadata"}),
+    "mme_total": ("mme/mme.yaml", {"task", "metric_list", "process_results", "doc_to_text", "lmms_eval_specific_kwargs", "metadata"}),
     "pope_splits": ("pope/pope.yaml", {"task", "metric_list", "process_results", "lmms_eval_specific_kwargs", "metadata"}),
+    "pope_splits_llava": ("pope/pope.yaml", {"task", "metric_list", "process_results", "lmms_eval_specific_kwargs", "metadata"}),
+    "ocrbench_short": ("ocrbench/ocrbench.yaml", {"task", "tag", "metric_list", "lmms_eval_specific_kwargs", "metadata"}),
+    "mmbench_en_dev_llava": (
+        "mmbench/mmbench_en_dev_static.yaml",
+        {"task", "metric_list", "doc_to_text", "model_specific_generation_kwargs", "metadata"},
+    ),
     "seedbench_image": (
         "seedbench/seedbench.yaml",
         {"task", "metric_list", "process_results", "process_docs", "generation_kwargs", "metadata"},
@@ -86,7 +94,32 @@ SEED = {
     "answer": ["A", "B", "D"],
     "data_type": ["image", "video", "image"],
 }
+OCRBENCH = {
+    "dataset": ["IIIT5K", "HME100k"],
+    "question": ["what is written in the image?", "Please write out the expression."],
+    "question_type": ["Regular Text Recognition", "Handwritten Mathematical Expression Recognition"],
+    "answers": [["CENTRE"], ["x ^ 2"]],
+    "image": [PICTURE] * 2,
+}
+# two questions of two turns each: the options of the second turn are rotated, and both must be right
+MMBENCH = {
+    "index": [241, 1000241, 242, 1000242],
+    "question": ["What is it?"] * 2 + ["Which one?"] * 2,
+    "hint": ["Read this.\nThen answer."] * 2 + ["nan"] * 2,
+    "answer": ["A", "B", "B", "A"],
+    "A": ["a cup", "a dog", "red", "blue"],
+    "B": ["a dog", "a cup", "blue", "red"],
+    "C": ["a car", "a car", "nan", "nan"],
+    "D": ["nan", "nan", "nan", "nan"],
+    "category": ["ocr"] * 4,
+    "image": [PICTURE] * 4,
+    "source": ["s"] * 4,
+    "L2-category": ["coarse_perception"] * 4,
+    "split": ["dev"] * 4,
+}
 ROWS = {
+    "echo840/OCRBench": ("test", OCRBENCH),
+    "lmms-lab-encoder/MMBench": ("dev", MMBENCH),
     "lmms-lab-encoder/textvqa": ("validation", TEXTVQA),
     "lmms-lab-encoder/OK-VQA": ("val2014", OK_VQA),
     "lmms-lab-encoder/MME": ("test", MME),
@@ -109,8 +142,9 @@ def no_hub() -> Any:
 
     def load_dataset(path: str, name: str | None = None, **options: Any) -> DatasetDict:
         split, rows = ROWS[path]
-        assert name is None
-        return DatasetDict({split: as_dataset(rows)})
+        assert name == ("en" if rows is MMBENCH else None)
+        rows = as_dataset(rows)
+        return DatasetDict({split: rows.rename_column("answers", "answer") if path == "echo840/OCRBench" else rows})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lmms_task.datasets, "load_dataset", load_dataset)
@@ -147,7 +181,8 @@ def scores(task: Any, answers: list[str]) -> dict[str, float]:
         assert "image" not in doc
         for metric, item in task.process_results(dict(doc), [answer]).items():
             items.setdefault(metric, []).append(item)
-    return {metric: aggregate(items[metric]) for metric, aggregate in task.aggregation().items() if metric in items}
+    writes = {"args": SimpleNamespace(output_path=tempfile.mkdtemp())} if "gpt_eval_score" in items else {}
+    return {metric: aggregate(items[metric], **writes) for metric, aggregate in task.aggregation().items() if metric in items}
 
 
 def comparable(value: Any) -> Any:
@@ -185,6 +220,11 @@ def test_prompts_are_those_of_the_stock_name(name: str, model_id: str, load: Cal
     elif name == "ok_vqa_val2014_plain":
         clause = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
         assert ours == theirs.replace(clause, "") != theirs
+    elif name == "ocrbench_short":
+        assert ours == theirs + WORD
+    elif name == "mmbench_en_dev_llava":
+        assert theirs == "Read this.\nThen answer. What is it? There are several options:\nA. a cup\nB. a dog\nC. a car\n" + LETTER
+        assert ours == "Read this.\nThen answer.\nWhat is it?\nA. a cup\nB. a dog\nC. a car" + LETTER
     else:
         assert ours == theirs
 
@@ -196,6 +236,9 @@ def test_prompts_are_those_of_the_stock_name(name: str, model_id: str, load: Cal
         ("ok_vqa_val2014_plain", "What sport can you use this for?" + WORD),
         ("mme_total", "Is there a dog in this image?" + WORD),
         ("pope_splits", "Is there a snowboard in the image?" + WORD),
+        ("pope_splits_llava", "Is there a snowboard in the image?" + WORD),
+        ("ocrbench_short", "what is written in the image?" + WORD),
+        ("mmbench_en_dev_llava", "Read this.\nThen answer.\nWhat is it?\nA. a cup\nB. a dog\nC. a car" + LETTER),
         ("seedbench_image", "How many towels are in the image?\nA. One\nB. Two\nC. Three\nD. Four" + LETTER),
     ],
 )
@@ -205,6 +248,37 @@ def test_the_prompt(name: str, text: str, load: Callable) -> None:
 
 def test_an_image_without_text_has_no_ocr_tokens(load: Callable) -> None:
     assert text_of(load("textvqa_val_ocr"), 1) == "What time is it?\nReference OCR token: " + WORD
+
+
+def test_mmbench_without_a_hint_begins_with_the_question(load: Callable) -> None:
+    assert text_of(load("mmbench_en_dev_llava"), 2) == "Which one?\nA. red\nB. blue" + LETTER
+
+
+@pytest.mark.parametrize("missing", ["nan", "None", math.nan, None])
+def test_mmbench_lists_options_up_to_the_first_that_is_missing(missing: object) -> None:
+    doc = {"question": "Which?", "hint": missing, "A": "red", "B": missing, "C": "blue", "D": "green"}
+    assert utils.mmbench_doc_to_text(doc, {"pre_prompt": "", "post_prompt": LETTER}) == "Which?\nA. red" + LETTER
+
+
+def test_mmbench_counts_a_question_whose_every_turn_is_right(load: Callable) -> None:
+    task = load("mmbench_en_dev_llava")
+    assert scores(task, ["A", "B.", "B", "blue"]) == {"gpt_eval_score": 100.0}
+    assert scores(task, ["A", "A", "B", "A"]) == {"gpt_eval_score": 50.0}
+
+
+def test_ocrbench_forgets_the_points_of_the_evaluation_before(load: Callable) -> None:
+    task = load("ocrbench_short")
+    for _ in range(2):
+        assert scores(task, ["The Centre!", "x^2"]) == {"ocrbench_accuracy": 0.002}
+    assert scores(task, ["nothing", "x^2"]) == {"ocrbench_accuracy": 0.001}
+
+
+@pytest.mark.parametrize("spaces", ["", " ", "  ", "   "])
+def test_mme_has_no_space_before_the_line_break(spaces: str, load: Callable) -> None:
+    doc = {"question": f"Is it red?{spaces}Please answer yes or no.", "image": PICTURE}
+    left = "Please answer yes or no." if spaces == "" else ""  # nothing that the stock function takes off
+    (message,) = load("mme_total").doc_to_messages(doc)
+    assert message["content"][1]["text"] == "Is it red?" + left + WORD
 
 
 @pytest.mark.parametrize("name", ["textvqa_val_ocr", "ok_vqa_val2014_plain"])
@@ -238,6 +312,34 @@ def test_pope_has_an_f1_a_split_their_mean_and_one_of_all(load: Callable) -> Non
     got = scores(load("pope_splits"), ["Yes", "No", "No", "yes", "Yes", "Yes", "Yes", "Yes ", "No"])
     expected = {"pope_f1_adversarial": 2 / 3, "pope_f1_popular": 0.8, "pope_f1_random": 1.0, "pope_f1_score": 5 / 6}
     assert got == pytest.approx(expected | {"pope_f1_mean": (2 / 3 + 0.8 + 1) / 3})
+
+
+@pytest.mark.parametrize(
+    ("answer", "strict", "lenient"),
+    [
+        ("Yes", "yes", "yes"),
+        ("no", "no", "no"),
+        ("No, there is not.", None, "no"),
+        ("There is no snowboard. Yes", None, "no"),
+        ("Yes. No snowboard", None, "yes"),
+        ("It is not,there", None, "yes"),  # commas go, and nothing comes for them
+        ("NO", "no", "yes"),
+        ("nothing", None, "yes"),
+        ("", None, "yes"),
+    ],
+)
+def test_pope_reads_answers_as_lmms_eval_or_as_llavas_script(answer: str, strict: str | None, lenient: str) -> None:
+    doc = {name: values[0] for name, values in POPE.items()}
+    items = [read(doc, [answer])["pope_f1_mean"]["prediction"] for read in (utils.pope_process_results, utils.pope_llava_process_results)]
+    assert (items[0] if items[0] in ("yes", "no") else None, items[1]) == (strict, lenient)
+
+
+def test_pope_by_llavas_rule_has_the_same_metrics(load: Callable) -> None:
+    answers = ["Yes, it is", "perhaps", "No.", "there is not one", "a snowboard", "Not", "no", "no", "no"]
+    got = scores(load("pope_splits_llava"), answers)
+    # adversarial: all right. Popular: one of two found, and "Not" is no denial: 1/2 and 1/2. Random: nothing found
+    expected = {"pope_f1_adversarial": 1.0, "pope_f1_popular": 0.5, "pope_f1_random": 0.0, "pope_f1_score": 2 * 3 / (2 * 3 + 1 + 3)}
+    assert got == pytest.approx(expected | {"pope_f1_mean": 0.5})
 
 
 def test_pope_without_a_split_has_no_mean(caplog: pytest.LogCaptureFixture) -> None:

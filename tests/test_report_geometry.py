@@ -232,6 +232,15 @@ def test_frames_of_a_video_are_views_of_their_own(geometry: dict, layouts: list[
     assert newlines == expected.get(geometry["family"], set())
 
 
+@pytest.mark.parametrize(("side", "seen"), [(2, 4 / 5), (3, 1.0)])
+def test_an_odd_row_of_patches_is_in_no_token_where_frames_are_pooled_by_averages(side: int, seen: float) -> None:
+    """Five patches a side: 2 x 2 tokens are averages of four patches each, 3 x 3 tokens show all."""
+    medium = Medium(70, 70, n_frames=1, is_video=True)
+    geometry = {"family": "llava_video", "tile": 70, "patch": 14, "pinpoints": [[70, 70]], "max_tiles": 9}
+    (view,) = views(geometry, [medium], [(side * (side + 1), side, side, 1)])
+    assert view.boxes[max(view.boxes)][2:] == pytest.approx((70 * seen, 70 * seen))
+
+
 def test_layouts_agree_with_the_families_own_coordinates() -> None:
     """`Layout.shape` of LLaVA-Video's newline after every row, and of LLaVA-NeXT's two views."""
     model = tiny_models.build("llava_video")

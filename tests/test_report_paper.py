@@ -21,6 +21,7 @@ from vlm_pruner_eval.report.build import build, report_of
 from vlm_pruner_eval.report.load import load_results
 from vlm_pruner_eval.report.paper import printed
 from vlm_pruner_eval.report.paper.beside import EQUIVALENT, NO_CLAIM, NOT_RUN, OUTSIDE, Compared, PaperTable, paper_for
+from vlm_pruner_eval.report.paper.differences import OF_TASK, differences
 from vlm_pruner_eval.report.paper.gate import FAILS, INCOMPARABLE, REPRODUCES
 from vlm_pruner_eval.report.paper.printed import Erratum, Number, PrintedNumbers, read_printed
 from vlm_pruner_eval.report.paper.recompute import recompute_averages, recompute_lines
@@ -101,6 +102,39 @@ def test_errata_that_cannot_be_read_are_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "errata.csv").write_text("number,vlm,method,pruning_rate_percent,benchmark,corrected,text\none,,,,,,x\n")
     with pytest.raises(ConfigError, match="can't be read as errata"):
         read_printed(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "columns"),
+    [  # of LLaVA-1.5-7B, LLaVA-NeXT-7B, Qwen2-VL-7B-Instruct
+        ("textvqa_val_ocr", ("VQAText", None, "VQAText")),
+        ("textvqa_val", (None, "VQAText", None)),
+        ("ok_vqa_val2014_plain", ("OKVQA", "OKVQA", None)),
+        ("ok_vqa_val2014", (None, None, "OKVQA")),
+        ("ocrbench_short", ("OCRBench", "OCRBench", None)),
+        ("ocrbench", (None, None, "OCRBench")),
+        ("mmbench_en_dev_llava", ("MMB", "MMB", None)),
+        ("mmbench_en_dev_static", (None, None, "MMB")),
+        ("pope_splits_llava", ("POPE", "POPE", None)),
+        ("gqa", ("GQA", "GQA", "GQA")),
+    ],
+)
+def test_a_printed_number_stands_for_a_task_only_where_the_authors_asked_the_same(task: str, columns: tuple[str | None, ...]) -> None:
+    models = ("LLaVA-1.5-7B", "LLaVA-NeXT-7B", "Qwen2-VL-7B-Instruct")
+    assert tuple(printed.benchmark_of(task, vlm) for vlm in models) == columns
+    assert printed.benchmark_of(task, None) is not None
+
+
+def test_what_we_do_otherwise_than_the_authors_is_known_of_every_table() -> None:
+    tasks = ["mmbench_en_dev_llava", "pope_splits", "textvqa_val_ocr"]
+    of_llava = list(differences("LLaVA-1.5-7B", tasks))
+    assert [line.split(":")[0] for line in of_llava] == ["mmbench_en_dev_llava", "pope_splits", "pope_splits"]
+    assert "4,377" in of_llava[0] and "2,910" in of_llava[2]
+    assert list(differences("LLaVA-NeXT-7B", tasks))[-3:] == of_llava
+    assert "2,304" in " ".join(differences("LLaVA-NeXT-7B", []))
+    assert "182" in " ".join(differences("LLaVA-Video-7B-Qwen2", ["mvbench"]))
+    (of_qwen,) = differences("Qwen2-VL-7B-Instruct", tasks)  # asked by a copy of lmms-eval, not by LLaVA's scripts
+    assert "mmbench_en_test" in of_qwen
 
 
 # ---- a sweep of a model of the paper
@@ -291,6 +325,16 @@ def test_a_grid_of_an_older_version_is_not_held_against_the_paper(folder: Path) 
 
 
 # ---- how it is shown
+def test_the_report_says_what_the_authors_did_otherwise(folder: Path, monkeypatch: Any) -> None:
+    text = build(folder)["md"].read_text()
+    assert "Known differences" not in text
+    monkeypatch.setitem(OF_TASK, "tiny_mean", ("another mean.",))
+    paths = build(folder)
+    assert "\n- tiny_mean: another mean.\n" in paths["md"].read_text()
+    assert json.loads(paths["json"].read_text())["paper"]["differences"] == ["tiny_mean: another mean."]
+    assert "tiny_mean: another mean." in paths["html"].read_text()
+
+
 def test_the_report_shows_ours_the_printed_number_the_difference_and_the_verdict(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     far = shifted(numbers(folder), KEY, 2.0)
     lines = [f"VLM-Pruner,T,{key[0]},{key[1]},1,{key[2]},{key[3]},acc,{value.value},print" for key, value in far.numbers.items()]

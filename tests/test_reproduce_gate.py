@@ -127,6 +127,6 @@ def test_every_model_of_the_paper_can_be_planned(name: str, tmp_path: Path, monk
     assert planned.output == Path("output/reproduce") / name
     assert os.listdir(tmp_path) == []
     whole = name not in ("llava-video-7b", "qwen3-vl-4b")
-    assert is_whole_paper(planned.rows.tasks) == whole
+    assert is_whole_paper(planned.rows.tasks, planned.vlm) == whole
     labels = [entry.label for entry in make_plan(model=name, methods=["vlmpruner"]).rows.methods]
     assert labels == ["VLM-Pruner (release)", "VLM-Pruner"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vlm_pruner_eval.lmms.prompts import Defaults
-from vlm_pruner_eval.lmms.protocols import LLAVA_NEXT_PAPER, LLAVA_PAPER, QWEN2_VL_PAPER, with_paper
+from vlm_pruner_eval.lmms.protocols import LLAVA_NEXT_PAPER, LLAVA_NEXT_TWO_TILES, LLAVA_PAPER, QWEN2_VL_PAPER, with_paper
 from vlm_pruner_eval.lmms.resolve import PIXEL_SETTINGS, VIDEO_SETTINGS
 from vlm_pruner_eval.lmms.wrapper import PrunedModel
 
@@ -23,7 +23,7 @@ class VlmPrunerLlavaNext(PrunedModel):
 
     model_id = "vlmpruner_llava_next"
     model_types = frozenset({"llava_next"})
-    protocols = with_paper(LLAVA_NEXT_PAPER)
+    protocols = with_paper(LLAVA_NEXT_PAPER) | {"paper_two_tiles": LLAVA_NEXT_TWO_TILES}
 
 
 class VlmPrunerLlavaOnevision(PrunedModel):

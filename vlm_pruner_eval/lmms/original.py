@@ -32,7 +32,7 @@ from transformers import (
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.lmms import original_processor
 from vlm_pruner_eval.lmms.original_weights import Source, fill
-from vlm_pruner_eval.vlms.llava_video import LlavaVideoConfig, LlavaVideoForConditionalGeneration
+from vlm_pruner_eval.vlms.llava_video import POOL_MODES, LlavaVideoConfig, LlavaVideoForConditionalGeneration
 
 MODEL_TYPES = {"LlavaLlamaForCausalLM": "llava", "LlavaQwenForCausalLM": "llava_video"}
 TOWERS = {"llava": "clip_vision_model", "llava_video": "siglip_vision_model"}
@@ -51,7 +51,7 @@ EXPECTED: dict[str, dict[str, tuple[object, tuple]]] = {
     "llava_video": {
         "mm_patch_merge_type": ("flat", ("spatial_unpad",)),
         "mm_newline_position": ("one_token", ("grid",)),
-        "mm_spatial_pool_mode": (None, ("bilinear",)),
+        "mm_spatial_pool_mode": (None, POOL_MODES),
         "mm_spatial_pool_stride": (2, (2,)),
         "add_faster_video": (False, (False,)),
     },
@@ -213,6 +213,7 @@ def convert_config(
         video_token_index=tokenizer.convert_tokens_to_ids(original_processor.VIDEO),
         image_grid_pinpoints=pinpoints(raw.get("image_grid_pinpoints"), tower.image_size),
         vision_aspect_ratio=raw["image_aspect_ratio"],
+        mm_spatial_pool_mode=raw["mm_spatial_pool_mode"],
         **common,
     )
 

@@ -16,13 +16,12 @@ from transformers import (
 
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.lmms.original_weights import Source
-from vlm_pruner_eval.lmms.protocols import VICUNA_SYSTEM
-from vlm_pruner_eval.vlms.llava_video import LlavaVideoProcessor
+from vlm_pruner_eval.lmms.protocols import VICUNA_SYSTEM, splits_like_llava
+from vlm_pruner_eval.vlms.llava_video import LlavaVideoProcessor, pooled_side
 
 IMAGE, VIDEO = "<image>", "<video>"
 PLACEHOLDERS = {"llava": (IMAGE,), "llava_video": (IMAGE, VIDEO)}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_PROBE = ("USER: ", "\nWhat?")
 
 _TEXTS = (
     "{%- if message['content'] is string %}{%- set text = message['content'] %}{%- else %}"
@@ -72,12 +71,9 @@ def load_tokenizer(weights: Source, text: PretrainedConfig, model_type: str) -> 
             f"pretrained: the tokenizer of {weights.label} can't be read ({reason}). "
             "A tokenizer.model needs the packages sentencepiece and protobuf in versions that go together."
         ) from error
-    pieces = [tokenizer(piece).input_ids for piece in _PROBE]
     tokens = [AddedToken(token, special=True, normalized=False) for token in PLACEHOLDERS[model_type]]
     tokenizer.add_tokens(tokens, special_tokens=True)
-    begins = pieces[1][:1] == [tokenizer.bos_token_id]
-    apart = [*pieces[0], tokenizer.convert_tokens_to_ids(IMAGE), *pieces[1][begins:]]
-    if tokenizer(IMAGE.join(_PROBE)).input_ids != apart:
+    if not splits_like_llava(tokenizer, IMAGE):
         raise ConfigError(
             f"pretrained: the tokenizer of {weights.label} splits the text behind an image unlike LLaVA, which tokenizes the pieces of a "
             "prompt apart; remove tokenizer.json from the checkpoint, so that its tokenizer.model is read."
@@ -120,7 +116,7 @@ def _llava_video(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -
     """
     side = config.vision_config.image_size
     values = {"size": {"height": side, "width": side}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
-    return LlavaVideoProcessor(
+    processor = LlavaVideoProcessor(
         image_processor=LlavaOnevisionImageProcessor(image_grid_pinpoints=config.image_grid_pinpoints, **values),
         tokenizer=tokenizer,
         video_processor=LlavaOnevisionVideoProcessor(**values),
@@ -129,3 +125,5 @@ def _llava_video(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -
         vision_aspect_ratio=config.vision_aspect_ratio,
         chat_template=CHATML_TEMPLATE,
     )
+    processor.frame_side = pooled_side(config)
+    return processor

@@ -40,8 +40,9 @@ def resolve(parsed: Settings, family: type[PrunedModel]) -> Settings:
         A protocol or a setting that the family does not have, or a setting that the protocol fixes.
     """
     if parsed.protocol not in family.protocols:
+        why = "it is a reading of another family's numbers" if "paper" in family.protocols else family.why_no_paper
         raise ConfigError(
-            f"protocol: got {parsed.protocol!r}, expected {' or '.join(family.protocols)} for {family.model_id}: {family.why_no_paper}; "
+            f"protocol: got {parsed.protocol!r}, expected {' or '.join(family.protocols)} for {family.model_id}: {why}; "
             "protocol=hf is the checkpoint's own prompt and image handling."
         )
     fixed, problems = family.protocols[parsed.protocol].fixes, []

@@ -16,7 +16,7 @@ from vlm_pruner_eval.shown import short, spelled_out
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
-PROTOCOLS = ("hf", "paper")
+PROTOCOLS = ("hf", "paper", "paper_two_tiles")
 DEVICE = re.compile(r"(cpu|cuda|mps|xpu|npu|hpu)(:\d{1,3})?", re.ASCII)
 # What git allows in the name of a branch or tag, and the hub with it.
 REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
@@ -46,7 +46,8 @@ class Settings:
         a GPU answers, 0 on a CPU, whose cores the model itself is timed on.
     protocol
         Whose prompt and image handling; "hf" is the checkpoint's own chat template and processor, "paper" that of the
-        VLM-Pruner paper's numbers (families that have one say so).
+        VLM-Pruner paper's numbers (families that have one say so), "paper_two_tiles" its second reading for LLaVA-NeXT, whose
+        images have at most two tiles, so that newline tokens are among the 2,304 that the paper states.
     max_frames_num
         Frames picked of each video, at most; None: what is usual for the family.
     min_pixels, max_pixels

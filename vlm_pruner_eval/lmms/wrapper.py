@@ -84,7 +84,7 @@ class PrunedModel(Answering):
     kinds: ClassVar[tuple[str, ...]] = ("image",)  # of media
     takes: ClassVar[frozenset[str]] = frozenset()  # settings that not every family has
     default_frames: ClassVar[int] = 32  # of a video
-    defaults: ClassVar[Defaults] = Defaults()
+    defaults: Defaults = Defaults()  # the protocol may have a shorter answer
     protocols: ClassVar[Mapping[str, Protocol]] = {"hf": HF}
     why_no_paper: ClassVar[str] = "the paper has no numbers of this family"  # where `protocols` lacks "paper"
 
@@ -93,6 +93,8 @@ class PrunedModel(Answering):
         parsed, method, pruner = settings.parse(model_args)
         self.settings = resolve(parsed, type(self))
         self.protocol = self.protocols[self.settings.protocol]
+        if self.protocol.new_tokens is not None:
+            self.defaults = dataclasses.replace(self.defaults, new_tokens=self.protocol.new_tokens)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = pick_device(self.settings.device, self.accelerator)
@@ -106,7 +108,7 @@ class PrunedModel(Answering):
         bound_pixels(self.processor, self.settings)
         self.dtype, self._family, self._n_layers = self._model.dtype, family_of(self._model), len(self._model.model.language_model.layers)
         # under torchrun the other ranks would go on with larger batches; the paper's protocol fixes the batch
-        self.may_shrink = self.settings.protocol != "paper" and self._world_size == 1
+        self.may_shrink = not self.settings.protocol.startswith("paper") and self._world_size == 1
         self._use(method, pruner)
 
     @classmethod

@@ -167,4 +167,5 @@ def _paper_json(paper: PaperTable) -> dict[str, Any]:
         "rule": paper.rule,
         "rows": rows,
         "footnotes": [dataclasses.asdict(note) for note in paper.footnotes],
+        "differences": list(paper.differences),
     }

@@ -56,7 +56,10 @@ def _of_the_paper(paper: PaperTable | None) -> str:
     """Whether the unpruned row reproduces the paper, in what setting, and what that allows to say of the pruned rows."""
     if paper is None:
         return "Printed numbers: none for this checkpoint."
-    return f"**{paper.verdict}** {paper.setting} {paper.noise}"
+    said = f"**{paper.verdict}** {paper.setting} {paper.noise}"
+    if not paper.differences:
+        return said
+    return "\n".join([said, "", "Known differences to what the authors ran:", "", *(f"- {line}" for line in paper.differences)])
 
 
 def _lines(shown: Table) -> Iterator[list[str]]:

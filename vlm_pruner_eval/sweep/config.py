@@ -238,11 +238,11 @@ def _contradictions(raw: dict[str, Any]) -> Iterator[str]:
     if type(low) is int and type(high) is int and low > high:
         yield f"model.min_pixels: got {low}, expected at most model.max_pixels = {high}."
     tasks = raw.get("tasks") if isinstance(raw.get("tasks"), list) else []
-    for task in tasks if model.get("protocol") == "paper" else []:
+    for task in tasks if str(model.get("protocol")).startswith("paper") else []:
         if task in _DRAWS_LETTERS:
             yield (
-                f"tasks: got {task!r} with model.protocol paper, but it asks a language model about answers that it can't read, and "
-                "without a key draws a letter at random; use mmbench_en_dev_static, which scores by rules alone."
+                f"tasks: got {task!r} with model.protocol {model['protocol']}, but it asks a language model about answers that it can't "
+                "read, and without a key draws a letter at random; use mmbench_en_dev_static, which scores by rules alone."
             )
     for key in ("tasks", "keep_tokens", "pruning_rates"):
         values = raw.get(key) if isinstance(raw.get(key), list) else []

@@ -45,16 +45,23 @@ class LlavaVideo(LlavaOnevision):
         return [Layout(torch.cat(frames), (side, side))] * len(pixels)
 
 
-def pooled_side(config: LlavaOnevisionConfig) -> int:
-    """Tokens along one side of a video frame after pooling by 2, rounded up: 14 for 384 / 14."""
-    vision = config.vision_config
-    return math.ceil(vision.image_size // vision.patch_size / 2)
-
-
 class LlavaVideoConfig(LlavaOnevisionConfig):
-    """The configuration of LLaVA-OneVision, under a model type of its own."""
+    """The configuration of LLaVA-OneVision, under a model type of its own.
+
+    ``mm_spatial_pool_mode`` is the one of the checkpoint's config.json, out of `POOL_MODES`.
+    """
 
     model_type = "llava_video"
+    mm_spatial_pool_mode: str = "bilinear"
+
+
+POOL_MODES = ("bilinear", "average")
+
+
+def pooled_side(config: LlavaVideoConfig) -> int:
+    """Tokens along one side of a video frame after pooling by 2: of 27 patches, 14 by interpolation and 13 by averages."""
+    patches = config.vision_config.image_size // config.vision_config.patch_size
+    return patches // 2 if config.mm_spatial_pool_mode == "average" else math.ceil(patches / 2)
 
 
 class LlavaVideoModel(LlavaOnevisionModel):
@@ -66,7 +73,7 @@ class LlavaVideoModel(LlavaOnevisionModel):
     config_class = LlavaVideoConfig
 
     def apply_pooling(self, image_features: Tensor) -> Tensor:
-        """Pool frames as OneVision does, then close every row with the newline embedding.
+        """Pool frames as OneVision does, or by averages of 2 x 2 patches, then close every row with the newline embedding.
 
         Parameters
         ----------
@@ -75,10 +82,14 @@ class LlavaVideoModel(LlavaOnevisionModel):
         Returns
         -------
         Tensor [frames, rows * (rows + 1), D]
-            With rows = ceil(side / 2).
+            With rows = `pooled_side`.
         """
         side = pooled_side(self.config)
-        rows = super().apply_pooling(image_features).unflatten(1, (side, side))
+        if self.config.mm_spatial_pool_mode == "average":
+            frames = image_features.unflatten(1, (math.isqrt(image_features.shape[1]), -1)).permute(0, 3, 1, 2)
+            rows = nn.functional.avg_pool2d(frames, 2).permute(0, 2, 3, 1)  # a last odd row or column is left out
+        else:
+            rows = super().apply_pooling(image_features).unflatten(1, (side, side))
         newline = self.image_newline.to(rows).expand(len(rows), side, 1, -1)
         return torch.cat([rows, newline], 2).flatten(1, 2)
 
@@ -108,11 +119,15 @@ class LlavaVideoForConditionalGeneration(LlavaOnevisionForConditionalGeneration)
 
 
 class LlavaVideoProcessor(LlavaOnevisionProcessor):
-    """The processor of LLaVA-OneVision, with as many placeholders for a video as the model makes of it."""
+    """The processor of LLaVA-OneVision, with as many placeholders for a video as the model makes of it.
+
+    `frame_side`, the tokens along one side of a frame (`pooled_side`), is set by whoever makes one.
+    """
+
+    frame_side: int
 
     def _video_placeholders(self, n_frames: int) -> str:
-        side = math.ceil(math.isqrt(self.num_image_tokens) / 2)
-        return self.video_token * (n_frames * side * (side + 1))
+        return self.video_token * (n_frames * self.frame_side * (self.frame_side + 1))
 
     def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs: object) -> str:
         """Placeholders of one video; called by LLaVA-OneVision's processor."""

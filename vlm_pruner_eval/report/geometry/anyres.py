@@ -99,6 +99,7 @@ def _pooled_frames(geometry: Mapping[str, Any], medium: Medium, layout: Layout) 
     if frames != medium.n_frames:
         raise ConfigError(f"geometry: the record has {frames} frames, but the video {medium.n_frames}.")
     side = tile // patch
-    along = {"side": side, "patch": patch, "tile": tile, "span": side}
+    # pooled by averages, an odd last row and column of patches is in no token
+    along = {"side": side, "patch": patch, "tile": tile, "span": min(side, 2 * rows)}
     boxes = grid_boxes(Fit.stretched(medium, tile, tile), edges(rows, **along), edges(cols, **along), stride)
     return [frame_of(medium, t, {t * rows * stride + i: box for i, box in boxes.items()}) for t in range(frames)]

@@ -195,7 +195,7 @@ def _there(*tables: Table | None) -> tuple[Table, ...]:
 
 def _paper(results: Results, paper: PaperTable | None) -> Section:
     table = None if paper is None else beside_the_paper(paper, results.tasks)
-    notes = () if paper is None else tuple(map(str, paper.footnotes))
+    notes = () if paper is None else (*map(str, paper.footnotes), *paper.differences)
     return Section("paper", "Beside the paper", tables=_there(table), notes=notes)
 
 

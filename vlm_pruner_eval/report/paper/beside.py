@@ -10,6 +10,7 @@ from typing import Any
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.load import Results
 from vlm_pruner_eval.report.paper import gate as gates
+from vlm_pruner_eval.report.paper.differences import differences
 from vlm_pruner_eval.report.paper.gate import FAILS, Gate, judge_scores, tolerance, within
 from vlm_pruner_eval.report.paper.printed import (
     AVERAGE,
@@ -108,6 +109,8 @@ class PaperTable:
         Where the tolerance's noise comes from, one sentence.
     footnotes
         The errata that touch a printed number of the table.
+    differences
+        What this sweep asks, counts or shows the model otherwise than the authors did, a sentence each.
     """
 
     vlm: str
@@ -116,6 +119,7 @@ class PaperTable:
     noise: str
     rows: tuple[PaperRow, ...]
     footnotes: tuple[Footnote, ...]
+    differences: tuple[str, ...] = ()
     rule: str = gates.RULE
 
     @property
@@ -145,8 +149,8 @@ class Reference:
 
     def compare(self, row: Row, tasks: list[str]) -> PaperRow:
         """A row beside its printed numbers."""
-        cells = {task: self._cell(row, task, row.cells.get(task, Cell(None)), benchmark_of(task)) for task in tasks}
-        average = self._cell(row, AVERAGE, row.relative, AVERAGE if is_whole_paper(tasks) else None)
+        cells = {task: self._cell(row, task, row.cells.get(task, Cell(None)), benchmark_of(task, self.vlm)) for task in tasks}
+        average = self._cell(row, AVERAGE, row.relative, AVERAGE if is_whole_paper(tasks, self.vlm) else None)
         return PaperRow(row, cells, average)
 
     def _cell(self, row: Row, task: str, cell: Cell, benchmark: str | None) -> Compared:
@@ -209,7 +213,9 @@ def paper_for(results: Results, rows: list[Row] | None = None, printed: PrintedN
     spreads, noise = _noise(results)
     reference = Reference(paper.vlm, printed, _gate(results, rows, paper, printed, spreads), spreads)
     compared = tuple(reference.compare(row, results.tasks) for row in rows)
-    return PaperTable(paper.vlm, reference.gate, _setting(results, paper), noise, compared, tuple(_footnotes(compared, printed, paper.vlm)))
+    footnotes = tuple(_footnotes(compared, printed, paper.vlm))
+    known = tuple(differences(paper.vlm, results.tasks))
+    return PaperTable(paper.vlm, reference.gate, _setting(results, paper), noise, compared, footnotes, known)
 
 
 def _gate(results: Results, rows: list[Row], paper: PaperModel, printed: PrintedNumbers, spreads: Mapping[str, float | None]) -> Gate:
