@@ -37,7 +37,7 @@ def fresh_model() -> PrunedModel:
     """The one shared model, as after loading, with documents of two tasks."""
     model = _loaded()
     model.configure("uniform", 0.5)
-    model.exit_on_failure = False
+    model.refuses_failures = False
     set_batch_size(model, 4)
     model.task_dict = {"first": {"test": documents(7, seed=0)}, "second": {"test": documents(7, seed=50), "val": documents(3, seed=90)}}
     return model

@@ -64,35 +64,26 @@ def test_a_prompt_longer_than_the_positions_is_a_sentence(model: PrunedModel) ->
     assert "the model has 256 positions" in model.answers[1].error
 
 
-def test_failed_samples_end_the_process_at_the_command_line(model: PrunedModel, capsys: pytest.CaptureFixture) -> None:
+def test_failed_samples_end_an_evaluation_of_lmms_eval(model: PrunedModel) -> None:
     sabotage(model, "first/test/2")
-    model.exit_on_failure = True
-    with pytest.raises(SystemExit) as exit_info:
+    model.refuses_failures = True
+    with pytest.raises(PruningError, match=r"1 of 5 samples failed.*first/test/2: PruningError"):
         model.generate_until([request("first", i) for i in range(5)])
-    assert exit_info.value.code == 1
-    message = capsys.readouterr().err
-    assert "1 of 5 samples failed" in message
-    assert "first/test/2: PruningError" in message
     assert [bool(a.error) for a in model.answers] == [False, False, True, False, False]
 
 
-@pytest.mark.parametrize(("exits", "raised"), [(True, SystemExit), (False, PruningError)])
-def test_sixteen_failures_at_the_start_end_the_run(model: PrunedModel, exits: bool, raised: type) -> None:
+def test_sixteen_failures_at_the_start_end_the_run(model: PrunedModel) -> None:
     model.task_dict["first"]["test"] = documents(40, seed=0)
     sabotage(model, "first")
-    model.exit_on_failure = exits
-    with pytest.raises(raised):
+    with pytest.raises(PruningError, match="16"):
         model.generate_until([request("first", i) for i in range(40)])
     assert len(model.answers) == 16
 
 
-@pytest.mark.parametrize(("exits", "raised"), [(True, SystemExit), (False, PruningError)])
-def test_a_rate_that_removes_nothing_is_refused(model: PrunedModel, exits: bool, raised: type, capsys: pytest.CaptureFixture) -> None:
+def test_a_rate_that_removes_nothing_is_refused(model: PrunedModel) -> None:
     model.configure("uniform", 0.01)  # round(16 * 0.99) = 16
-    model.exit_on_failure = exits
-    with pytest.raises(raised, match=None if exits else "none of the 2 samples with images lost a visual token"):
+    with pytest.raises(PruningError, match="none of the 2 samples with images lost a visual token"):
         model.generate_until([request("first", 0), request("first", 1)])
-    assert ("none of the 2 samples" in capsys.readouterr().err) == exits
 
 
 def test_rate_zero_is_no_failure(model: PrunedModel) -> None:

@@ -25,7 +25,7 @@ from vlm_pruner_eval import versions
 from vlm_pruner_eval.budget import Rate
 from vlm_pruner_eval.cost import DecoderShape
 from vlm_pruner_eval.durable import is_disk_full
-from vlm_pruner_eval.errors import ConfigError, OutOfMemoryError
+from vlm_pruner_eval.errors import OutOfMemoryError
 from vlm_pruner_eval.hook import prune
 from vlm_pruner_eval.lmms import prompts, settings
 from vlm_pruner_eval.lmms.ahead import Ahead, Job, Made, Step, Turn, default_workers
@@ -39,7 +39,6 @@ from vlm_pruner_eval.lmms.inputs import Prepared, bound_pixels, build_inputs, mo
 from vlm_pruner_eval.lmms.log import Answer, Reading
 from vlm_pruner_eval.lmms.loglikelihood import Target
 from vlm_pruner_eval.lmms.plan import Batch, Done, Part
-from vlm_pruner_eval.lmms.plugin import exit_with
 from vlm_pruner_eval.lmms.prompts import Defaults, Generation, Prompt, Request
 from vlm_pruner_eval.lmms.protocols import HF, Protocol
 from vlm_pruner_eval.lmms.resolve import family_class, resolve
@@ -110,13 +109,16 @@ class PrunedModel(Answering):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str | Mapping[str, object], additional_config: dict | None = None) -> PrunedModel:
-        """Build the model for lmms-eval's command line, which exits with 0 after an exception: bad input leaves through SystemExit(2)."""
-        try:
-            versions.check(logger.warning)
-            model = cls(**settings.from_command_line(arg_string, additional_config))
-        except ConfigError as error:
-            exit_with(str(error), code=2)
-        model.exit_on_failure = model.show_progress = True
+        """Build the model for lmms-eval: its command line, or `simple_evaluate`.
+
+        Raises
+        ------
+        ConfigError
+            Arguments that can't be run. The command ends with its sentences, see `plugin.exit_on_error`.
+        """
+        versions.check(logger.warning)
+        model = cls(**settings.from_command_line(arg_string, additional_config))
+        model.refuses_failures = model.show_progress = True
         return model
 
     # ---- configuration

@@ -131,7 +131,7 @@ def _load_model(section: ModelSection, load: Loader | None) -> Any:
         from vlm_pruner_eval.lmms.wrapper import load
     args = section.model_dump(exclude={"id", "visual_tokens", "layers"}, exclude_none=True)
     model = load(section.id, **args)
-    model.keep_loaded, model.exit_on_failure = True, False
+    model.keep_loaded, model.refuses_failures = True, False
     return model
 
 
