@@ -201,10 +201,10 @@ def test_a_disk_that_takes_no_more(tmp_path: Path) -> None:
 def test_failures_are_exit_code_1_and_a_bad_file_2(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli.app, ["doctor", "--output", "/proc/nowhere", "--json"])
     assert done.exit_code == 1
-    *lines, last = done.stdout.splitlines()
-    parsed = json.loads(last)
+    parsed = json.loads(done.stdout)
     assert parsed["fail"] == 1 and parsed["ok"] > 15
     assert [finding["name"] for finding in parsed["findings"] if finding["status"] == "fail"] == ["results"]
+    lines = CliRunner().invoke(cli.app, ["doctor", "--output", "/proc/nowhere"]).stdout.splitlines()
     assert any(line.startswith("fail  results: /proc/nowhere can't be written") for line in lines)
     assert lines[-1].endswith(", 1 to mend")
     bad = tmp_path / "bad.yaml"
@@ -224,7 +224,7 @@ def doctor(environment: dict[str, str], *arguments: str) -> subprocess.Completed
 def test_the_real_command_where_all_is_well(tmp_path: Path) -> None:
     done = doctor({}, QUICKSTART, "--output", str(tmp_path / "out"), "--json")
     assert done.returncode == 0, done.stdout
-    last = json.loads(done.stdout.splitlines()[-1])
+    last = json.loads(done.stdout)
     assert last["fail"] == 0 and all(bool(finding["fix"]) == (finding["status"] != "ok") for finding in last["findings"])
     assert not (tmp_path / "out").exists()
 
@@ -243,6 +243,6 @@ def test_the_real_command_without_a_package(tmp_path: Path, package: str, suffer
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = doctor({"PYTHONPATH": path}, QUICKSTART, "--output", str(tmp_path / "out"), "--json")
     assert done.returncode == 1
-    last = json.loads(done.stdout.splitlines()[-1])
+    last = json.loads(done.stdout)
     torn = {finding["name"] for finding in last["findings"] if f"{package} was torn apart" in finding["found"]}
     assert torn >= suffers and last["ok"] > 10

@@ -81,6 +81,24 @@ def prompt_name(model: object) -> object:
     return STOCK_PROMPTS.get(model_id, model) if isinstance(model_id, str) else model
 
 
+def task_folders() -> tuple[Path, ...]:
+    """Return the folders with task files of this package.
+
+    Raises
+    ------
+    ConfigError
+        The installation is incomplete.
+    """
+    from vlm_pruner_eval.bench import tasks_path
+
+    return (tasks_path(), Path(__file__).parent / "tasks")
+
+
+def packaged_tasks() -> list[str]:
+    """Return the names of all tasks and groups of this package: a file of a name in one of its folders is a task of that name."""
+    return sorted(file.stem for folder in task_folders() for file in folder.glob("*.yaml") if not file.stem.startswith("_"))
+
+
 def _wrap_task_manager() -> None:
     from lmms_eval.tasks import TaskManager
 
@@ -101,10 +119,8 @@ def _wrap_task_manager() -> None:
 
     @functools.wraps(initialize)
     def initialize_tasks(self: TaskManager, include_path: str | Sequence[str] | None = None, include_defaults: bool = True) -> dict:
-        from vlm_pruner_eval.bench import tasks_path
-
         paths = [] if include_path is None else [include_path] if isinstance(include_path, str) else list(include_path)
-        return initialize(self, [*paths, str(tasks_path()), str(Path(__file__).parent / "tasks")], include_defaults)
+        return initialize(self, [*paths, *map(str, task_folders())], include_defaults)
 
     @functools.wraps(load)
     def load_task_or_group(self: TaskManager, *args: object, **kwargs: object) -> dict:

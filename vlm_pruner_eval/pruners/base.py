@@ -60,6 +60,7 @@ class Pruner:
     quirks_change_count: ClassVar[bool] = False
     fixed_layer: ClassVar[int | None] = None
     before_model: ClassVar[bool] = False  # acts on the images, so there is nothing for the hook to cut
+    without_effect: ClassVar[frozenset[str]] = frozenset()  # parameters that are accepted, so that grids need no exception, and do nothing
     checks_late: ClassVar[bool] = False  # `choose` bears NaN and infinity (no error, no endless loop) until its first `tokens.on_host`
 
     pruning_rate: Rate

@@ -1,12 +1,12 @@
-"""What the command `sweep` does with its options: which process this is, and what it prints and reports at its end."""
+"""The command `sweep` behind its options: which process this is, and what it reports at its end."""
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vlm_pruner_eval.ending import FAILED
 from vlm_pruner_eval.errors import StoppedError
@@ -39,8 +39,16 @@ class Asked:
     parts: int | None = None
 
 
-def run(asked: Asked, report: Report) -> int:
-    """Run a sweep, report it, and return the exit code.
+@dataclass(frozen=True)
+class Ended:
+    """The exit code, and what a program may want to know; nothing of processes that others speak for."""
+
+    code: int
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run(asked: Asked, report: Report) -> Ended:
+    """Run a sweep and report it.
 
     Parameters
     ----------
@@ -60,16 +68,15 @@ def run(asked: Asked, report: Report) -> int:
     options = {"retry_failed": asked.retry_failed, "rerun": asked.rerun, "executor": executor, "shard": shard, "todo": asked.todo}
     with terminable():
         if asked.todo is not None:
-            return _as_child(asked, options)
+            return Ended(_as_child(asked, options))
         outcome = run_sweep(asked.config, asked.output, **options)
         if rank is not None and rank.index:
-            return 0  # the first rank speaks for all
+            return Ended(0)  # the first rank speaks for all
         paths = report(asked.output) if shard is None else _report_once(asked.output, outcome, report)
     summary = {"runs": outcome.runs, "skipped": outcome.skipped, "failed": outcome.failed}
     if shard is not None:
         summary |= {"left": outcome.left}
-    print(json.dumps(summary | {"report": str(paths["md"]) if paths else None}), flush=True)
-    return FAILED if outcome.failed else 0
+    return Ended(FAILED if outcome.failed else 0, summary | {"report": str(paths["md"]) if paths else None})
 
 
 def _as_child(asked: Asked, options: dict) -> int:

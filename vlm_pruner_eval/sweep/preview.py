@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,7 +112,7 @@ def _all_kept(runs: Sequence[Run], n_visual: int | None, layers: int | None) -> 
 
 
 def print_preview(console: Console, seen: Preview) -> None:
-    """The grid and the estimates for people, then one JSON object as the last line on stdout."""
+    """Print the grid and the estimates."""
     table = Table("run", "method", "removed", "kept", "layer average", "", "id", box=None, pad_edge=False)
     for run, kept, status in zip(seen.runs, seen.kept, seen.status, strict=True):
         percent = rate_percent(run.pruning_rate)
@@ -131,7 +130,6 @@ def print_preview(console: Console, seen: Preview) -> None:
         console.print(f"{name:10s}{text}", markup=False, highlight=False, soft_wrap=True)
     for notice in seen.notices:
         console.print(notice, markup=False, highlight=False, soft_wrap=True)
-    print(json.dumps(seen.as_json()), flush=True)
 
 
 def _questions(seen: Preview) -> str:

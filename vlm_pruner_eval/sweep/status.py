@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -156,7 +155,7 @@ def _written(folder: Path, pattern: str) -> float:
 
 
 def print_status(console: Console, status: SweepStatus) -> None:
-    """A table of the runs, then one JSON object as the last line on stdout."""
+    """Print a table of the runs."""
     table = Table("run", "state", "answers", "problem", box=None, pad_edge=False)
     for run in status.runs:
         answers = f"{run.answers} of {'?' if run.expected is None else run.expected}" if run.state != NOT_BEGUN else ""
@@ -165,7 +164,6 @@ def print_status(console: Console, status: SweepStatus) -> None:
     counts = ", ".join(f"{count} {state}" for state, count in status.counts.items() if count)
     held = f"held by {status.held_by}" if status.held_by else "no process holds it"
     console.print(f"\n{status.name}: {len(status.runs)} runs: {counts}; {held}.", markup=False, highlight=False, soft_wrap=True)
-    print(json.dumps(status.as_json()), flush=True)
 
 
 def _short(text: str) -> str:
