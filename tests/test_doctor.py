@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from vlm_pruner_eval import cli
 from vlm_pruner_eval.doctor import devices, examine, surroundings
 from vlm_pruner_eval.doctor.finding import FAIL, OK, WARN, Finding, findings
+from vlm_pruner_eval.stdout import Stdout
 
 QUICKSTART = str(Path(__file__).parent.parent / "configs" / "quickstart.yaml")
 SECRET = "hf_ThisMustNeverBeSeenAnywhere"
@@ -85,9 +86,16 @@ def test_tokens_in_messages_of_others_are_hidden(monkeypatch: pytest.MonkeyPatch
 def test_a_table_on_a_terminal_and_lines_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
     found = [Finding("a [b]", FAIL, "gone", "Bring it back."), Finding("c", OK, "there")]
     screen = io.StringIO()
-    assert examine._show(Console(file=screen, force_terminal=True, width=80), found[:1], found[1:]) == found
+
+    class Somewhere(Stdout):
+        def console(self, width: int | None = None) -> Console:
+            return Console(file=screen, force_terminal=is_terminal, width=80)
+
+    is_terminal = True
+    assert examine._show(Somewhere(False, sys.stdout), found[:1], found[1:]) == found
     assert "what" in screen.getvalue() and "a [b]" in screen.getvalue() and "Bring it back." in screen.getvalue()
-    assert examine._show(Console(file=io.StringIO(), force_terminal=False), found[:1], found[1:]) == found
+    is_terminal = False
+    assert examine._show(Somewhere(False, sys.stdout), found[:1], found[1:]) == found
     assert capsys.readouterr().out == "fail  a [b]: gone\n      Bring it back.\nok    c: there\n"
 
 

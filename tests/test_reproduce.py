@@ -91,7 +91,7 @@ def test_rows_have_release_and_sane_rows_with_quirk_rates(tmp_path: Path, loads:
     assert done["provenance"]["processor"]
     text = Path("output/reproduce/tiny/reproduce.md").read_text()
     assert "stall 50.0 %" in text
-    assert "stall 50.0 %" in result.stdout
+    assert "stall 50.0 %" in call("--config", tmp_path / "sweep.yaml", "--method", "vlmpruner").stdout
 
 
 def test_an_ablation_has_no_printed_number_and_an_average_over_an_impossible_bound_no_verdict(

@@ -183,8 +183,15 @@ def test_finished_runs_are_marked_and_not_estimated_again(tmp_path: Path) -> Non
     assert line["seconds"] > 0 and line["bytes"] > 12 * 900
     assert "12 a run, 12 in the 1 runs left" in text
     assert "(of the runs left 1 by other methods, as measured in this folder on " in text
-    assert [row.split()[0] for row in text.splitlines() if " finished " in row] == ["unpruned", "uniform-2of3"]
+    assert [row.split()[0] for row in text.splitlines() if row.rstrip().endswith("finished")] == ["unpruned", "uniform-2of3"]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == files
+
+
+def test_runs_can_be_told_apart_in_80_columns(tmp_path: Path) -> None:
+    config = make_config(model=MODEL, pruning_rates=["8/9"], methods=[{"name": "random", "seeds": [0, 1, 2]}])
+    seen = preview(config, tmp_path / "none")
+    text, _ = shown(seen, width=80)
+    assert all(sum(run.key in line.split() for line in text.splitlines()) == 1 for run in seen.runs)
 
 
 def test_what_is_unknown_is_said_to_be(tmp_path: Path) -> None:

@@ -324,7 +324,7 @@ def _report(directory: Path, out: Stdout) -> dict[str, Path]:
     print_tables(console, made.results, made.rows, made.efficiency)
     print_paper(console, made.paper)
     for kind, path in paths.items():
-        out.line(f"{kind:7s}{path}")
+        out.line(f"{kind.rpartition('.')[2]:7s}{path}")
     return paths
 
 

@@ -117,7 +117,7 @@ def _read(path: Path) -> tuple[SweepConfig | None, list[Finding]]:
 def _show(out: Stdout, before: list[Finding], found: Iterable[Finding]) -> list[Finding]:
     """A table at the end on a terminal, elsewhere each line as soon as it is known."""
     console = out.console()
-    if console.is_terminal and not out.as_json:
+    if console.is_terminal and not console.quiet:
         with console.status("looking around, which takes some seconds"):
             everything = [*before, *found]
         console.print(_table(everything))

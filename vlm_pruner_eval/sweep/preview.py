@@ -113,7 +113,10 @@ def _all_kept(runs: Sequence[Run], n_visual: int | None, layers: int | None) -> 
 
 def print_preview(console: Console, seen: Preview) -> None:
     """Print the grid and the estimates."""
-    table = Table("run", "method", "removed", "kept", "layer average", "", "id", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("run", no_wrap=True, min_width=max(len(run.key) for run in seen.runs))  # which tells runs apart, seeds included
+    for name in ("method", "removed", "kept", "layers", ""):
+        table.add_column(name)
     for run, kept, status in zip(seen.runs, seen.kept, seen.status, strict=True):
         percent = rate_percent(run.pruning_rate)
         table.add_row(
@@ -123,9 +126,9 @@ def print_preview(console: Console, seen: Preview) -> None:
             "" if kept.kept is None else f"{kept.kept} of {seen.n_visual}",
             "" if kept.layer_averaged is None else f"{kept.layer_averaged:.1f}",
             {FINISHED: "finished", FAILED: "failed"}.get(status, ""),
-            run.run_id.rpartition("-")[2],
         )
     console.print(table)
+    console.print("kept: visual tokens from the cut on; layers: the same, averaged over all layers", markup=False, highlight=False)
     for name, text in (("questions", _questions(seen)), ("disk", _disk(seen)), ("time", _time(seen))):
         console.print(f"{name:10s}{text}", markup=False, highlight=False, soft_wrap=True)
     for notice in seen.notices:
