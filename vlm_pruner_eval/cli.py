@@ -255,10 +255,13 @@ def _reproduce(asked: dict[str, Any], anyway: bool, out: Stdout) -> None:
 
     quieten()
     from vlm_pruner_eval.reproduce.plan import make_plan
+
+    plan = make_plan(**asked)  # refused before the rest is imported, which takes a while
+    print(f"{plan.name}: loading transformers and lmms-eval ...", file=sys.stderr, flush=True)
     from vlm_pruner_eval.reproduce.report import print_summary, write
     from vlm_pruner_eval.reproduce.run import reproduce as run_stages
 
-    done = run_stages(make_plan(**asked), anyway=anyway)
+    done = run_stages(plan, anyway=anyway)
     paths = write(done)
     print_summary(out.console(100), done)
     for kind, path in paths.items():

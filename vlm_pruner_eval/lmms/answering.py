@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from vlm_pruner_eval.errors import OutOfMemoryError, PruningError
 from vlm_pruner_eval.lmms.checks import Tally
+from vlm_pruner_eval.lmms.failures import FailureLog
 from vlm_pruner_eval.lmms.journal import Source
 from vlm_pruner_eval.lmms.log import Answer, pruning_metrics
 from vlm_pruner_eval.lmms.loglikelihood import Target
@@ -46,6 +47,8 @@ class Answering(lmms):
     on_answers
         Called with the number of answers of every batch as they come, and whether they were computed now rather than found; a
         sweep shows its speed with it.
+    failures
+        The log of failed samples.
     source
         Finds the answers in place of the model, or lets it compute them; a sweep puts its journal here.
     may_shrink
@@ -61,6 +64,7 @@ class Answering(lmms):
         self.on_requests: Callable[[int], None] | None = None
         self.on_answers: Callable[[int, bool], None] | None = None
         self.source: Source | None = None
+        self.failures = FailureLog()
         self.forget_answers()
 
     def forget_answers(self) -> None:
@@ -186,6 +190,7 @@ class Answering(lmms):
                     self._take(batch, answers, tally)
                     bar.update(len(batch))
         finally:
+            self.failures.summarise()
             done = [answer for request, answer in zip(asked, answers, strict=True) if answer is not None and not request.is_padding]
             self.answers = [*self.answers, *done]
         self._log(done, time.perf_counter() - started)

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import inspect
 import json
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import RLock
@@ -262,8 +261,8 @@ class PrunedModel(Answering):
             answers = None
             if len(batch) == 1:
                 answers = [self.failed(batch[0].request, error)]
-            else:
-                logger.warning(f"A batch of {len(batch)} failed ({type(error).__name__}: {error}); its samples are tried one by one.")
+            elif self.failures.is_new(error):  # the sentence stands with the sample that failed
+                logger.warning(f"A batch of {len(batch)} failed ({type(error).__name__}); its samples are tried one by one.")
         if answers is None:  # outside the except clause, which would keep the failed batch's tensors alive
             for prompt in batch:
                 yield from self.answers_of_batch([prompt], options)
@@ -304,8 +303,8 @@ class PrunedModel(Answering):
         return inputs
 
     def failed(self, request: Request, error: Exception) -> Answer:
-        """The answer that records a failure, which is logged with its traceback."""
-        logger.error("Sample {} failed:\n{}", request.sample_id, "".join(traceback.format_exception(error)))
+        """The answer that records a failure, which is logged, see `failures`."""
+        self.failures.tell(request.sample_id, error)
         return Answer(request.task, request.split, request.doc_id, "", error=sentence(f"{type(error).__name__}: {error}"))
 
 

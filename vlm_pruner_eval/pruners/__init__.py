@@ -66,8 +66,8 @@ def _imported(name: str, path: str) -> type[Pruner]:
         cls = getattr(importlib.import_module(module_name), attribute)
     except Exception as error:  # the user's own code runs here and may raise anything; all of it is said
         raise ConfigError(
-            f"method: {name!r} can't be imported as {path!r}: {type(error).__name__}: {error}. "
-            "Expected package.module:Class on the Python path."
+            f"method: {name!r} can't be imported{'' if name == path else f' as {path!r}'}: {type(error).__name__}: {error}. Expected "
+            "package.module:Class on the Python path; for a module in the current folder put PYTHONPATH=. before the command."
         ) from error
     if not (inspect.isclass(cls) and issubclass(cls, Pruner) and cls is not Pruner):
         raise ConfigError(f"method: {short(path)} is {short(cls)}, expected a subclass of vlm_pruner_eval.Pruner.")
