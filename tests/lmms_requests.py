@@ -14,6 +14,7 @@ from PIL import Image
 from tiny_checkpoints import write_tiny_llava
 
 from vlm_pruner_eval.lmms import PrunedModel, load
+from vlm_pruner_eval.lmms.failures import FailureLog
 
 GREEDY = {"max_new_tokens": 5, "temperature": 0, "do_sample": False}
 
@@ -38,6 +39,7 @@ def fresh_model() -> PrunedModel:
     model = _loaded()
     model.configure("uniform", 0.5)
     model.refuses_failures = False
+    model.failures = FailureLog()
     set_batch_size(model, 4)
     model.task_dict = {"first": {"test": documents(7, seed=0)}, "second": {"test": documents(7, seed=50), "val": documents(3, seed=90)}}
     return model

@@ -7,6 +7,7 @@ import contextlib
 import pytest
 import torch
 from lmms_requests import documents, fresh_model, plain, request, set_batch_size, texts
+from loguru import logger
 from tiny_checkpoints import N_IMAGE_TOKENS
 
 from vlm_pruner_eval import Ledger, Pruner, PruningError
@@ -130,3 +131,40 @@ def test_keyboard_interrupt_passes(model: PrunedModel) -> None:
 def test_rounds_are_refused(model: PrunedModel) -> None:
     with pytest.raises(NotImplementedError, match="one round"):
         model.generate_until_multi_round([])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_kind_of_failure_is_shown_once_with_its_traceback(model: PrunedModel, size: int) -> None:
+    """One typo in a method is one traceback, over all samples, batches and runs."""
+    lines: list[str] = []
+    sink = logger.add(lambda message: lines.append(str(message)), level="WARNING", format="{level}: {message}")
+    try:
+        set_batch_size(model, size)
+        for rate in (0.5, 0.75):
+            model.configure("toy_pruners:Typo", rate)
+            model.generate_until([request("first", i) for i in range(6)])
+    finally:
+        logger.remove(sink)
+    told = "".join(lines)
+    assert told.count("Traceback (most recent call last)") == 2, "of the cause, and of the error"
+    assert told.count(" failed:\n") == 1
+    assert "5 more samples: the same PruningError as shown before (first/test/" in told and "6 more samples: the same PruningError" in told
+    assert told.count("A batch of 2 failed (PruningError)") == (size > 1)
+    error = model.answers[3].error
+    assert "no attribute 'hidden_state'" in error and "toy_pruners.py, line " in error and "shown above" not in error
+
+
+def test_another_kind_is_shown_too(model: PrunedModel) -> None:
+    def broken(document: dict) -> list[dict]:
+        raise OSError("the image file is truncated")
+
+    lines: list[str] = []
+    sink = logger.add(lambda message: lines.append(str(message)), level="ERROR")
+    try:
+        sabotage(model, "first/test/2")
+        model.generate_until([request("first", 0, messages=broken), request("first", 1, messages=broken), request("first", 2)])
+    finally:
+        logger.remove(sink)
+    told = "".join(lines)
+    assert "Sample first/test/2 failed" in told and told.count(" failed:\n") == 2
+    assert told.count("1 more sample: the same OSError as shown before (first/test/") == 1 and "the same PruningError" not in told

@@ -24,7 +24,7 @@ def look(config: SweepConfig, output: Path, *, rerun: str | None = None) -> int 
     Raises
     ------
     ConfigError
-        Methods, tasks that are nearly a known one, the output directory, another process that uses it.
+        Methods, tasks that no file defines, the output directory, another process that uses it.
     """
     runs, store = expand(config), Store(output)
     store.check_writable()
@@ -42,14 +42,15 @@ def look(config: SweepConfig, output: Path, *, rerun: str | None = None) -> int 
 
 
 def task_problems(config: SweepConfig) -> list[str]:
-    """Return a sentence for every task that no file defines while one defines a name like it; lmms-eval's index decides on all others."""
+    """Return a sentence for every task that no file mentions; lmms-eval's own index decides on all others."""
     outside = [task for task in config.tasks if task not in identity.own_task_names()]
     if not outside:
         return []
     if config.include_path is not None and not Path(config.include_path).is_dir():
         return [f"include_path: there is no folder at {config.include_path}, expected one with task files of your own."]
     known = identity.defined_names(config.include_path) | identity.own_task_names()
-    return [unknown_task(task, known) for task in outside if task not in known and _closest(task, known)]
+    unknown = [task for task in outside if task not in known and not identity.is_mentioned(task, config.include_path)]
+    return [unknown_task(task, known) for task in unknown]
 
 
 def unknown_task(task: str, known: set[str] | list[str]) -> str:

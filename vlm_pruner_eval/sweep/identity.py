@@ -31,6 +31,7 @@ _LARGEST = 2**20  # bytes of a file that is still source
 # Names in the YAML files of tasks, which need not be parsed for them (there are thousands).
 _DEFINED = re.compile(r"^(?:task|group|tag)[ \t]*:[ \t]*[\"']?([^\s\"'#\[]+)", re.MULTILINE)
 _QUOTED = re.compile(r"""^["']?(?:task|group|tag)["']?[ \t]*:[ \t]*["']?([^\s"'#\[,]+)""", re.MULTILINE)
+_VALUE = r"""(?:^[ \t]*|:[ \t]*|-[ \t]*|[\[,][ \t]*)["']?{}["']?[ \t]*(?:$|#|,|\])"""
 _BLOCK = r"^{}[ \t]*:[ \t]*\n((?:[ \t]*-.*\n?)+)"
 _TAGS, _MEMBERS = (re.compile(_BLOCK.format(key), re.MULTILINE) for key in ("tag", "task"))
 _ITEM = re.compile(r"^[ \t]*-[ \t]*[\"']?([^\s\"'#:]+)[\"']?[ \t]*$", re.MULTILINE)
@@ -111,9 +112,16 @@ def own_task_names() -> set[str]:
 
 
 def defined_names(include_path: str | None = None) -> set[str]:
-    """Return the names of tasks, groups and tags that files define; lmms-eval's own index may know a few more."""
+    """Return the names of tasks, groups and tags that files define; lmms-eval's own index may know a few more, see `is_mentioned`."""
     files = [file for folder in _task_folders(include_path) for file in folder.rglob("*.y*ml")]
     return {name for file in files for name in _QUOTED.findall(_text(file))} | set(_definitions(_task_folders(include_path)))
+
+
+def is_mentioned(name: str, include_path: str | None = None) -> bool:
+    """Return True if any file of tasks is called by a name, or holds it as a value or an item: what is False is no task at all."""
+    value = re.compile(_VALUE.format(re.escape(name)), re.MULTILINE)
+    files = (file for folder in _task_folders(include_path) for file in folder.rglob("*.y*ml"))
+    return any(file.stem == name or value.search(_text(file)) for file in files)
 
 
 def _task_folders(include_path: str | None) -> list[Path]:
