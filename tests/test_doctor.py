@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
 import os
 import resource
 import subprocess
 import sys
+import threading
+import urllib.error
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -167,7 +172,10 @@ def test_offline_switches_are_named_and_a_mirrors_password_is_not(monkeypatch: p
     for name in surroundings.OFFLINE:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://me:open-sesame@mirror.example/hub")
-    assert only(surroundings.hub(), "hub") == Finding("hub", OK, "downloads are allowed, from mirror.example")
+    asked: list[str] = []
+    monkeypatch.setattr(surroundings.urllib.request, "urlopen", lambda request, timeout: asked.append(request.full_url) or nullcontext())
+    assert only(surroundings.hub(), "hub") == Finding("hub", OK, "mirror.example answers, and downloads are allowed")
+    assert asked == ["https://mirror.example/hub"]
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     assert only(surroundings.hub(), "hub").status == OK
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
@@ -203,6 +211,36 @@ def test_a_disk_that_takes_no_more(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert finding.status == FAIL and finding.found == f"{tmp_path} can't be written (File too large)"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (None, OK),
+        (urllib.error.HTTPError("https://hub.example", 403, "forbidden", {}, None), OK),
+        (urllib.error.URLError("Name or service not known"), WARN),
+        (TimeoutError("timed out"), WARN),
+        (http.client.BadStatusLine("nonsense"), WARN),
+        ("hangs", WARN),
+    ],
+)
+def test_a_hub_that_can_not_be_reached_is_said_so(error: Any, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+
+    def urlopen(request: object, timeout: float) -> nullcontext:
+        if error == "hangs":
+            over.wait(20)  # as the look-up of a name may
+        elif error is not None:
+            raise error
+        return nullcontext()
+
+    for name in surroundings.OFFLINE:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(surroundings, "HUB_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(surroundings.urllib.request, "urlopen", urlopen)
+    found = only(surroundings.hub(), "hub")
+    over.set()
+    assert found.status == status and ("HF_HUB_OFFLINE=1" in found.fix) == (status == WARN)
 
 
 # ---- the command

@@ -120,7 +120,8 @@ def defined_names(include_path: str | None = None) -> set[str]:
 def is_mentioned(name: str, include_path: str | None = None) -> bool:
     """Return True if any file of tasks is called by a name, or holds it as a value or an item: what is False is no task at all."""
     value = re.compile(_VALUE.format(re.escape(name)), re.MULTILINE)
-    files = (file for folder in _task_folders(include_path) for file in folder.rglob("*.y*ml"))
+    patterns = ("*yaml", "*.yml")  # templates have no dot
+    files = (file for folder in _task_folders(include_path) for pattern in patterns for file in folder.rglob(pattern))
     return any(file.stem == name or value.search(_text(file)) for file in files)
 
 
