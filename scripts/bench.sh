@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 has() { "$python" -c "$1" 2>/dev/null; }
 measure() {  # NAME, then the arguments of `bench`
   echo "== $1" >&2
-  "$python" -m vlm_pruner_eval bench "${@:2}" --out "$folder/$1.json" | sed '$d'  # the table; the last line is the file's content
+  "$python" -m vlm_pruner_eval bench "${@:2}" --out "$folder/$1.json"
 }
 
 mkdir -p "$folder"

@@ -218,7 +218,7 @@ _METHODS = [
     (_methods("none"), "methods[0]: got none, but the unpruned run is always in the grid"),
     (_methods("fastv", "fastv"), "methods: 'fastv-2of3' and 'fastv-2of3' are the same run"),
     (_methods("fastv", {"name": "fastv", "layer": 2}), "are the same run"),
-    (_methods("fastv", {"name": "fastv", "layer": 3}), "two different runs are both named"),
+    (_methods({"name": "fastv", "label": "a"}, {"name": "fastv", "layer": 3, "label": "a"}), "two different runs are both named"),
     (_methods({"name": "fastv", "label": "方法"}, {"name": "dart", "label": "手法"}), "two different runs are both named"),
     (_methods({"name": "vlmpruner", "pivot": 3}), "methods[0]: vlmpruner: unknown parameter 'pivot'; did you mean 'pivots'"),
     (_methods({"name": "vlmpruner", "pivots": 0}), "methods[0]: vlmpruner: pivots: got 0"),

@@ -273,7 +273,7 @@ def _live(sweep: Sweep, faults: Faults) -> None:
     wrapper.load = lambda *args, **kwargs: sweep.make(faults)
     lmms_eval.tasks.TaskManager = lambda **kwargs: sweep.tasks
     if not sweep.has_report:
-        cli._report = lambda directory: {"md": directory}
+        cli._report = lambda directory, out: {"md": directory}
     sys.argv = ["vlm-pruner-eval", *sweep.argv]
     if faults.file_bytes is None:
         trace = Trace(sweep.output, sweep.events, faults.trap)

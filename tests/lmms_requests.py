@@ -14,6 +14,7 @@ from PIL import Image
 from tiny_checkpoints import write_tiny_llava
 
 from vlm_pruner_eval.lmms import PrunedModel, load
+from vlm_pruner_eval.lmms.failures import FailureLog
 
 GREEDY = {"max_new_tokens": 5, "temperature": 0, "do_sample": False}
 
@@ -37,7 +38,8 @@ def fresh_model() -> PrunedModel:
     """The one shared model, as after loading, with documents of two tasks."""
     model = _loaded()
     model.configure("uniform", 0.5)
-    model.exit_on_failure = False
+    model.refuses_failures = False
+    model.failures = FailureLog()
     set_batch_size(model, 4)
     model.task_dict = {"first": {"test": documents(7, seed=0)}, "second": {"test": documents(7, seed=50), "val": documents(3, seed=90)}}
     return model

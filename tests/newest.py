@@ -146,7 +146,7 @@ def examine() -> None:
     text = subprocess.run(
         [PYTHON, "-m", "vlm_pruner_eval", "doctor", "--json"], check=False, capture_output=True, text=True, env=os.environ | _QUIET
     ).stdout
-    findings = json.loads(text.splitlines()[-1])["findings"] if text else []
+    findings = json.loads(text)["findings"] if text else []
     bad = [finding for finding in findings if finding["status"] == "fail" and finding["name"].startswith(_ESSENTIAL)]
     if bad or not findings:
         raise Failed(f"doctor: {bad[0]['name']}: {bad[0]['found']}" if bad else "the doctor itself can't run")

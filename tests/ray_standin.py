@@ -54,7 +54,7 @@ def main() -> None:
     import ray_standin  # under its own name, by which workers import it
 
     executors.RayExecutor = functools.partial(RayExecutor, opener=ray_standin.standin_session)
-    cli._report = lambda directory: {"md": directory / "report.md"}
+    cli._report = lambda directory, out: {"md": directory / "report.md"}
     cli.main()
 
 

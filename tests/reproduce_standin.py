@@ -97,7 +97,7 @@ def call(*args: object) -> Result:
 
 
 def last_json(result: Result) -> dict[str, Any]:
-    return json.loads(result.stdout.strip().splitlines()[-1])
+    return json.loads(result.stdout)
 
 
 def read(name: str = "tiny") -> dict[str, Any]:

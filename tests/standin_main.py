@@ -71,7 +71,7 @@ def main() -> None:
     lmms_eval.tasks.TaskManager = lambda **kwargs: index
     workers.COMMAND = (sys.executable, __file__)
     if os.environ.get("STANDIN_REPORT") != "yes":
-        cli._report = lambda directory: {"md": directory / "report.md"}
+        cli._report = lambda directory, out: {"md": directory / "report.md"}
     cli.main()
 
 

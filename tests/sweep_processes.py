@@ -57,7 +57,7 @@ class Surroundings:
     def command(self, *options: object, launcher: list[str] | None = None, program: list[str] | None = None) -> list[str]:
         """The command line `sweep FILE ...`."""
         told = [str(option) for option in options]
-        return [*(launcher or [sys.executable]), *(program or [str(HERE / "standin_main.py")]), "sweep", str(self.file), *told]
+        return [*(launcher or [sys.executable]), *(program or [str(HERE / "standin_main.py")]), "sweep", str(self.file), "--json", *told]
 
     def start(self, *options: object, launcher: list[str] | None = None, program: list[str] | None = None, **more: str) -> subprocess.Popen:
         """A process that is not waited for, in a group of its own."""
@@ -74,7 +74,7 @@ class Surroundings:
 
     def fork(self, *options: object, main: Callable[[], object] = standin_main.main, **more: str) -> Fork:
         """The same as `start`, in a moment: a copy of this process, which has imported everything."""
-        return Fork(self, ["vlm-pruner-eval", "sweep", str(self.file), *map(str, options)], more, main)
+        return Fork(self, ["vlm-pruner-eval", "sweep", str(self.file), "--json", *map(str, options)], more, main)
 
     def answered(self) -> list[str]:
         """What was answered, by whomever: method, seed, task, document."""

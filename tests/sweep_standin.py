@@ -123,7 +123,7 @@ class StandIn(Answering):
         super().__init__()
         self.behaviour = behaviour or Behaviour()
         self.size = size
-        self.exit_on_failure = True
+        self.refuses_failures = True
         self.cleaned = 0
         self.evaluated: list[str] = []
         self.answered: list[tuple[str, int]] = []
@@ -146,7 +146,7 @@ class StandIn(Answering):
         self.cleaned += 1
 
     def generate_until(self, requests: list[Any]) -> list[GenerationResult]:
-        assert not self.exit_on_failure
+        assert not self.refuses_failures
         self.evaluated.append(self.method)
         results = super().generate_until(requests)
         if self.method in self.behaviour.forget:

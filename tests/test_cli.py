@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from loguru import logger
 from sweep_standin import Behaviour, StandIn, task_manager, write_tasks
 from typer.testing import CliRunner
 
+from vlm_pruner_eval import __version__, cli
 from vlm_pruner_eval.cli import app
+from vlm_pruner_eval.doctor import registration
+from vlm_pruner_eval.lmms import plugin
 
 ROOT = Path(__file__).parent.parent
 GOOD = {
@@ -61,25 +65,29 @@ def write(folder: Path, **changes: Any) -> Path:
 
 
 def last_json(result: Result) -> dict[str, Any]:
-    return json.loads(result.stdout.strip().splitlines()[-1])
+    """The document of a command with --json, which is all that it prints."""
+    return json.loads(result.stdout)
 
 
-def test_a_sweep_ends_with_table_paths_and_one_json_line(tmp_path: Path, behaviour: Behaviour) -> None:
-    result = call("sweep", write(tmp_path))
-    assert result.exit_code == 0, result.output
-    summary = last_json(result)
+def test_a_sweep_ends_with_table_and_paths_or_with_json(tmp_path: Path, behaviour: Behaviour) -> None:
+    told = call("sweep", write(tmp_path), "--json")
+    assert told.exit_code == 0, told.output
+    summary = last_json(told)
     assert summary == {"runs": 3, "skipped": 0, "failed": 0, "report": "output/tiny/report.md"}
     assert Path(summary["report"]).read_text().startswith("# tiny")
-    assert "66.7 % removed (2/3)" in result.stdout
+    assert len(told.stdout.splitlines()) == 1
+    result = call("sweep", write(tmp_path))
+    assert result.exit_code == 0 and "{" not in result.stdout
+    assert "66.7 %" in result.stdout
     for kind in ("report.json", "report.csv", "accuracy_vs_rate.png", "accuracy_vs_rate.svg"):
         assert f"output/tiny/{kind}" in result.stdout
-    again = call("sweep", write(tmp_path))
+    again = call("sweep", write(tmp_path), "--json")
     assert (again.exit_code, last_json(again)["skipped"]) == (0, 3)
 
 
 def test_output_goes_where_it_is_told(tmp_path: Path, behaviour: Behaviour) -> None:
-    assert last_json(call("sweep", write(tmp_path, output="from_file")))["report"] == "from_file/report.md"
-    assert last_json(call("sweep", write(tmp_path, output="from_file"), "--output", "told"))["report"] == "told/report.md"
+    assert last_json(call("sweep", write(tmp_path, output="from_file"), "--json"))["report"] == "from_file/report.md"
+    assert last_json(call("sweep", write(tmp_path, output="from_file"), "--output", "told", "--json"))["report"] == "told/report.md"
     limited = call("sweep", write(tmp_path), "--output", "short", "--limit", "2")
     assert json.loads(Path("short/sweep.json").read_text())["config"]["limit"] == 2
     assert limited.exit_code == 0
@@ -87,7 +95,7 @@ def test_output_goes_where_it_is_told(tmp_path: Path, behaviour: Behaviour) -> N
 
 def test_a_failed_run_is_exit_code_1_and_the_report_is_there(tmp_path: Path, behaviour: Behaviour) -> None:
     behaviour.fail = {("vlmpruner", 0)}
-    result = call("sweep", write(tmp_path))
+    result = call("sweep", write(tmp_path), "--json")
     assert result.exit_code == 1
     assert last_json(result)["failed"] == 1
     assert "samples failed" in result.output
@@ -155,7 +163,7 @@ def test_a_model_that_cannot_be_loaded_is_refused(
 def test_a_dry_run_shows_the_grid_and_writes_nothing(tmp_path: Path, behaviour: Behaviour) -> None:
     result = call("sweep", write(tmp_path), "--dry-run")
     assert result.exit_code == 0
-    line = last_json(result)
+    line = last_json(call("sweep", write(tmp_path), "--dry-run", "--json"))
     assert (line["runs"], line["tasks"], line["dry_run"], line["left"]) == (3, 2, True, 3)
     assert "12 of 36" in result.stdout
     assert os.listdir(".") == []
@@ -165,11 +173,11 @@ def test_report_writes_references_and_finds_regressions(tmp_path: Path, behaviou
     config = write(tmp_path)
     assert call("sweep", config, "--output", "a").exit_code == 0
     assert call("report", "a", "--write-reference", "reference.json").exit_code == 0
-    passed = call("report", "a", "--check", "reference.json")
+    passed = call("report", "a", "--check", "reference.json", "--json")
     assert (passed.exit_code, last_json(passed)) == (0, {"check": "reference.json", "problems": 0})
     behaviour.other_kept = 1
     call("sweep", config, "--output", "b")
-    failed = call("report", "b", "--check", "reference.json")
+    failed = call("report", "b", "--check", "reference.json", "--json")
     assert (failed.exit_code, last_json(failed)["problems"]) == (1, 1)
     assert "regression: vlmpruner-2of3: 2 of 8 kept sets differ" in failed.output
 
@@ -179,8 +187,10 @@ def test_report_rewrites_and_shows_the_tables(tmp_path: Path, behaviour: Behavio
     Path("a/report.md").unlink()
     result = call("report", "a")
     assert result.exit_code == 0
-    assert "vlmpruner" in result.stdout
+    assert "vlmpruner" in result.stdout and "{" not in result.stdout
     assert Path("a/report.md").exists()
+    told = last_json(call("report", "a", "--json"))
+    assert told["report"] == "a/report.md" and all(Path(path).exists() for path in told["files"].values())
     nothing = call("report", "nowhere")
     assert nothing.exit_code == 2
     assert "nowhere: holds no sweep" in nothing.output
@@ -192,6 +202,51 @@ def test_list_shows_methods_models_and_tasks() -> None:
     assert result.exit_code == 0
     for text in ("vlmpruner", "threshold_step=0.1", "divprune", "vlmpruner_llava", "digitscenes_pairs"):
         assert text in result.stdout
+    told = last_json(call("list", "--json"))
+    assert told["methods"]["none"] == {}, "no parameter of the plain model has an effect"
+    assert "pruning_rate" not in told["methods"]["blind"] and "pruning_rate" in told["methods"]["downsample"]
+
+
+def test_list_shows_every_task_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What doctor counts; a task that is added later is listed by being there."""
+    told = last_json(call("list", "--json"))["tasks"]
+    assert {"textvqa_val_ocr", "ok_vqa_val2014_plain", "mme_total", "pope_splits", "seedbench_image", "digitscenes"} <= set(told)
+    (finding,) = registration.packaged_tasks()
+    assert finding.found == f"lmms-eval knows {len(told)}" and f"packaged tasks ({len(told)})" in call("list").stdout
+    (tmp_path / "new_task.yaml").write_text("task: new_task\n")
+    monkeypatch.setattr(plugin, "task_folders", lambda: (tmp_path,))
+    assert plugin.packaged_tasks() == ["new_task"]
+
+
+def test_the_version_is_one_line_and_needs_none_of_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import sys; from vlm_pruner_eval.cli import main; sys.argv[1:] = ['--version']\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "print(sorted({'torch', 'transformers', 'lmms_eval'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    line, loaded = done.stdout.splitlines()
+    assert loaded == "[]" and line.startswith(f"vlm-pruner-eval {__version__}, torch {metadata.version('torch')}, transformers ")
+
+    def version(name: str) -> str:
+        if name == "torch":
+            raise metadata.PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert "torch is not installed, transformers 1, lmms-eval 1" in call("--version").stdout
+
+
+def test_with_json_what_libraries_print_goes_to_stderr(tmp_path: Path, behaviour: Behaviour, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_report", lambda directory, out: print("a library says") or {"md": directory / "report.md"})
+    result = call("sweep", write(tmp_path), "--json")
+    assert last_json(result)["failed"] == 0 and "a library says" in result.stderr
+
+
+def test_what_is_refused_has_no_document(tmp_path: Path) -> None:
+    result = call("sweep", write(tmp_path, taks=[]), "--json")
+    assert (result.exit_code, result.stdout) == (2, "") and "taks: is an unknown key" in result.stderr
 
 
 def test_minivlm_from_file_to_table(tmp_path: Path) -> None:
@@ -199,7 +254,7 @@ def test_minivlm_from_file_to_table(tmp_path: Path) -> None:
     model = {"id": "vlmpruner_llava", "pretrained": "minivlm", "batch_size": 4, "device": "cpu"}
     tasks = ["digitscenes_exist", "digitscenes_pairs"]
     config = write(tmp_path, model=model, tasks=tasks, pruning_rates=["8/9"], methods=["vlmpruner"], limit=6)
-    result = call("sweep", config)
+    result = call("sweep", config, "--json")
     assert result.exit_code == 0, result.output
     assert last_json(result)["runs"] == 2
     report = json.loads(Path("output/tiny/report.json").read_text())
@@ -209,7 +264,7 @@ def test_minivlm_from_file_to_table(tmp_path: Path) -> None:
     assert set(pruned["cells"]) == set(tasks)
     assert pruned["cells"]["digitscenes_exist"]["n"] == 6
     assert pruned["prefill_ms"]["median"] > 0
-    assert "no evidence about which method is better" in " ".join(result.stdout.split())
+    assert "no evidence about which method is better" in " ".join(call("report", "output/tiny").stdout.split())
     assert call("report", "output/tiny", "--write-reference", "r.json").exit_code == 0
     Path("output/tiny/sweep.json").rename("sweep.json")
     again = call("sweep", config, "--output", "again")
@@ -247,15 +302,10 @@ def test_the_script_hands_on_arguments_and_exit_codes(tmp_path: Path) -> None:
     script = ["bash", str(ROOT / "scripts" / "sweep.sh")]
     known = write(tmp_path, tasks=["digitscenes_read"])
     done = subprocess.run(
-        [*script, str(known), "--dry-run"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env=surroundings,
+        [*script, str(known), "--dry-run", "--json"], capture_output=True, text=True, timeout=120, check=False, env=surroundings
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.strip().splitlines()[-1])["runs"] == 3
+    assert json.loads(done.stdout)["runs"] == 3
     bare = subprocess.run(script, capture_output=True, text=True, timeout=60, check=False, env=surroundings)
     assert (bare.returncode, bare.stdout) == (2, "")
     assert "usage" in bare.stderr

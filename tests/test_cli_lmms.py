@@ -135,8 +135,15 @@ def test_a_method_that_answers_duplicates_leaves_no_results(
     done = run(command, environment, tmp_path / "out", model_args=model_args)
     assert done.returncode == 1, done.stdout + done.stderr
     assert sentence in done.stderr
-    assert "PruningError" in done.stderr
+    assert "PruningError" in done.stderr + done.stdout
     assert not list(tmp_path.rglob("*.json*"))
+
+
+@pytest.mark.parametrize("command", [LMMS_EVAL, MODULE])
+def test_an_id_that_is_nearly_one_of_ours_is_refused(command: list[str], environment: dict[str, str], tmp_path: Path) -> None:
+    done = run(command, environment, tmp_path / "out", model_args="pretrained=minivlm", model="vlmpruner_lava")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "did you mean 'vlmpruner_llava'?" in done.stderr and "Traceback" not in done.stderr + done.stdout
 
 
 def test_lmms_eval_lists_the_models(environment: dict[str, str]) -> None:

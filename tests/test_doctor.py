@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
 import os
 import resource
 import subprocess
 import sys
+import threading
+import urllib.error
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +25,7 @@ from typer.testing import CliRunner
 from vlm_pruner_eval import cli
 from vlm_pruner_eval.doctor import devices, examine, surroundings
 from vlm_pruner_eval.doctor.finding import FAIL, OK, WARN, Finding, findings
+from vlm_pruner_eval.stdout import Stdout
 
 QUICKSTART = str(Path(__file__).parent.parent / "configs" / "quickstart.yaml")
 SECRET = "hf_ThisMustNeverBeSeenAnywhere"
@@ -85,9 +91,16 @@ def test_tokens_in_messages_of_others_are_hidden(monkeypatch: pytest.MonkeyPatch
 def test_a_table_on_a_terminal_and_lines_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
     found = [Finding("a [b]", FAIL, "gone", "Bring it back."), Finding("c", OK, "there")]
     screen = io.StringIO()
-    assert examine._show(Console(file=screen, force_terminal=True, width=80), found[:1], found[1:]) == found
+
+    class Somewhere(Stdout):
+        def console(self, width: int | None = None) -> Console:
+            return Console(file=screen, force_terminal=is_terminal, width=80)
+
+    is_terminal = True
+    assert examine._show(Somewhere(False, sys.stdout), found[:1], found[1:]) == found
     assert "what" in screen.getvalue() and "a [b]" in screen.getvalue() and "Bring it back." in screen.getvalue()
-    assert examine._show(Console(file=io.StringIO(), force_terminal=False), found[:1], found[1:]) == found
+    is_terminal = False
+    assert examine._show(Somewhere(False, sys.stdout), found[:1], found[1:]) == found
     assert capsys.readouterr().out == "fail  a [b]: gone\n      Bring it back.\nok    c: there\n"
 
 
@@ -159,7 +172,10 @@ def test_offline_switches_are_named_and_a_mirrors_password_is_not(monkeypatch: p
     for name in surroundings.OFFLINE:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://me:open-sesame@mirror.example/hub")
-    assert only(surroundings.hub(), "hub") == Finding("hub", OK, "downloads are allowed, from mirror.example")
+    asked: list[str] = []
+    monkeypatch.setattr(surroundings.urllib.request, "urlopen", lambda request, timeout: asked.append(request.full_url) or nullcontext())
+    assert only(surroundings.hub(), "hub") == Finding("hub", OK, "mirror.example answers, and downloads are allowed")
+    assert asked == ["https://mirror.example/hub"]
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     assert only(surroundings.hub(), "hub").status == OK
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
@@ -197,14 +213,44 @@ def test_a_disk_that_takes_no_more(tmp_path: Path) -> None:
     assert finding.status == FAIL and finding.found == f"{tmp_path} can't be written (File too large)"
 
 
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (None, OK),
+        (urllib.error.HTTPError("https://hub.example", 403, "forbidden", {}, None), OK),
+        (urllib.error.URLError("Name or service not known"), WARN),
+        (TimeoutError("timed out"), WARN),
+        (http.client.BadStatusLine("nonsense"), WARN),
+        ("hangs", WARN),
+    ],
+)
+def test_a_hub_that_can_not_be_reached_is_said_so(error: Any, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+
+    def urlopen(request: object, timeout: float) -> nullcontext:
+        if error == "hangs":
+            over.wait(20)  # as the look-up of a name may
+        elif error is not None:
+            raise error
+        return nullcontext()
+
+    for name in surroundings.OFFLINE:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(surroundings, "HUB_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(surroundings.urllib.request, "urlopen", urlopen)
+    found = only(surroundings.hub(), "hub")
+    over.set()
+    assert found.status == status and ("HF_HUB_OFFLINE=1" in found.fix) == (status == WARN)
+
+
 # ---- the command
 def test_failures_are_exit_code_1_and_a_bad_file_2(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli.app, ["doctor", "--output", "/proc/nowhere", "--json"])
     assert done.exit_code == 1
-    *lines, last = done.stdout.splitlines()
-    parsed = json.loads(last)
+    parsed = json.loads(done.stdout)
     assert parsed["fail"] == 1 and parsed["ok"] > 15
     assert [finding["name"] for finding in parsed["findings"] if finding["status"] == "fail"] == ["results"]
+    lines = CliRunner().invoke(cli.app, ["doctor", "--output", "/proc/nowhere"]).stdout.splitlines()
     assert any(line.startswith("fail  results: /proc/nowhere can't be written") for line in lines)
     assert lines[-1].endswith(", 1 to mend")
     bad = tmp_path / "bad.yaml"
@@ -224,7 +270,7 @@ def doctor(environment: dict[str, str], *arguments: str) -> subprocess.Completed
 def test_the_real_command_where_all_is_well(tmp_path: Path) -> None:
     done = doctor({}, QUICKSTART, "--output", str(tmp_path / "out"), "--json")
     assert done.returncode == 0, done.stdout
-    last = json.loads(done.stdout.splitlines()[-1])
+    last = json.loads(done.stdout)
     assert last["fail"] == 0 and all(bool(finding["fix"]) == (finding["status"] != "ok") for finding in last["findings"])
     assert not (tmp_path / "out").exists()
 
@@ -243,6 +289,6 @@ def test_the_real_command_without_a_package(tmp_path: Path, package: str, suffer
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = doctor({"PYTHONPATH": path}, QUICKSTART, "--output", str(tmp_path / "out"), "--json")
     assert done.returncode == 1
-    last = json.loads(done.stdout.splitlines()[-1])
+    last = json.loads(done.stdout)
     torn = {finding["name"] for finding in last["findings"] if f"{package} was torn apart" in finding["found"]}
     assert torn >= suffers and last["ok"] > 10

@@ -7,6 +7,7 @@ import contextlib
 import pytest
 import torch
 from lmms_requests import documents, fresh_model, plain, request, set_batch_size, texts
+from loguru import logger
 from tiny_checkpoints import N_IMAGE_TOKENS
 
 from vlm_pruner_eval import Ledger, Pruner, PruningError
@@ -64,35 +65,26 @@ def test_a_prompt_longer_than_the_positions_is_a_sentence(model: PrunedModel) ->
     assert "the model has 256 positions" in model.answers[1].error
 
 
-def test_failed_samples_end_the_process_at_the_command_line(model: PrunedModel, capsys: pytest.CaptureFixture) -> None:
+def test_failed_samples_end_an_evaluation_of_lmms_eval(model: PrunedModel) -> None:
     sabotage(model, "first/test/2")
-    model.exit_on_failure = True
-    with pytest.raises(SystemExit) as exit_info:
+    model.refuses_failures = True
+    with pytest.raises(PruningError, match=r"1 of 5 samples failed.*first/test/2: PruningError"):
         model.generate_until([request("first", i) for i in range(5)])
-    assert exit_info.value.code == 1
-    message = capsys.readouterr().err
-    assert "1 of 5 samples failed" in message
-    assert "first/test/2: PruningError" in message
     assert [bool(a.error) for a in model.answers] == [False, False, True, False, False]
 
 
-@pytest.mark.parametrize(("exits", "raised"), [(True, SystemExit), (False, PruningError)])
-def test_sixteen_failures_at_the_start_end_the_run(model: PrunedModel, exits: bool, raised: type) -> None:
+def test_sixteen_failures_at_the_start_end_the_run(model: PrunedModel) -> None:
     model.task_dict["first"]["test"] = documents(40, seed=0)
     sabotage(model, "first")
-    model.exit_on_failure = exits
-    with pytest.raises(raised):
+    with pytest.raises(PruningError, match="16"):
         model.generate_until([request("first", i) for i in range(40)])
     assert len(model.answers) == 16
 
 
-@pytest.mark.parametrize(("exits", "raised"), [(True, SystemExit), (False, PruningError)])
-def test_a_rate_that_removes_nothing_is_refused(model: PrunedModel, exits: bool, raised: type, capsys: pytest.CaptureFixture) -> None:
+def test_a_rate_that_removes_nothing_is_refused(model: PrunedModel) -> None:
     model.configure("uniform", 0.01)  # round(16 * 0.99) = 16
-    model.exit_on_failure = exits
-    with pytest.raises(raised, match=None if exits else "none of the 2 samples with images lost a visual token"):
+    with pytest.raises(PruningError, match="none of the 2 samples with images lost a visual token"):
         model.generate_until([request("first", 0), request("first", 1)])
-    assert ("none of the 2 samples" in capsys.readouterr().err) == exits
 
 
 def test_rate_zero_is_no_failure(model: PrunedModel) -> None:
@@ -139,3 +131,40 @@ def test_keyboard_interrupt_passes(model: PrunedModel) -> None:
 def test_rounds_are_refused(model: PrunedModel) -> None:
     with pytest.raises(NotImplementedError, match="one round"):
         model.generate_until_multi_round([])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_kind_of_failure_is_shown_once_with_its_traceback(model: PrunedModel, size: int) -> None:
+    """One typo in a method is one traceback, over all samples, batches and runs."""
+    lines: list[str] = []
+    sink = logger.add(lambda message: lines.append(str(message)), level="WARNING", format="{level}: {message}")
+    try:
+        set_batch_size(model, size)
+        for rate in (0.5, 0.75):
+            model.configure("toy_pruners:Typo", rate)
+            model.generate_until([request("first", i) for i in range(6)])
+    finally:
+        logger.remove(sink)
+    told = "".join(lines)
+    assert told.count("Traceback (most recent call last)") == 2, "of the cause, and of the error"
+    assert told.count(" failed:\n") == 1
+    assert "5 more samples: the same PruningError as shown before (first/test/" in told and "6 more samples: the same PruningError" in told
+    assert told.count("A batch of 2 failed (PruningError)") == (size > 1)
+    error = model.answers[3].error
+    assert "no attribute 'hidden_state'" in error and "toy_pruners.py, line " in error and "shown above" not in error
+
+
+def test_another_kind_is_shown_too(model: PrunedModel) -> None:
+    def broken(document: dict) -> list[dict]:
+        raise OSError("the image file is truncated")
+
+    lines: list[str] = []
+    sink = logger.add(lambda message: lines.append(str(message)), level="ERROR")
+    try:
+        sabotage(model, "first/test/2")
+        model.generate_until([request("first", 0, messages=broken), request("first", 1, messages=broken), request("first", 2)])
+    finally:
+        logger.remove(sink)
+    told = "".join(lines)
+    assert "Sample first/test/2 failed" in told and told.count(" failed:\n") == 2
+    assert told.count("1 more sample: the same OSError as shown before (first/test/") == 1 and "the same PruningError" not in told

@@ -269,13 +269,11 @@ def test_a_failed_sample_of_type_loglikelihood_is_infinitely_unlikely(model: Pru
     assert model.answers[0].error == "KeyError: 'answer'"
 
 
-def test_failures_end_the_process_at_the_command_line(model: PrunedModel, capsys: pytest.CaptureFixture) -> None:
+def test_failures_end_an_evaluation_of_lmms_eval(model: PrunedModel) -> None:
     sabotage(model, "first/test/2")
-    model.exit_on_failure = True
-    with pytest.raises(SystemExit) as exit_info:
+    model.refuses_failures = True
+    with pytest.raises(PruningError, match="4 of 16 samples failed"):
         model.loglikelihood([one for i in range(4) for one in choices(i)])
-    assert exit_info.value.code == 1
-    assert "4 of 16 samples failed" in capsys.readouterr().err
 
 
 def test_a_run_that_removes_nothing_is_refused(model: PrunedModel) -> None:

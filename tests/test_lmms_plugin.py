@@ -6,15 +6,17 @@ import argparse
 import importlib
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 from lmms_eval import models
+from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 
-from vlm_pruner_eval import ConfigError
+from vlm_pruner_eval import ConfigError, PruningError
 from vlm_pruner_eval.lmms import plugin
 from vlm_pruner_eval.lmms.families import VlmPrunerLlava
 
@@ -103,6 +105,81 @@ def test_other_models_keep_lmms_evals_own_behaviour() -> None:
     with pytest.raises(ValueError, match="Tasks not found"):
         raising(ValueError("Tasks not found"))(arguments(model="llava_hf", tasks=None))
     assert plugin.exit_on_error(lambda args: ("results", "samples"))(arguments()) == ("results", "samples")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "code", "expected"), [("t", None, 1), ("t", 0, 1), ("t", 3, 3), ("list", None, None), ("list_tags", 0, 0)]
+)
+def test_a_task_that_ends_the_process_is_no_success(tasks: str, code: int | None, expected: int | None) -> None:
+    """Some tasks of lmms-eval call `exit()` where their data are not there."""
+    with pytest.raises(SystemExit) as exit_info:
+        raising(SystemExit(code))(arguments(tasks=tasks))
+    assert exit_info.value.code == expected
+
+
+def test_our_errors_end_the_process_for_models_of_other_packages_too(capsys: pytest.CaptureFixture) -> None:
+    for error, code in ((ConfigError(["a: got 1.", "b: got 2."]), 2), (PruningError("1 of 5 samples failed."), 1)):
+        with pytest.raises(SystemExit) as exit_info:
+            raising(error)(arguments(model="built_on_this_one"))
+        assert exit_info.value.code == code
+    written = capsys.readouterr().err
+    assert written.splitlines() == [f"vlm_pruner_eval: {text}" for text in ("a: got 1.", "b: got 2.", "1 of 5 samples failed.")]
+
+
+# ---- ids that are nearly ours
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("vlmpruner_lava", "vlmpruner_llava"),
+        ("vlmpruner-llava", "vlmpruner_llava"),
+        ("VLMPruner_LLaVA", "vlmpruner_llava"),
+        ("vlm_pruner_qwen2_vl", "vlmpruner_qwen2_vl"),
+        ("vlmprunner_internvl", "vlmpruner_internvl"),
+        ("vlmpruner", None),
+        ("vlmpruner_something_else_entirely", None),
+    ],
+)
+def test_an_id_that_is_nearly_ours_is_a_config_error(name: str, meant: str | None) -> None:
+    with pytest.raises(ConfigError, match="vlmpruner_llava_onevision") as refused:
+        simple_evaluate(model=name, model_args="pretrained=minivlm", tasks=["digitscenes_read"], task_manager=SimpleNamespace())
+    assert meant is None or f"did you mean {meant!r}?" in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_hf", "qwen2_vl", "internvl2", "vila", "pruner", "", None, "vlmpruner_llava"])
+def test_other_ids_are_lmms_evals_business(name: str | None) -> None:
+    assert plugin.unknown_id(name) is None
+
+
+def test_an_id_of_another_package_is_no_typo() -> None:
+    assert plugin.unknown_id("vlmpruner_mine") is not None
+    assert plugin.unknown_id("vlmpruner_mine", known=["vlmpruner_mine"]) is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "is_refused"),
+    [
+        (["/bin/lmms-eval", "--model", "vlmpruner_lava"], True),
+        (["/site/lmms_eval/__main__.py", "--tasks", "t", "--model=vlmpruner_lava"], True),
+        (["/bin/lmms-eval", "--model", "llava"], False),
+        (["mine.py", "--model", "vlmpruner_lava"], False),
+    ],
+)
+def test_the_command_is_refused_before_the_rest_is_imported(argv: list[str], is_refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lmms_eval.__main__", ModuleType("lmms_eval.__main__"))
+    monkeypatch.setattr(plugin, "entry_points", lambda **_: (1,))
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) if is_refused else nullcontext() as exit_info:
+        plugin.manifests()
+    assert not is_refused or exit_info.value.code == 2
+
+
+def test_the_command_waits_for_other_packages_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lmms_eval.__main__", ModuleType("lmms_eval.__main__"))
+    monkeypatch.setattr(plugin, "entry_points", lambda **_: (1, 2))
+    monkeypatch.setattr(sys, "argv", ["/bin/lmms-eval", "--model", "vlmpruner_of_theirs"])
+    plugin.manifests()
 
 
 def test_what_lmms_eval_would_only_log_ends_the_process(

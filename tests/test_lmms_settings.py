@@ -108,22 +108,19 @@ def test_command_line_arguments_are_joined(arg_string: object, additional: dict 
         ("pretrained=a", {"max_batch_size": 64}, "max_batch_size: unknown argument"),
     ],
 )
-def test_bad_command_line_arguments_end_the_process(
-    arg_string: str, additional: dict, sentence: str, capsys: pytest.CaptureFixture
-) -> None:
-    with pytest.raises(SystemExit) as exit_info:
+def test_bad_command_line_arguments_are_config_errors(arg_string: str, additional: dict, sentence: str) -> None:
+    with pytest.raises(ConfigError) as refused:
         VlmPrunerLlava.create_from_arg_string(arg_string, additional)
-    assert exit_info.value.code == 2
-    assert sentence in capsys.readouterr().err
+    assert sentence in str(refused.value)
 
 
-def test_the_command_line_builds_a_model_that_exits_on_failure(tmp_path: Path) -> None:
+def test_lmms_eval_builds_a_model_that_refuses_failures(tmp_path: Path) -> None:
     folder = write_tiny_llava(tmp_path)
     model = VlmPrunerLlava.create_from_arg_string(
         f"pretrained={folder},method=random,pruning_rate=0.5", {"batch_size": "2", "device": "cpu"}
     )
-    assert (model.exit_on_failure, model.batch_size, model.device, model.rank, model.world_size) == (True, 2, torch.device("cpu"), 0, 1)
-    assert load("vlmpruner_llava", pretrained=str(folder)).exit_on_failure is False
+    assert (model.refuses_failures, model.batch_size, model.device, model.rank, model.world_size) == (True, 2, torch.device("cpu"), 0, 1)
+    assert load("vlmpruner_llava", pretrained=str(folder)).refuses_failures is False
 
 
 # ---- settings that not every family has

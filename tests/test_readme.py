@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 import subprocess
@@ -15,10 +16,11 @@ import yaml
 from lmms_eval.utils import simple_parse_args_string
 from tiny_models import generate, prompts
 
-from vlm_pruner_eval import list_pruners, prune
+from vlm_pruner_eval import VisualTokens, list_pruners, prune
 from vlm_pruner_eval.hf_compat import cache_of
 from vlm_pruner_eval.lmms import settings
 from vlm_pruner_eval.lmms.plugin import MODELS
+from vlm_pruner_eval.pruners.base import ALWAYS_THERE, OPTIONAL_FIELDS
 from vlm_pruner_eval.sweep import config as sweep_config
 from vlm_pruner_eval.sweep.grid import expand
 
@@ -110,3 +112,12 @@ def test_the_tree_names_every_folder_and_nothing_that_is_not_there():
     assert not missing, f"README's tree names what is not there: {missing}"
     folders = {f"vlm_pruner_eval/{file.parent.name}/" for file in (ROOT / "vlm_pruner_eval").glob("*/__init__.py")}
     assert not folders - listed, f"README's tree lacks {sorted(folders - listed)}"
+
+
+def test_the_table_of_fields_is_that_of_the_class() -> None:
+    rows = re.findall(r"^\| (`\w+`(?:; `\w+`)*) \| .* \| (yes|no) \|$", README, flags=re.MULTILINE)
+    named = {name: needed == "yes" for names, needed in rows for name in re.findall(r"`(\w+)`", names)}
+    fields = {field.name for field in dataclasses.fields(VisualTokens)} - {"_", "on_host"}
+    assert set(named) == fields
+    assert {name for name, needed in named.items() if needed} == OPTIONAL_FIELDS
+    assert {name for name, needed in named.items() if not needed} == set(ALWAYS_THERE)

@@ -15,6 +15,7 @@ from sweep_standin import Behaviour, StandIn, make_config, task_manager, write_t
 
 from vlm_pruner_eval.report.load import Results, load_results
 from vlm_pruner_eval.report.rows import rows_of
+from vlm_pruner_eval.report.sheets.scores import differences
 from vlm_pruner_eval.report.stats import paired
 from vlm_pruner_eval.report.stats.answers import DocumentAnswer, document_answer, flips
 from vlm_pruner_eval.report.stats.compare import compare
@@ -305,3 +306,20 @@ def test_averages_without_an_interval_say_why(copy: Callable[[str], Path]) -> No
     comparisons = compare(load_results(folder))
     assert {cell.score.low for cell in comparisons.cells if cell.task == AVERAGE} == {None}
     assert any("in some resamples of tiny_mean the unpruned model scores 0" in note for note in comparisons.notes)
+
+
+def test_a_row_that_scores_as_unpruned_has_no_interval_and_says_so(copy: Callable[[str], Path]) -> None:
+    """Documents that are all alike say nothing of the width of an interval, and a p of 1 would sound as if they did."""
+    folder = copy("plain")
+    (unpruned,) = folder.glob("runs/unpruned-*")
+    (pruned,) = folder.glob("runs/vlmpruner-2of3-*")
+    shutil.copy(unpruned / "draws.json", pruned / "draws.json")
+    edit(folder, "vlmpruner-2of3", lambda record: record.update(tasks=json.loads((unpruned / "run.json").read_text())["tasks"]))
+    results = load_results(folder)
+    rows, comparisons = rows_of(results), compare(results)
+    cell = comparisons.of("vlmpruner", "2/3", "tiny_mean")
+    assert (cell.difference, cell.alike) == (paired.Estimate(0.0), 96)
+    (line,) = [line for group in differences(rows, results, comparisons).groups for line in group.lines if line.head == "vlmpruner"]
+    assert [(entry.text, entry.small) for entry in line.entries] == [(f"{0.0:+.1f}", (f"{n} of {n} equal",)) for n in (96, 96, 192)]
+    other = comparisons.of("fastv", "2/3", "tiny_mean")
+    assert other.alike is None and other.difference.low < other.difference.value < other.difference.high

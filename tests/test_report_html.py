@@ -311,3 +311,14 @@ def test_a_real_small_sweep_has_a_page_with_pictures(tmp_path: Path) -> None:
     assert not page.all("strong")[len(page.all("svg")) :], "only the titles of figures are bold: nobody wins on the embedded benchmark"
     assert page.table("table-tokens")["vlmpruner"][1:3] == ["64", "64"]
     assert float(re.match(r"[\d.]+", page.table("table-costs")["vlmpruner"][0]).group()) > 0, "FLOPs"
+
+
+def test_printed_tables_keep_their_proportions() -> None:
+    """What stands inside a table scales with it, as the printed table is smaller; and headings stay with their rows."""
+    style = (files("vlm_pruner_eval.report.html.templates") / "style.css.jinja").read_text()
+    sizes = dict(re.findall(r"^((?:td small|caption)) \{[^}]*font-size: ([^;]+);", style, re.MULTILINE))
+    assert set(sizes) == {"td small", "caption"} and all(size.endswith("em") and not size.endswith("rem") for size in sizes.values())
+    printed = style[style.index("@media print") :]
+    assert ".legend, figcaption, .small, dl { font-size: 8pt; }" in printed
+    assert re.search(r"tr\.group \{ break-after: avoid; \}", printed) and "rem; }" not in re.search(r"table \{[^}]*\}", printed)[0]
+    assert re.search(r"\.gallery img \{ max-height: \d+cm;", printed), "else every picture takes a page"

@@ -12,6 +12,7 @@ from statsmodels.stats.multitest import multipletests
 
 from vlm_pruner_eval.report.stats.paired import (
     Estimate,
+    difference,
     estimate,
     holm,
     mcnemar,
@@ -137,3 +138,10 @@ def test_an_interval_that_touches_zero_does_not_exclude_it() -> None:
 def test_comparisons_do_not_load_torch() -> None:
     code = "import sys, vlm_pruner_eval.report.stats.compare; sys.exit(bool({'torch', 'lmms_eval', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_a_difference_without_any_spread_has_no_interval() -> None:
+    assert difference(0.0, np.zeros(1000)) == Estimate(0.0)
+    assert difference(5.0, np.full(1000, 5.0)) == Estimate(5.0)
+    spread = difference(1.0, np.linspace(0.0, 2.0, 1000))
+    assert spread.low < 1.0 < spread.high

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
@@ -17,10 +18,11 @@ from rich.console import Console
 from sweep_standin import Behaviour, StandIn, make_config, task_manager, write_tasks
 
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.report import text as words
 from vlm_pruner_eval.report.build import build, report_of
 from vlm_pruner_eval.report.efficiency import efficiency
 from vlm_pruner_eval.report.load import load_results
-from vlm_pruner_eval.report.rows import PLUMBING, is_plumbing, relative_average, rows_of
+from vlm_pruner_eval.report.rows import PLUMBING, Cell, is_plumbing, relative_average, rows_of
 from vlm_pruner_eval.report.terminal import WIDTH, print_tables
 from vlm_pruner_eval.sweep.runner import run_sweep
 
@@ -199,7 +201,8 @@ def test_the_files_hold_the_same_numbers(copy: Callable[[str], Path]) -> None:
     text = paths["md"].read_text()
     # bold: it beats random on these documents, and the interval of that difference excludes 0
     assert f"| vlmpruner | **{cell.value:.1f}** [{cell.low:.1f}–{cell.high:.1f}] |" in text
-    for fact in ("somewhere/tiny", "| protocol | hf |", "the first 12", "torch ", "score / unpruned score", "stall 12"):
+    quirk = ("mended here: stall 12 of 24", "stall: VLM-Pruner stops")
+    for fact in ("somewhere/tiny", "| protocol | hf |", "the first 12", "torch ", "score / unpruned score", *quirk):
         assert fact in text
 
 
@@ -259,8 +262,9 @@ def test_rows_without_times_show_their_arithmetic_instead(copy: Callable[[str], 
         console = Console(file=io.StringIO(), record=True, width=250)
         print_tables(console, results, rows_of(results), costs)
         screens.append(console.export_text())
-    assert "ms: prefill of a batch." in screens[0] and "GFLOPs" not in screens[0]
-    assert "GFLOPs: exact, of one prompt's prefill" in screens[1] and "ms: " not in screens[1]
+    said = [" ".join(screen.split()) for screen in screens]
+    assert "ms: prefill of a batch." in said[0] and "GFLOPs" not in said[0]
+    assert "GFLOPs: exact, of one prompt's prefill" in said[1] and "ms: " not in said[1]
     last = [line.split()[-1] for line in screens[1].splitlines() if line.split()[:1] in (["removed"], ["none"], ["66.7"])]
     assert last == ["GFLOPs", "12.3", "6.17"]
     assert max(map(len, screens[1].splitlines())) <= WIDTH
@@ -313,7 +317,13 @@ def test_the_tables_as_numbers_hold_the_comparisons(copy: Callable[[str], Path])
     tables = build(folder)["tables"]
     read = {path.stem: list(csv.DictReader(io.StringIO(path.read_text()))) for path in tables.glob("*.csv")}
     assert read.keys() == {"scores", "differences", "power", "pairs", "efficiency", "strata"}
-    assert (folder / "report.csv").read_text() == (tables / "scores.csv").read_text()
+    both = list(csv.DictReader(io.StringIO((folder / "report.csv").read_text())))
+    assert [{name: line[name] for name in read["scores"][0]} for line in both] == read["scores"], "the scores, and more"
+    (line,) = [line for line in both if (line["label"], line["asked_rate"], line["task"]) == ("vlmpruner", "8/9", "tiny_mean")]
+    cell = made.comparisons.of("vlmpruner", "8/9", "tiny_mean")
+    assert (float(line["difference"]), float(line["p_holm"])) == (cell.difference.value, cell.p_holm)
+    removed = {line["label"]: line["removed_percent"] for line in both}
+    assert (removed["unpruned"], removed["blind"]) == ("0.0", "100.0"), "rows without a rate fall out of no plot"
     (line,) = [line for line in read["differences"] if (line["label"], line["asked_rate"], line["task"]) == ("vlmpruner", "8/9", "Avg")]
     cell = made.comparisons.of("vlmpruner", "8/9", "Avg")
     assert (float(line["difference"]), float(line["low_95"]), float(line["flip_rate"])) == (
@@ -338,3 +348,56 @@ def test_report_json_holds_everything(copy: Callable[[str], Path]) -> None:
     assert [row["label"] for row in held["efficiency"]] == [row.label for row in made.efficiency]
     assert [row["params"] for row in held["rows"]] == [row.params for row in made.rows]
     assert len(held["strata"]) == len(made.strata)
+
+
+# ---- words
+def test_misbehaviours_of_releases_say_if_they_acted(sweeps: dict[str, Path]) -> None:
+    row = replace(rows_of(load_results(sweeps["good"]))[1], quirks={"stall": 24, "repeats": 2}, n_samples=48)
+    assert words.quirks(row) == "mended here: repeats 2 of 48, stall 24 of 48"
+    release = replace(row, params=row.params | {"official_quirks": True})
+    assert words.quirks(release) == "acted: stall 24 of 48; mended here: repeats 2 of 48"
+    assert words.quirks(replace(row, quirks={})) == "none"
+    console = Console(file=io.StringIO(), record=True, width=250)
+    print_tables(console, load_results(sweeps["good"]), [release])
+    shown = " ".join(console.export_text().split())
+    assert "VLM-Pruner stops when a pass adds nothing" in shown and "acted: stall 24 of 48" in shown
+
+
+def test_every_misbehaviour_that_a_method_counts_has_words() -> None:
+    told = "".join(path.read_text() for path in (Path(words.__file__).parent.parent / "pruners").rglob("*.py"))
+    counted = set(re.findall(r'"(\w+)": ', "".join(re.findall(r"fired = \{.*?\n?.*?\}\n", told, re.DOTALL)))) | {"repeats"}
+    assert {"stall", "count", "set_order"} <= counted <= set(words.QUIRKS)
+
+
+@pytest.mark.parametrize(
+    ("cell", "shown"),
+    [
+        (Cell(95.0, 91.0, 99.0, n=100), "95.0 ±4"),
+        (Cell(95.0, 90.6, 98.7, n=100), "95.0 ±4"),
+        (Cell(100.0, 67.6, 100.0, n=8), "100.0 68–100"),
+        (Cell(0.0, 0.0, 3.7, n=100), "0.0 0–4"),
+        (Cell(50.0, None, None), "50.0"),
+        (Cell(50.0, 50.0, 50.0), "50.0 ±0"),
+    ],
+)
+def test_an_interval_with_unlike_sides_shows_its_ends(sweeps: dict[str, Path], cell: Cell, shown: str) -> None:
+    row = rows_of(load_results(sweeps["good"]))[1]
+    value, (interval, _) = words.cell_short(row, cell)
+    assert value + interval == shown
+
+
+def test_tables_are_true_of_every_format(copy: Callable[[str], Path]) -> None:
+    """In Markdown and LaTeX small print stands in brackets beside its number, and nothing is coloured."""
+    paths = build(copy("good"))
+    plain = paths["md"].read_text() + "".join(path.read_text() for path in paths["tables"].glob("*.tex"))
+    assert not re.search(r"[Uu]nder a score|under it|in report\.html|green|\bred\b", plain)
+    assert "green: better, red: worse" in paths["html"].read_text()
+
+
+def test_all_files_of_a_report_are_named(copy: Callable[[str], Path]) -> None:
+    folder = copy("good")
+    shutil.rmtree(folder / "tables", ignore_errors=True)
+    before = set(folder.iterdir())
+    paths = set(build(folder).values())
+    assert {path for path in set(folder.iterdir()) - before if not path.name.startswith(".")} <= paths
+    assert {path.name for path in paths} >= {"report.csv", "pareto.png", "pareto.svg"}

@@ -55,7 +55,7 @@ def test_flips_and_spread_are_those_of_the_answers(tmp_path: Path, loads: Loads)
 
 def test_rows_have_release_and_sane_rows_with_quirk_rates(tmp_path: Path, loads: Loads, prints: Callable[..., None]) -> None:
     prints(tiny_mean=100.0)
-    result = call("--config", write(tmp_path), "--method", "vlmpruner")
+    result = call("--config", write(tmp_path), "--method", "vlmpruner", "--json")
     assert result.exit_code == 0, result.output
     assert last_json(result) == {
         "gate": "reproduces",
@@ -91,7 +91,7 @@ def test_rows_have_release_and_sane_rows_with_quirk_rates(tmp_path: Path, loads:
     assert done["provenance"]["processor"]
     text = Path("output/reproduce/tiny/reproduce.md").read_text()
     assert "stall 50.0 %" in text
-    assert "stall 50.0 %" in result.stdout
+    assert "stall 50.0 %" in call("--config", tmp_path / "sweep.yaml", "--method", "vlmpruner").stdout
 
 
 def test_an_ablation_has_no_printed_number_and_an_average_over_an_impossible_bound_no_verdict(
@@ -123,11 +123,11 @@ def test_a_second_call_loads_nothing_and_more_methods_only_add(tmp_path: Path, l
     config = write(tmp_path)
     call("--config", config, "--method", "vlmpruner")
     before, first = list(loads.names), read()
-    again = call("--config", config, "--method", "vlmpruner")
+    again = call("--config", config, "--method", "vlmpruner", "--json")
     assert (last_json(again)["runs"], last_json(again)["skipped"]) == (9, 9)
     assert loads.names == before
     assert read()["rows"] == first["rows"]
-    more = call("--config", config)
+    more = call("--config", config, "--json")
     assert (last_json(more)["runs"], last_json(more)["skipped"]) == (11, 9)
 
 
@@ -146,7 +146,7 @@ def test_the_variants_are_as_asked_and_the_first_is_the_reference(tmp_path: Path
 
 def test_a_failed_variant_is_reported_and_the_others_count(tmp_path: Path, loads: Loads) -> None:
     loads.behaviours = {"batch16-eager": Behaviour(explode={"none"})}
-    result = call("--config", write(tmp_path), "--method", "vlmpruner")
+    result = call("--config", write(tmp_path), "--method", "vlmpruner", "--json")
     assert (result.exit_code, last_json(result)["failed"], last_json(result)["rows"]) == (1, 1, True)
     measured = read()["noise"]
     assert "the device is gone" in measured["variants"]["batch16-eager"]["problem"]
@@ -159,7 +159,7 @@ def test_a_failed_variant_is_reported_and_the_others_count(tmp_path: Path, loads
 
 def test_without_the_unpruned_reference_no_row_is_run(tmp_path: Path, loads: Loads) -> None:
     loads.behaviours = {"batch1-sdpa": Behaviour(fail={("none", 5)})}
-    result = call("--config", write(tmp_path))
+    result = call("--config", write(tmp_path), "--json")
     assert (result.exit_code, last_json(result)["rows"]) == (1, False)
     assert "The unpruned row does not reproduce: the run batch1-sdpa failed (1 of 24 samples failed" in read()["gate"]["sentence"]
     assert not Path("output/reproduce/tiny/rows").exists()
@@ -169,13 +169,13 @@ def test_without_the_unpruned_reference_no_row_is_run(tmp_path: Path, loads: Loa
 def test_outside_the_gate_no_row_is_run_unless_told(tmp_path: Path, loads: Loads, prints: Callable[..., None]) -> None:
     prints(tiny_mean=99.4, tiny_pairs=100.0)
     config = write(tmp_path, tasks=["tiny_mean", "tiny_pairs"], methods=["fastv"])
-    result = call("--config", config)
+    result = call("--config", config, "--json")
     assert (result.exit_code, last_json(result)["gate"], last_json(result)["rows"]) == (1, "does not reproduce", False)
-    assert "The unpruned row does not reproduce: tiny_mean (1 of 2 tasks) outside." in " ".join(result.stdout.split())
+    assert "The unpruned row does not reproduce: tiny_mean (1 of 2 tasks) outside." in " ".join(result.stderr.split())
     assert [item["verdict"] for item in read()["gate"]["tasks"]] == [OUTSIDE, INSIDE]
     assert not Path("output/reproduce/tiny/rows").exists()
     assert "Not run: the unpruned row has to reproduce first" in Path("output/reproduce/tiny/reproduce.md").read_text()
-    anyway = call("--config", config, "--anyway")
+    anyway = call("--config", config, "--anyway", "--json")
     assert (anyway.exit_code, last_json(anyway)["rows"], last_json(anyway)["skipped"]) == (1, True, 5)
     assert "tiny_mean (1 of 2 tasks) outside" in read()["gate"]["sentence"]
 
@@ -183,7 +183,7 @@ def test_outside_the_gate_no_row_is_run_unless_told(tmp_path: Path, loads: Loads
 def test_a_measured_spread_widens_the_gate(tmp_path: Path, loads: Loads, prints: Callable[..., None]) -> None:
     prints(tiny_mean=92.0)
     loads.behaviours = {"batch16-eager": Behaviour(flip=1)}  # 1 of 24: a spread of 4.17, so 8.33 are allowed
-    result = call("--config", write(tmp_path), "--method", "fastv")
+    result = call("--config", write(tmp_path), "--method", "fastv", "--json")
     assert (result.exit_code, last_json(result)["gate"]) == (0, "reproduces")
     (verdict,) = [item for item in read()["gate"]["tasks"] if item["printed"]]
     assert (verdict["tolerance"], verdict["difference"]) == (pytest.approx(2 * 100 / 24), pytest.approx(8.0))
@@ -203,10 +203,10 @@ def test_what_printed_numbers_do_not_speak_of_is_not_gated(
     prints(tiny_mean=10.0)
     protocol = {"model": GOOD["model"] | {"protocol": "hf"}} if options == ["hf"] else {}
     result = call(
-        "--config", write(tmp_path, **protocol, pruning_rates=["2/3"]), "--method", "vlmpruner", *(options if not protocol else [])
+        "--config", write(tmp_path, **protocol, pruning_rates=["2/3"]), "--method", "vlmpruner", "--json", *([] if protocol else options)
     )
     assert (result.exit_code, last_json(result)["gate"], last_json(result)["rows"]) == (0, "not comparable", True)
-    assert f"not comparable with printed numbers ({reason})" in " ".join(result.stdout.split())
+    assert f"not comparable with printed numbers ({reason})" in " ".join(result.stderr.split())
     verdicts = [row["scores"]["tiny_mean"]["verdict"] for row in read()["rows"] if row["scores"]["tiny_mean"]["printed"]]
     assert set(verdicts) <= {None, "not comparable"}
 
@@ -216,7 +216,7 @@ def test_minivlm_from_command_to_report_and_again(tmp_path: Path) -> None:
     """The embedded checkpoint on the embedded benchmark, through lmms-eval."""
     model = {"id": "vlmpruner_llava", "pretrained": "minivlm", "device": "cpu", "visual_tokens": 576}
     config = write(tmp_path, model=model, tasks=["digitscenes_exist"], pruning_rates=["8/9"], methods=[RELEASE, "vlmpruner", "fastv"])
-    options = ["--config", config, "--limit", "6", "--method", "vlmpruner", "--batch-sizes", "1,4"]
+    options = ["--config", config, "--limit", "6", "--method", "vlmpruner", "--batch-sizes", "1,4", "--json"]
     result = call(*options)
     assert result.exit_code == 0, result.output
     assert last_json(result) == {

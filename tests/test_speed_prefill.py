@@ -359,28 +359,29 @@ def test_a_question_that_fails_is_no_answer(monkeypatch):
 # ---- command line
 
 
-def test_the_last_line_is_json_and_differing_answers_exit_with_1(monkeypatch, tmp_path):
+def test_the_document_is_json_and_differing_answers_exit_with_1(monkeypatch, tmp_path):
     counts = {"answers_that_differ": 3, "kept_sets_that_differ": 0}
     row = {"batch_size": 1, "workers": 2, "questions_per_s": 2.0, "noise": 0.0, "prefill_ms": 9.0, "workers_speedup": 1.0} | counts
     row["speedup"] = 1.0
     asked, result = {}, {"same_answers": False, "rows": [row]}
     monkeypatch.setattr(questions, "bench_questions", lambda sizes, **options: asked.update(options) or result)
-    done = CliRunner().invoke(app, ["questions", "--method", "none", "--out", str(tmp_path / "q.json")])
+    done = CliRunner().invoke(app, ["questions", "--method", "none", "--out", str(tmp_path / "q.json"), "--json"])
     assert done.exit_code == 1
     written = json.loads((tmp_path / "q.json").read_text())
-    assert json.loads(done.stdout.splitlines()[-1]) == written == result
+    assert json.loads(done.stdout) == written == result
     assert (asked["method"], asked["rate"], asked["workers"], asked["image_size"]) == ("none", None, [0, 2], None)
     CliRunner().invoke(app, ["questions", "--workers", "4", "--image-size", "40x30"])
     assert (asked["workers"], asked["image_size"]) == ([4], (40, 30))
 
 
 def test_command_line_of_a_tiny_geometry(tiny):
-    small = ["--geometry", "tiny", "--batch-sizes", "1", "--text-tokens", "10", "--new-tokens", "2", "--repeats", "1", "--device", "cpu"]
+    small = ["--geometry", "tiny", "--batch-sizes", "1", "--text-tokens", "10", "--new-tokens", "2", "--repeats", "1"]
+    small += ["--device", "cpu", "--json"]
     done = CliRunner().invoke(app, ["prefill", "--methods", "uniform", "--rates", "0.5", *small])
     assert done.exit_code == 0
-    assert json.loads(done.stdout.splitlines()[-1])["benchmark"] == "prefill"
+    assert json.loads(done.stdout)["benchmark"] == "prefill"
     done = CliRunner().invoke(app, ["profile", "--method", "uniform", *small])
-    assert json.loads(done.stdout.splitlines()[-1])["benchmark"] == "profile"
+    assert json.loads(done.stdout)["benchmark"] == "profile"
 
 
 @pytest.mark.parametrize(

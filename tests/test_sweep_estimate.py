@@ -172,37 +172,43 @@ def test_a_journal_takes_what_its_run_will(tmp_path: Path, monkeypatch: pytest.M
     assert both.journals > guess.journals, "all runs have their journals at the same time"
 
 
-def shown(seen: Preview, capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[str, Any]]:
-    console = Console(file=io.StringIO(), width=160, record=True)
-    capsys.readouterr()
+def shown(seen: Preview, width: int = 160) -> tuple[str, dict[str, Any]]:
+    console = Console(file=io.StringIO(), width=width, record=True)
     print_preview(console, seen)
-    return console.export_text(), json.loads(capsys.readouterr().out)
+    return console.export_text(), json.loads(json.dumps(seen.as_json()))
 
 
-def test_finished_runs_are_marked_and_not_estimated_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_runs_are_marked_and_not_estimated_again(tmp_path: Path) -> None:
     config = make_config(tasks=["tiny_mean"], methods=["uniform"])
     tasks = task_manager(write_tasks(tmp_path / "tasks"))
     run(config, tmp_path / "out", load=lambda *a, **k: StandIn(), task_manager=tasks)
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     more = make_config(tasks=["tiny_mean"], methods=["uniform", "fastv"])
-    text, line = shown(preview(more, tmp_path / "out"), capsys)
+    text, line = shown(preview(more, tmp_path / "out"))
     assert line["runs"] == 3 and line["left"] == 1 and line["questions"] == 12 and line["questions_exact"]
     assert line["seconds"] > 0 and line["bytes"] > 12 * 900
     assert "12 a run, 12 in the 1 runs left" in text
     assert "(of the runs left 1 by other methods, as measured in this folder on " in text
-    assert [row.split()[0] for row in text.splitlines() if " finished " in row] == ["unpruned", "uniform-2of3"]
+    assert [row.split()[0] for row in text.splitlines() if row.rstrip().endswith("finished")] == ["unpruned", "uniform-2of3"]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == files
 
 
-def test_what_is_unknown_is_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_can_be_told_apart_in_80_columns(tmp_path: Path) -> None:
+    config = make_config(model=MODEL, pruning_rates=["8/9"], methods=[{"name": "random", "seeds": [0, 1, 2]}])
+    seen = preview(config, tmp_path / "none")
+    text, _ = shown(seen, width=80)
+    assert all(sum(run.key in line.split() for line in text.splitlines()) == 1 for run in seen.runs)
+
+
+def test_what_is_unknown_is_said_to_be(tmp_path: Path) -> None:
     config = make_config(model={"id": "vlmpruner_llava", "pretrained": "a/b"}, tasks=["gqa"], methods=["fastv"], limit=None)
-    text, line = shown(preview(config, tmp_path / "none"), capsys)
+    text, line = shown(preview(config, tmp_path / "none"))
     assert "questions unknown without the data sets" in text
     assert "time      unknown: run with --limit 8 first" in text
     assert "disk      unknown: set model.visual_tokens" in text
     assert (line["questions"], line["bytes"], line["seconds"]) == (None, None, None)
     known = make_config(model=MODEL, tasks=["gqa"], methods=["fastv"], limit=None)
-    text, line = shown(preview(known, tmp_path / "none"), capsys)
+    text, line = shown(preview(known, tmp_path / "none"))
     assert "if a run asked 1,000 questions" in text
     assert line["bytes"] is None, "a number for programs is never one of assumed questions"
     assert list(tmp_path.iterdir()) == []

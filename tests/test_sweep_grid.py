@@ -101,7 +101,7 @@ def test_the_sweep_seed_is_the_seed_of_a_method_without_its_own() -> None:
         (["none"], "methods[0]: got none, but the unpruned run is always in the grid"),
         (["fastv", "fastv"], "methods: 'fastv-2of3' and 'fastv-2of3' are the same run; remove one."),
         (["fastv", {"name": "fastv", "label": "F"}], "methods: 'f-2of3' and 'fastv-2of3' are the same run; remove one."),
-        (["fastv", {"name": "fastv", "layer": 3}], "methods: two different runs are both named 'fastv-2of3'"),
+        ([{"name": "fastv", "label": "x"}, {"name": "dart", "label": "x"}], "methods: two different runs are both named 'x-2of3'"),
         ([{"name": "random", "seeds": [1, 1]}], "methods: 'random-2of3-seed1' and 'random-2of3-seed1' are the same run"),
     ],
 )
@@ -204,3 +204,16 @@ def test_where_nothing_precedes_the_cut_kept_and_layer_average_are_the_same_coun
 def test_a_run_says_in_what_it_differs_from_its_methods_defaults() -> None:
     methods = ["vlmpruner", {"name": "vlmpruner", "official_quirks": True, "pivots": 4, "label": "release"}]
     assert [run.changed for run in expand(validate(BASE | {"methods": methods}))] == [{}, {}, {"official_quirks": True}]
+
+
+def test_entries_of_one_method_are_told_apart_by_their_parameters() -> None:
+    methods = ["vlmpruner", {"name": "vlmpruner", "threshold": 0.9}, {"name": "fastv", "layer": 3}, {"name": "vlmpruner", "label": "mine"}]
+    runs = expand(make_config(pruning_rates=["2/3"], methods=[*methods[:3], methods[3] | {"pivots": 5}]))
+    assert [(run.label, run.key) for run in runs[1:]] == [
+        ("vlmpruner", "vlmpruner-2of3"),
+        ("vlmpruner threshold=0.9", "vlmpruner-threshold-0.9-2of3"),
+        ("fastv", "fastv-2of3"),
+        ("mine", "mine-2of3"),
+    ]
+    with pytest.raises(ConfigError, match="are the same run; remove one"):
+        expand(make_config(methods=["fastv", "fastv"]))

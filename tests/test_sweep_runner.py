@@ -324,3 +324,38 @@ def test_a_benchmark_that_is_a_group_is_one_score(tmp_path: Path, benchmark: Any
     assert tasks["mvbench"]["main"]["n"] == 24
     samples = sweep.store.read_samples(sweep.record(config, "fastv-2of3")["run_id"])
     assert {sample["task"] for sample in samples} == {"tiny_mean", "tiny_pairs", "tiny_state"}
+
+
+def test_stopping_says_what_is_kept_and_going_on_where(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(methods=["fastv"], tasks=["tiny_mean"])
+    answer, left = StandIn._answer, iter(range(12 + 5))
+
+    def stopped(self: StandIn, *about: Any) -> Any:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return answer(self, *about)
+
+    monkeypatch.setattr(StandIn, "_answer", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(config)
+    assert sweep.log.splitlines()[-1] == "Stopped. 1 of 2 runs finished, 5 of 12 answers of fastv-2of3 kept; the same command goes on."
+    monkeypatch.setattr(StandIn, "_answer", answer)
+    sweep(config)
+    assert "fastv, 66.7 % removed: goes on behind 5 of 12" in sweep.log
+    assert "unpruned: goes on" not in sweep.log
+
+
+def test_stopping_before_anything_was_written_says_so(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StandIn, "configure", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(make_config(methods=["fastv"]))
+    assert "Stopped before the first run" in sweep.log and not sweep.output.exists()
+
+
+def test_runs_that_failed_before_say_how_they_are_repeated(sweep: Sweep) -> None:
+    sweep(make_config(methods=["fastv"]), Behaviour(fail={("fastv", 3)}))
+    sweep(make_config(methods=["fastv", "uniform"]))
+    assert "fastv, 66.7 % removed: failed before, skipped; --retry-failed repeats it" in sweep.log

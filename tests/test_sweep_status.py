@@ -84,7 +84,11 @@ def test_every_run_has_a_state_and_its_answers(output: Path) -> None:
         "blind": ("not begun", 0, 6),
     }
     assert status.runs[1].problem.startswith("1 of 6 samples failed")
-    assert status.as_json() == {
+    assert status.runs[0].scores.startswith("tiny_mean ") and not status.runs[2].scores
+    told = status.as_json()
+    seconds = status.runs[0].seconds / 6  # an answer
+    assert told.pop("seconds_left") == pytest.approx((2 + 6 + 6) * seconds), "failed runs are not repeated by themselves"
+    assert told == {
         "name": "tiny",
         "runs": 5,
         "finished": 1,
@@ -196,13 +200,14 @@ def test_a_run_that_is_recorded_while_we_look_is_finished(output: Path, monkeypa
     assert states(read_status(output, nobody))["fastv-2of3"] == ("finished", 6, 6)
 
 
-def test_the_table_is_for_people_and_the_last_line_for_programs(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_is_for_people_and_the_counts_for_programs(output: Path) -> None:
     console = Console(file=io.StringIO(), width=120, record=True)
     print_status(console, read_status(output, somebody))
     text = console.export_text()
     assert "fastv-2of3      running    4 of 6" in text
-    assert "tiny: 5 runs: 1 finished, 1 failed, 1 running, 2 not begun; held by process 4711 on host node7." in text
-    assert json.loads(capsys.readouterr().out)["answers"] == 16
+    assert "tiny: 5 runs: 1 finished, 1 failed, 1 running, 2 not begun; held by process 4711 on host node7. About " in text
+    assert "unpruned        finished   6 of 6   tiny_mean " in text
+    assert read_status(output, somebody).as_json()["answers"] == 16
 
 
 @pytest.fixture
@@ -214,9 +219,9 @@ def lock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_status_works_beside_the_sweep_itself(output: Path, lock: None) -> None:
-    result = CliRunner().invoke(app, ["sweep", "status", str(output)])
+    result = CliRunner().invoke(app, ["sweep", "status", str(output), "--json"])
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout.splitlines()[-1])["failed"] == 1, "a failed run is no error of the command that says so"
+    assert json.loads(result.stdout)["failed"] == 1, "a failed run is no error of the command that says so"
     own_help = CliRunner().invoke(app, ["sweep", "status", "--help"], terminal_width=100).output
     assert "sweep status [OPTIONS]" in own_help
     shown = CliRunner().invoke(app, ["sweep", "--help"], terminal_width=100).output

@@ -100,3 +100,13 @@ class Sabotage(Uniform):
     def choose(self, tokens: VisualTokens, keep: int) -> Tensor:
         chosen = super().choose(tokens, keep)
         return chosen[:1].expand(keep) if self.on in tokens.sample_id else chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Typo(Pruner):
+    """Reads a field that is not there."""
+
+    name: ClassVar[str] = "typo"
+
+    def choose(self, tokens: VisualTokens, keep: int) -> Tensor:
+        return tokens.hidden_state.norm(dim=-1).topk(keep).indices

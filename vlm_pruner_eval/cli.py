@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from vlm_pruner_eval.ending import FAILED, sentences
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.speed.cli import app as bench_app
+from vlm_pruner_eval.stdout import AsJson, Stdout, stdout
 from vlm_pruner_eval.sweep.commands import command_with
 
 if TYPE_CHECKING:
@@ -35,14 +36,46 @@ def main() -> None:
     app()
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(versions_line())
+        raise typer.Exit
+
+
+def versions_line() -> str:
+    """Return the versions of this package and of what answers depend on, on one line; imports none of them."""
+    from vlm_pruner_eval import __version__
+
+    found = [f"vlm-pruner-eval {__version__}"]
+    for package in ("torch", "transformers", "lmms-eval"):
+        try:
+            found.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            found.append(f"{package} is not installed")
+    return ", ".join(found)
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions and end.")] = False,
+) -> None:
+    """Evaluate visual-token pruning in vision-language models."""
+
+
 @sweep_app.command("status")
 @sentences
-def sweep_status(directory: Annotated[Path, typer.Argument(help="A results directory written by `sweep`.")]) -> None:
+def sweep_status(
+    directory: Annotated[Path, typer.Argument(help="A results directory written by `sweep`.")],
+    as_json: AsJson = False,
+) -> None:
     """Show how far a sweep is: every run's state and answers, and which process is at work. Exit code 2 if there is no sweep."""
     from vlm_pruner_eval.sweep.lock import holder_of
     from vlm_pruner_eval.sweep.status import print_status, read_status
 
-    print_status(Console(), read_status(directory, holder_of))
+    with stdout(as_json) as out:
+        found = read_status(directory, holder_of)
+        print_status(out.console(), found)
+        out.add(found.as_json())
 
 
 @app.command(cls=command_with(sweep_app))
@@ -66,12 +99,31 @@ def sweep(
         str | None, typer.Option(metavar="I/N", help="Be one of N processes, wherever they run, that share the grid and --output.")
     ] = None,
     todo: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Run a sweep, go on where it stopped, write and print the report. Exit code 1 if a run failed, 2 for bad input.
 
     Under torchrun, the ranks answer every run together. Of several shards, the one that finds no run left writes the report.
     `sweep status DIRECTORY` shows how far one is.
     """
+    how = {"executor": executor, "processes": processes, "shard": shard, "todo": todo, "address": address, "parts": parts}
+    overrides = {name: value for name, value in {"share_prefix": share_prefix, "limit": limit}.items() if value is not None}
+    with stdout(as_json) as out:
+        loaded = _load(config, overrides)
+        directory = output or _output_of(loaded)
+        if dry_run:
+            _preview(loaded, directory, out)
+            return
+        from vlm_pruner_eval.sweep import main as sweep_main
+
+        ended = sweep_main.run(sweep_main.Asked(loaded, directory, retry_failed, rerun, **how), functools.partial(_report, out=out))
+        out.add(ended.summary)
+        if ended.code:
+            raise typer.Exit(ended.code)
+
+
+def _load(path: Path, overrides: dict[str, Any]) -> SweepConfig:
+    """A checked sweep file."""
     from vlm_pruner_eval import versions
     from vlm_pruner_eval.sweep.progress import quieten
 
@@ -80,26 +132,15 @@ def sweep(
     from vlm_pruner_eval.sweep import config as sweep_config
     from vlm_pruner_eval.sweep.grid import method_problems
 
-    overrides = {name: value for name, value in {"share_prefix": share_prefix, "limit": limit}.items() if value is not None}
-    loaded = sweep_config.load(config, overrides=overrides, check=method_problems)
-    directory = output or _output_of(loaded)
-    if dry_run:
-        from vlm_pruner_eval.sweep.preview import preview, print_preview
+    return sweep_config.load(path, overrides=overrides, check=method_problems)
 
-        print_preview(Console(), preview(loaded, directory))
-        return
-    _run(
-        loaded,
-        directory,
-        retry_failed,
-        rerun=rerun,
-        executor=executor,
-        processes=processes,
-        shard=shard,
-        todo=todo,
-        address=address,
-        parts=parts,
-    )
+
+def _preview(config: SweepConfig, directory: Path, out: Stdout) -> None:
+    from vlm_pruner_eval.sweep.preview import preview, print_preview
+
+    seen = preview(config, directory)
+    print_preview(out.console(), seen)
+    out.add(seen.as_json())
 
 
 @app.command()
@@ -111,29 +152,45 @@ def report(
     recompute_paper: Annotated[
         bool, typer.Option("--recompute-paper", help="Derive every printed average of the paper again; needs no results.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write and print the report of a results directory, or use it as a regression gate."""
+    with stdout(as_json) as out:
+        if recompute_paper:
+            _recompute(out)
+        if directory is None:
+            if recompute_paper and check is None and write_reference is None:
+                return
+            raise ConfigError("report: got no results directory, expected the folder that `vlm-pruner-eval sweep` wrote.")
+        if write_reference is not None:
+            _write_reference(directory, write_reference, out)
+        if check is not None:
+            _check(directory, check, out)
+        if check is None and write_reference is None:
+            paths = _report(directory, out)
+            out.add({"report": str(paths["md"]), "files": {kind: str(path) for kind, path in paths.items()}})
+
+
+def _write_reference(directory: Path, path: Path, out: Stdout) -> None:
     from vlm_pruner_eval import report as reports
 
-    if recompute_paper:
-        _recompute()
-    if directory is None:
-        if recompute_paper and check is None and write_reference is None:
-            return
-        raise ConfigError("report: got no results directory, expected the folder that `vlm-pruner-eval sweep` wrote.")
-    if write_reference is not None:
-        print(f"reference: {reports.write_reference(directory, write_reference)}")
-    if check is not None:
-        problems = reports.check(directory, check)
-        for problem in problems:
-            print(f"regression: {problem}", file=sys.stderr)
-        if problems:
-            print("If answers were meant to change: raise RESULTS_VERSION in vlm_pruner_eval/sweep/identity.py.", file=sys.stderr)
-        print(json.dumps({"check": str(check), "problems": len(problems)}))
-        if problems:
-            raise typer.Exit(FAILED)
-    if check is None and write_reference is None:
-        _report(directory)
+    written = reports.write_reference(directory, path)
+    out.line(f"reference: {written}")
+    out.add({"reference": str(written)})
+
+
+def _check(directory: Path, reference: Path, out: Stdout) -> None:
+    from vlm_pruner_eval import report as reports
+
+    problems = reports.check(directory, reference)
+    for problem in problems:
+        print(f"regression: {problem}", file=sys.stderr)
+    if problems:
+        print("If answers were meant to change: raise RESULTS_VERSION in vlm_pruner_eval/sweep/identity.py.", file=sys.stderr)
+    out.add({"check": str(reference), "problems": len(problems)})
+    if problems:
+        raise typer.Exit(FAILED)
+    out.line(f"{reference}: no difference.")
 
 
 @app.command()
@@ -147,22 +204,26 @@ def show(
     rate: Annotated[str | None, typer.Option(help="The pruning rate; default: the largest of the sweep.")] = None,
     n: Annotated[int, typer.Option("--n", min=0, help="With --flips: how many documents to draw.")] = 8,
     out: Annotated[Path | None, typer.Option(help="The picture (with --flips: the folder); default: in DIRECTORY/show.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Draw what each method kept of a document, in the order of selection, with its answers. Reads records; needs no model."""
     from vlm_pruner_eval.report.show import cli as show_cli
 
-    console = Console(width=show_cli.WIDTH)
     if (doc is None) == (flips is None):
         raise ConfigError("show: expected either --doc TASK/SPLIT/ID, which draws a document, or --flips METHOD METHOD, which compares.")
-    if doc is not None:
-        named = [name for name in (methods or "").split(",") if name.strip()]
-        path = show_cli.show_document(directory, doc, task=task, methods=named, rate=rate, out=out, console=console)
-        print(json.dumps({"picture": str(path)}))
-        return
-    if methods is not None:
+    if methods is not None and flips is not None:
         raise ConfigError("--methods: got it with --flips, which compares the two methods that it names; leave it out.")
-    found, paths = show_cli.show_flips(directory, *flips, task=task, rate=rate, n=n, out=out, console=console)
-    print(json.dumps({"documents": found.n_documents, "flips": len(found.flips), "pictures": [str(path) for path in paths]}))
+    with stdout(as_json) as printed:
+        console = printed.console(show_cli.WIDTH)
+        if doc is not None:
+            named = [name for name in (methods or "").split(",") if name.strip()]
+            paths = [show_cli.show_document(directory, doc, task=task, methods=named, rate=rate, out=out, console=console)]
+            printed.add({"picture": str(paths[0])})
+        else:
+            found, paths = show_cli.show_flips(directory, *flips, task=task, rate=rate, n=n, out=out, console=console)
+            printed.add({"documents": found.n_documents, "flips": len(found.flips), "pictures": [str(path) for path in paths]})
+        for path in paths:
+            printed.line(str(path))
 
 
 @app.command()
@@ -178,36 +239,35 @@ def reproduce(
     batch_sizes: Annotated[str, typer.Option(help="Batch sizes of the noise floor; the rows use the first.")] = "1,16",
     attention: Annotated[str, typer.Option(help="Attention kernels of the noise floor; the rows use the first.")] = "sdpa,eager",
     anyway: Annotated[bool, typer.Option("--anyway", help="Run the pruned rows even if the unpruned row does not reproduce.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Reproduce a table of the paper: the unpruned model's noise floor, a gate on its scores, then release and sane rows.
 
     Finished runs are skipped. Exit code 1 if the unpruned row does not reproduce or a run failed, 2 for bad input.
     """
+    with stdout(as_json) as out:
+        asked = {"model": model, "config": config, "pretrained": pretrained, "tasks": tasks, "limit": limit, "methods": method or ()}
+        _reproduce(asked | {"batch_sizes": batch_sizes, "attention": attention, "output": output}, anyway, out)
+
+
+def _reproduce(asked: dict[str, Any], anyway: bool, out: Stdout) -> None:
     from vlm_pruner_eval.sweep.progress import quieten
 
     quieten()
     from vlm_pruner_eval.reproduce.plan import make_plan
+
+    plan = make_plan(**asked)  # refused before the rest is imported, which takes a while
+    print(f"{plan.name}: loading transformers and lmms-eval ...", file=sys.stderr, flush=True)
     from vlm_pruner_eval.reproduce.report import print_summary, write
     from vlm_pruner_eval.reproduce.run import reproduce as run_stages
 
-    plan = make_plan(
-        model=model,
-        config=config,
-        pretrained=pretrained,
-        tasks=tasks,
-        limit=limit,
-        methods=method or (),
-        batch_sizes=batch_sizes,
-        attention=attention,
-        output=output,
-    )
     done = run_stages(plan, anyway=anyway)
     paths = write(done)
-    print_summary(Console(width=100), done)
+    print_summary(out.console(100), done)
     for kind, path in paths.items():
-        print(f"{kind:5s}{path}")
+        out.line(f"{kind:5s}{path}")
     counts = {name: getattr(done.counts, name) for name in ("runs", "skipped", "failed")}
-    print(json.dumps({"gate": done.gate.status, **counts, "rows": done.rows is not None, "report": str(paths["md"])}), flush=True)
+    out.add({"gate": done.gate.status, **counts, "rows": done.rows is not None, "report": str(paths["md"])})
     if done.failed:
         raise typer.Exit(FAILED)
 
@@ -217,7 +277,7 @@ def reproduce(
 def doctor(
     config: Annotated[Path | None, typer.Argument(help="A sweep file (YAML) whose checkpoint, tasks and data are looked up, too.")] = None,
     output: Annotated[Path | None, typer.Option(help="The results directory; default: as of `sweep`.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object, too, as the last line.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Look for what would get into the way of a sweep, and say how to mend it. Downloads nothing.
 
@@ -225,62 +285,58 @@ def doctor(
     """
     from vlm_pruner_eval.doctor.examine import run
 
-    if not run(config, output, as_json=as_json):
-        raise typer.Exit(FAILED)
+    with stdout(as_json) as out:
+        if not run(config, output, out):
+            raise typer.Exit(FAILED)
 
 
 @app.command("list")
 @sentences
-def list_() -> None:
+def list_(as_json: AsJson = False) -> None:
     """Show the methods with their parameters, the model ids, and the packaged tasks."""
-    from vlm_pruner_eval.bench import GROUP, TASKS
-    from vlm_pruner_eval.lmms.plugin import MODELS
-    from vlm_pruner_eval.pruners import list_pruners, parameters, pruner_class
+    from vlm_pruner_eval.lmms.plugin import MODELS, packaged_tasks
+    from vlm_pruner_eval.pruners import list_pruners, settings_of
 
-    console = Console()
-    table = Table("method", "parameters and defaults", box=None, pad_edge=False)
-    for name in list_pruners():
-        known = parameters(pruner_class(name))
-        shown = ", ".join(parameter if parameter == "pruning_rate" else f"{parameter}={value}" for parameter, value in known.items())
-        table.add_row(escape(name), escape(shown))
-    console.print(table)
-    console.print(f"\nmodel ids: {', '.join(sorted(MODELS))}", highlight=False, soft_wrap=True)
-    names = [GROUP, *(f"{GROUP}_{task}" for task in TASKS)]
-    console.print(f"packaged tasks: {', '.join(names)} (`lmms-eval tasks list` shows all others)", highlight=False, soft_wrap=True)
+    known = {name: settings_of(name) for name in list_pruners()}
+    with stdout(as_json) as out:
+        console = out.console()
+        table = Table("method", "parameters and defaults", box=None, pad_edge=False)
+        for name, parameters in known.items():
+            shown = ", ".join(parameter if value is None else f"{parameter}={value}" for parameter, value in parameters.items())
+            table.add_row(escape(name), escape(shown))
+        console.print(table)
+        console.print(f"\nmodel ids: {', '.join(sorted(MODELS))}", highlight=False, soft_wrap=True)
+        tasks = packaged_tasks()
+        console.print(f"packaged tasks ({len(tasks)}): {', '.join(tasks)}", highlight=False, soft_wrap=True)
+        console.print("All other tasks of lmms-eval can be used too; `lmms-eval tasks list` shows them.", highlight=False, soft_wrap=True)
+        out.add({"methods": known, "models": sorted(MODELS), "tasks": tasks})
 
 
 def _output_of(config: SweepConfig) -> Path:
     return Path(config.output or Path("output") / config.name)
 
 
-def _run(config: SweepConfig, output: Path, retry_failed: bool, **how: Any) -> None:
-    from vlm_pruner_eval.sweep import main
-
-    if code := main.run(main.Asked(config, output, retry_failed, **how), report=_report):
-        raise typer.Exit(code)
-
-
-def _report(directory: Path) -> dict[str, Path]:
+def _report(directory: Path, out: Stdout) -> dict[str, Path]:
     from vlm_pruner_eval.report.build import report_of, write
     from vlm_pruner_eval.report.load import load_results
     from vlm_pruner_eval.report.terminal import WIDTH, print_paper, print_tables
 
     made = report_of(load_results(directory))
     paths = write(made)
-    console = Console(width=WIDTH)
+    console = out.console(WIDTH)
     print_tables(console, made.results, made.rows, made.efficiency)
     print_paper(console, made.paper)
     for kind, path in paths.items():
-        print(f"{kind:7s}{path}")
+        out.line(f"{kind.rpartition('.')[2]:7s}{path}")
     return paths
 
 
-def _recompute() -> None:
+def _recompute(out: Stdout) -> None:
     from vlm_pruner_eval.report.paper.printed import read_printed
     from vlm_pruner_eval.report.paper.recompute import recompute_averages, recompute_lines
 
     printed = read_printed()
     for line in recompute_lines(printed):
-        print(line)
+        out.line(line)
     rows = recompute_averages(printed)
-    print(json.dumps({"averages": len(rows), "match": sum(row.matches for row in rows)}))
+    out.add({"averages": len(rows), "match": sum(row.matches for row in rows)})

@@ -1,21 +1,20 @@
-"""All checks in their order, and the command: a list for people, one line of JSON for programs."""
+"""All checks in their order, and the command."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from vlm_pruner_eval.doctor import devices, installation, registration, surroundings
 from vlm_pruner_eval.doctor.finding import FAIL, OK, WARN, Check, Finding, broken, findings
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.stdout import Stdout
 
 if TYPE_CHECKING:
     from vlm_pruner_eval.sweep.config import SweepConfig
@@ -24,7 +23,7 @@ _COLOURS = {OK: "green", WARN: "yellow", FAIL: "red"}
 _OUTPUT = Path("output")
 
 
-def run(config: Path | None, output: Path | None, *, as_json: bool) -> bool:
+def run(config: Path | None, output: Path | None, out: Stdout) -> bool:
     """The command `vlm-pruner-eval doctor`.
 
     Parameters
@@ -33,8 +32,8 @@ def run(config: Path | None, output: Path | None, *, as_json: bool) -> bool:
         A sweep file, to look at its checkpoint, tasks and data sets as well.
     output
         The results directory; None for the one that `sweep` would take.
-    as_json
-        Whether to print everything as one JSON object, too, as the last line.
+    out
+        Takes the findings.
 
     Returns
     -------
@@ -49,11 +48,10 @@ def run(config: Path | None, output: Path | None, *, as_json: bool) -> bool:
     before = list(findings([("messages of libraries", _quieten)]))
     loaded, problems = (None, []) if config is None else _read(config)
     folder = output or (_OUTPUT if loaded is None else Path(loaded.output or _OUTPUT / loaded.name))
-    found = _show(Console(), [*before, *problems], examine(loaded, folder))
+    found = _show(out, [*before, *problems], examine(loaded, folder))
     counts = {status: sum(finding.status == status for finding in found) for status in (OK, WARN, FAIL)}
-    print(f"{counts[OK]} ok, {counts[WARN]} to be aware of, {counts[FAIL]} to mend")
-    if as_json:
-        print(json.dumps({**counts, "findings": [finding.as_json() for finding in found]}), flush=True)
+    out.line(f"{counts[OK]} ok, {counts[WARN]} to be aware of, {counts[FAIL]} to mend")
+    out.add({**counts, "findings": [finding.as_json() for finding in found]})
     return not counts[FAIL]
 
 
@@ -116,9 +114,10 @@ def _read(path: Path) -> tuple[SweepConfig | None, list[Finding]]:
         return None, [broken("sweep file", error)]
 
 
-def _show(console: Console, before: list[Finding], found: Iterable[Finding]) -> list[Finding]:
+def _show(out: Stdout, before: list[Finding], found: Iterable[Finding]) -> list[Finding]:
     """A table at the end on a terminal, elsewhere each line as soon as it is known."""
-    if console.is_terminal:
+    console = out.console()
+    if console.is_terminal and not console.quiet:
         with console.status("looking around, which takes some seconds"):
             everything = [*before, *found]
         console.print(_table(everything))
@@ -126,9 +125,9 @@ def _show(console: Console, before: list[Finding], found: Iterable[Finding]) -> 
     everything = []
     for finding in itertools.chain(before, found):
         everything.append(finding)
-        print(f"{finding.status:5s} {finding.name}: {finding.found}", flush=True)
+        out.line(f"{finding.status:5s} {finding.name}: {finding.found}")
         if finding.fix:
-            print(f"      {finding.fix}", flush=True)
+            out.line(f"      {finding.fix}")
     return everything
 
 

@@ -42,12 +42,10 @@ def packaged_tasks() -> Iterator[Finding]:
     import lmms_eval.models  # noqa: F401  # loads the plugins, which add the packaged tasks to every index
     from lmms_eval.tasks import TaskManager
 
-    from vlm_pruner_eval import lmms
-    from vlm_pruner_eval.bench import tasks_path
+    from vlm_pruner_eval.lmms import plugin
 
-    folders = (tasks_path(), Path(lmms.__file__).parent / "tasks")
-    names = {file.stem for folder in folders for file in folder.glob("*.yaml")}
-    missing = sorted(names - set(TaskManager(verbosity="WARNING", include_defaults=False).all_tasks))
+    names = plugin.packaged_tasks()
+    missing = sorted(set(names) - set(TaskManager(verbosity="WARNING", include_defaults=False).all_tasks))
     if missing:
         yield Finding("packaged tasks", FAIL, f"lmms-eval does not know {', '.join(missing)}", REINSTALL)
     else:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import shutil
 import tempfile
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from vlm_pruner_eval.doctor.finding import FAIL, OK, WARN, Finding
+from vlm_pruner_eval.shown import sentence
 
 GB = 1e9
 LITTLE_CACHE_GB, LITTLE_OUTPUT_GB = 40, 2
@@ -17,6 +22,7 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 TRUE = {"1", "ON", "YES", "TRUE"}
 LOGIN = "Log in by `hf auth login`, or set HF_TOKEN."
 _PROBE_BYTES = 1_000_000
+HUB_TIMEOUT_S = 2.0
 
 
 def offline_switches() -> list[str]:
@@ -25,18 +31,45 @@ def offline_switches() -> list[str]:
 
 
 def hub() -> Iterator[Finding]:
-    """Token and offline switches; the token itself is never shown."""
+    """Token, offline switches, and if the hub answers; the token itself is never shown."""
     from huggingface_hub import constants, get_token
 
     if offline := offline_switches():
         fix = f"Unset {', '.join(offline)} to download, or put checkpoints and data sets into the cache before."
         yield Finding("hub", WARN, f"nothing is downloaded: {', '.join(offline)} set", fix)
     else:
-        yield Finding("hub", OK, f"downloads are allowed, from {urlsplit(constants.ENDPOINT).hostname}")  # without name and password
+        yield _reached(constants.ENDPOINT)
     if get_token():
         yield Finding("hub token", OK, "there")
     else:
         yield Finding("hub token", WARN, "none; gated checkpoints and most of lmms-eval's data sets ask for one", LOGIN)
+
+
+def _reached(endpoint: str) -> Finding:
+    """Ask the hub for the head of its front page: an answer of any kind shows that it can be reached."""
+    parts = urlsplit(endpoint)
+    host = parts.hostname  # without name and password
+    answered: list[str] = []
+    asking = threading.Thread(target=lambda: answered.append(_head(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}")))
+    asking.daemon = True  # looking a name up has no time-out of its own
+    asking.start()
+    asking.join(HUB_TIMEOUT_S)
+    problem = answered[0] if answered else "no answer"
+    if not problem:
+        return Finding("hub", OK, f"{host} answers, and downloads are allowed")
+    fix = "Connect, or set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 where all files are in the cache; else every look-up waits."
+    return Finding("hub", WARN, f"{host} can't be reached within {HUB_TIMEOUT_S:.0f} s ({problem})", fix)
+
+
+def _head(url: str) -> str:
+    """Why a server did not answer; empty if it did."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=HUB_TIMEOUT_S):
+            return ""
+    except urllib.error.HTTPError:
+        return ""
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return sentence(str(error))
 
 
 def checkpoint_cache() -> Path:

@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from vlm_pruner_eval.errors import OutOfMemoryError, PruningError
 from vlm_pruner_eval.lmms.checks import Tally
+from vlm_pruner_eval.lmms.failures import FailureLog
 from vlm_pruner_eval.lmms.journal import Source
 from vlm_pruner_eval.lmms.log import Answer, pruning_metrics
 from vlm_pruner_eval.lmms.loglikelihood import Target
 from vlm_pruner_eval.lmms.plan import WHOLE, Batch, BatchSize, Compute, Done, Part
-from vlm_pruner_eval.lmms.plugin import exit_with
 from vlm_pruner_eval.lmms.prompts import Prompt, Request
 
 
@@ -36,8 +36,8 @@ class Answering(lmms):
         Every sample answered since the method was last configured, in the order of the requests.
     keep_loaded
         Whether the weights survive `clean`, which lmms-eval calls after every evaluation.
-    exit_on_failure
-        Whether failed samples end the process; True when lmms-eval's command line built the model.
+    refuses_failures
+        True if failed samples end the evaluation; so it is when lmms-eval built the model.
     show_progress
         Whether a progress bar is drawn.
     on_prompt
@@ -47,6 +47,8 @@ class Answering(lmms):
     on_answers
         Called with the number of answers of every batch as they come, and whether they were computed now rather than found; a
         sweep shows its speed with it.
+    failures
+        The log of failed samples.
     source
         Finds the answers in place of the model, or lets it compute them; a sweep puts its journal here.
     may_shrink
@@ -57,11 +59,12 @@ class Answering(lmms):
 
     def __init__(self) -> None:
         super().__init__()
-        self.keep_loaded = self.exit_on_failure = self.show_progress = False
+        self.keep_loaded = self.refuses_failures = self.show_progress = False
         self.on_prompt: Callable[[Prompt], None] | None = None
         self.on_requests: Callable[[int], None] | None = None
         self.on_answers: Callable[[int, bool], None] | None = None
         self.source: Source | None = None
+        self.failures = FailureLog()
         self.forget_answers()
 
     def forget_answers(self) -> None:
@@ -136,9 +139,8 @@ class Answering(lmms):
         Raises
         ------
         PruningError
-            The first 16 samples all failed, nothing was pruned though the method should have pruned, or the memory did not suffice.
-        SystemExit
-            With `exit_on_failure`: in those cases, and at the end of a run in which any sample failed.
+            The first 16 samples all failed, nothing was pruned though the method should have pruned, or the memory did not suffice;
+            with `refuses_failures` also at the end of a run in which any sample failed.
         """
         asked = [Request.of(index, instance) for index, instance in enumerate(requests)]
         answers = self._answers("generate_until", asked, functools.partial(self.batches_of, asked))
@@ -171,7 +173,7 @@ class Answering(lmms):
 
     def _shrink(self, sentence: str) -> None:
         if not self.may_shrink:
-            self._fail(f"{sentence} Smaller batches can change answers here, so none were tried; set a smaller batch_size.")
+            raise PruningError(f"{sentence} Smaller batches can change answers here, so none were tried; set a smaller batch_size.")
         self._reduced = self.working_size.halved()
         logger.warning(f"{sentence} The run begins anew with batches of {self.batch_size}.")
         gc.collect()
@@ -188,13 +190,14 @@ class Answering(lmms):
                     self._take(batch, answers, tally)
                     bar.update(len(batch))
         finally:
+            self.failures.summarise()
             done = [answer for request, answer in zip(asked, answers, strict=True) if answer is not None and not request.is_padding]
             self.answers = [*self.answers, *done]
         self._log(done, time.perf_counter() - started)
-        if tally.failed and self.exit_on_failure:
-            self._fail(tally.sentence())
+        if tally.failed and self.refuses_failures:
+            raise PruningError(tally.sentence())
         if sentence := self.no_op_sentence(done):
-            self._fail(sentence)
+            raise PruningError(sentence)
         return answers
 
     def _take(self, batch: Batch, answers: list[Answer | None], tally: Tally) -> None:
@@ -202,14 +205,9 @@ class Answering(lmms):
             answers[request.index] = answer
             tally.add(answer)
             if tally.is_hopeless:
-                self._fail(tally.sentence())
+                raise PruningError(tally.sentence())
         if self.on_answers is not None:
             self.on_answers(len(batch), batch is self._computed)
-
-    def _fail(self, sentence: str) -> NoReturn:
-        if self.exit_on_failure:
-            exit_with(sentence, code=1)
-        raise PruningError(sentence)
 
     def _log(self, answers: list[Answer], elapsed_s: float) -> None:
         """Hand token counts and times to lmms-eval, which prints them below its table of scores."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.lmms.prompts import Request
 
-Batch = list[tuple[Request, Any]]  # requests with what was found for them: an Answer, or answers of several runs
+if TYPE_CHECKING:
+    from vlm_pruner_eval.lmms.prompts import Request
+
+Batch = list[tuple["Request", Any]]  # requests with what was found for them: an Answer, or answers of several runs
 
 
 @dataclass

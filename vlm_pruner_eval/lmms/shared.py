@@ -19,6 +19,7 @@ from vlm_pruner_eval.budget import Rate
 from vlm_pruner_eval.errors import PruningError
 from vlm_pruner_eval.lmms import prompts
 from vlm_pruner_eval.lmms.checks import Tally
+from vlm_pruner_eval.lmms.failures import FailureLog
 from vlm_pruner_eval.lmms.journal import Journal, Source
 from vlm_pruner_eval.lmms.log import Answer
 from vlm_pruner_eval.lmms.plan import Batch, BatchSize, Compute, Done
@@ -170,7 +171,7 @@ class SharedRuns:
         try:
             inputs = prepared()
         except Exception as error:  # whatever it is, every run meets it again by itself, and records it
-            _warn(batch, "all runs", error)
+            _warn(self.model.failures, batch, "all runs", error)
             return found
         with SharedPrefix(self.model.model, list(depths.values())) as prefix:
             for key, run in sorted(runs, key=lambda item: -depths[item[0]]):
@@ -178,9 +179,10 @@ class SharedRuns:
                     with self.model.using(run.method, run.pruner), prefix.reading(depths[key]):
                         found[key] = self.model.answer(inputs, options)
                 except Exception as error:  # as above
-                    _warn(batch, key, error)
+                    _warn(self.model.failures, batch, key, error)
         return found
 
 
-def _warn(batch: Sequence[Prompt], who: str, error: Exception) -> None:
-    logger.warning(f"A shared batch of {len(batch)} failed for {who} ({type(error).__name__}: {error}); it is tried again separately.")
+def _warn(failures: FailureLog, batch: Sequence[Prompt], who: str, error: Exception) -> None:
+    if failures.is_new(error):  # told with its sentence when it fails again
+        logger.warning(f"A shared batch of {len(batch)} failed for {who} ({type(error).__name__}); it is tried again separately.")

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import inspect
 import json
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import RLock
@@ -25,7 +24,7 @@ from vlm_pruner_eval import versions
 from vlm_pruner_eval.budget import Rate
 from vlm_pruner_eval.cost import DecoderShape
 from vlm_pruner_eval.durable import is_disk_full
-from vlm_pruner_eval.errors import ConfigError, OutOfMemoryError
+from vlm_pruner_eval.errors import OutOfMemoryError
 from vlm_pruner_eval.hf_compat import count_positions, has_multidimensional_positions
 from vlm_pruner_eval.hook import prune
 from vlm_pruner_eval.lmms import prompts, settings
@@ -40,7 +39,6 @@ from vlm_pruner_eval.lmms.inputs import Prepared, bound_pixels, build_inputs, mo
 from vlm_pruner_eval.lmms.log import Answer, Reading
 from vlm_pruner_eval.lmms.loglikelihood import Target
 from vlm_pruner_eval.lmms.plan import Batch, Done, Part
-from vlm_pruner_eval.lmms.plugin import exit_with
 from vlm_pruner_eval.lmms.prompts import Defaults, Generation, Prompt, Request
 from vlm_pruner_eval.lmms.protocols import HF, Protocol
 from vlm_pruner_eval.lmms.resolve import family_class, resolve
@@ -113,13 +111,16 @@ class PrunedModel(Answering):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str | Mapping[str, object], additional_config: dict | None = None) -> PrunedModel:
-        """Build the model for lmms-eval's command line, which exits with 0 after an exception: bad input leaves through SystemExit(2)."""
-        try:
-            versions.check(logger.warning)
-            model = cls(**settings.from_command_line(arg_string, additional_config))
-        except ConfigError as error:
-            exit_with(str(error), code=2)
-        model.exit_on_failure = model.show_progress = True
+        """Build the model for lmms-eval: its command line, or `simple_evaluate`.
+
+        Raises
+        ------
+        ConfigError
+            Arguments that can't be run. The command ends with its sentences, see `plugin.exit_on_error`.
+        """
+        versions.check(logger.warning)
+        model = cls(**settings.from_command_line(arg_string, additional_config))
+        model.refuses_failures = model.show_progress = True
         return model
 
     # ---- configuration
@@ -263,8 +264,8 @@ class PrunedModel(Answering):
             answers = None
             if len(batch) == 1:
                 answers = [self.failed(batch[0].request, error)]
-            else:
-                logger.warning(f"A batch of {len(batch)} failed ({type(error).__name__}: {error}); its samples are tried one by one.")
+            elif self.failures.is_new(error):  # the sentence stands with the sample that failed
+                logger.warning(f"A batch of {len(batch)} failed ({type(error).__name__}); its samples are tried one by one.")
         if answers is None:  # outside the except clause, which would keep the failed batch's tensors alive
             for prompt in batch:
                 yield from self.answers_of_batch([prompt], options)
@@ -311,8 +312,8 @@ class PrunedModel(Answering):
         return inputs
 
     def failed(self, request: Request, error: Exception) -> Answer:
-        """The answer that records a failure, which is logged with its traceback."""
-        logger.error("Sample {} failed:\n{}", request.sample_id, "".join(traceback.format_exception(error)))
+        """The answer that records a failure, which is logged, see `failures`."""
+        self.failures.tell(request.sample_id, error)
         return Answer(request.task, request.split, request.doc_id, "", error=sentence(f"{type(error).__name__}: {error}"))
 
 

@@ -16,7 +16,7 @@ from vlm_pruner_eval.shown import short
 
 ENTRY_POINT_GROUP = "vlm_pruner_eval.pruners"
 
-__all__ = ["Pruner", "get_pruner", "list_pruners", "parameters", "pruner_class"]
+__all__ = ["Pruner", "get_pruner", "list_pruners", "parameters", "pruner_class", "settings_of"]
 
 
 @functools.cache
@@ -66,8 +66,8 @@ def _imported(name: str, path: str) -> type[Pruner]:
         cls = getattr(importlib.import_module(module_name), attribute)
     except Exception as error:  # the user's own code runs here and may raise anything; all of it is said
         raise ConfigError(
-            f"method: {name!r} can't be imported as {path!r}: {type(error).__name__}: {error}. "
-            "Expected package.module:Class on the Python path."
+            f"method: {name!r} can't be imported{'' if name == path else f' as {path!r}'}: {type(error).__name__}: {error}. Expected "
+            "package.module:Class on the Python path; for a module in the current folder put PYTHONPATH=. before the command."
         ) from error
     if not (inspect.isclass(cls) and issubclass(cls, Pruner) and cls is not Pruner):
         raise ConfigError(f"method: {short(path)} is {short(cls)}, expected a subclass of vlm_pruner_eval.Pruner.")
@@ -77,6 +77,19 @@ def _imported(name: str, path: str) -> type[Pruner]:
 def parameters(cls: type[Pruner]) -> dict[str, object]:
     """Parameter names of a method and their defaults (`dataclasses.MISSING` for required ones)."""
     return {field.name: _default(field) for field in dataclasses.fields(cls) if field.init}
+
+
+def settings_of(name: str) -> dict[str, object]:
+    """Return the parameters of a method that have an effect, with their defaults in plain types; None for one that has to be given."""
+    cls = pruner_class(name)
+    found = {parameter: value for parameter, value in parameters(cls).items() if parameter not in cls.without_effect}
+    return {parameter: _plain(value) for parameter, value in found.items()}
+
+
+def _plain(value: object) -> object:
+    if value is dataclasses.MISSING:
+        return None
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
 
 
 def _default(field: dataclasses.Field) -> object:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
+import traceback
 import typing
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,6 +22,7 @@ from vlm_pruner_eval.shown import short
 from vlm_pruner_eval.types import Selection, Stage, TextTokens, VisualTokens
 
 OPTIONAL_FIELDS = frozenset({"keys", "attention", "normed_hidden_states", "positions", "text"})
+ALWAYS_THERE = ("hidden_states", "coords", "grid", "sample_id")
 _MOST = 2**63 - 1
 FROM_PREVIOUS_LAYER = frozenset({"keys", "attention"})
 
@@ -60,6 +63,7 @@ class Pruner:
     quirks_change_count: ClassVar[bool] = False
     fixed_layer: ClassVar[int | None] = None
     before_model: ClassVar[bool] = False  # acts on the images, so there is nothing for the hook to cut
+    without_effect: ClassVar[frozenset[str]] = frozenset()  # parameters that are accepted, so that grids need no exception, and do nothing
     checks_late: ClassVar[bool] = False  # `choose` bears NaN and infinity (no error, no endless loop) until its first `tokens.on_host`
 
     pruning_rate: Rate
@@ -112,7 +116,10 @@ class Pruner:
                 found.append(f"{field}: got {short(getattr(self, field))}, expected one of {', '.join(allowed)}.")
         unknown = self.needs - OPTIONAL_FIELDS
         if unknown:
-            found.append(f"needs: got {sorted(unknown)}, expected fields out of {sorted(OPTIONAL_FIELDS)}.")
+            found.append(
+                f"needs: got {sorted(unknown)}, expected fields out of {sorted(OPTIONAL_FIELDS)}; {', '.join(ALWAYS_THERE)} are always "
+                "there and are not named."
+            )
         return found
 
     def position_choices(self) -> tuple[str, ...]:
@@ -192,9 +199,16 @@ class Pruner:
             raise
         except Exception as error:
             raise PruningError(
-                f"{self._where(tokens)}: choose raised {type(error).__name__}: {error}. Expected {keep} of {tokens.n_visual} "
-                "local indices; the cause is shown above, mend the method or leave the sample out."
+                f"{self._where(tokens)}: choose raised {type(error).__name__}: {error} ({self._place(error)}). Expected {keep} of "
+                f"{tokens.n_visual} local indices; mend the method or leave the sample out."
             ) from error
+
+    def _place(self, error: Exception) -> str:
+        """The last line of the method's own file that was executed."""
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if frame.filename == inspect.getsourcefile(type(self))]
+        frame = (own or frames)[-1]
+        return f"{frame.filename}, line {frame.lineno}"
 
     def _dtype(self, given: torch.dtype) -> torch.dtype:
         return given if self.selection_dtype == "model" else torch.float32

@@ -25,6 +25,7 @@ class Blind(Pruner):
 
     name: ClassVar[str] = "blind"
     checks_late: ClassVar[bool] = True
+    without_effect: ClassVar[frozenset[str]] = frozenset({"pruning_rate", "selection_dtype", "budget", "scope", "official_quirks"})
 
     pruning_rate: Rate = 0
     layer: int = 0

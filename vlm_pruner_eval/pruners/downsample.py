@@ -23,6 +23,7 @@ class Downsample(Pruner):
     name: ClassVar[str] = "downsample"
     fixed_layer: ClassVar[int | None] = 0
     before_model: ClassVar[bool] = True
+    without_effect: ClassVar[frozenset[str]] = frozenset({"layer", "positions", "selection_dtype", "budget", "scope", "official_quirks"})
 
     layer: int = 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,6 +24,7 @@ class NoPruning(Pruner):
 
     name: ClassVar[str] = "none"
     checks_late: ClassVar[bool] = True
+    without_effect: ClassVar[frozenset[str]] = frozenset(field.name for field in dataclasses.fields(Pruner))
 
     pruning_rate: Rate = 0
 

@@ -79,20 +79,22 @@ def write(report: Report) -> dict[str, Path]:
     Returns
     -------
     dict
-        "md", "html", "json", "csv", "png", "svg" (the figure of scores), and "tables", the folder of all tables as .csv and .tex.
+        "md", "html", "json", "csv", "png", "svg" (the figure of scores), "tables", the folder of all tables as .csv and .tex, and the
+        other figures by their file names.
     """
     results, root = report.results, report.results.store.root
     tables, figures = report.tables, draw_all(report.rows, results, root, report.comparisons)
     texts = {
         "md": markdown(results, report.rows, report.comparisons, report.paper, tables, figures),
         "json": to_json(as_json(report)) + "\n",
-        "csv": tidy.scores(report.rows, results.tasks),
+        "csv": tidy.scores_and_differences(report.rows, results.tasks, report.comparisons),
     }
     paths = {kind: root / f"report.{kind}" for kind in texts}
     for kind, content in texts.items():
         write_atomic(paths[kind], content)
     for path in figures.get("accuracy_vs_rate", ()):
         paths[path.suffix.removeprefix(".")] = path
+    paths |= {path.name: path for name, drawn in figures.items() if name != "accuracy_vs_rate" for path in drawn}
     paths["html"] = write_html(
         *(results, report.rows, report.comparisons, report.paper, figures, gallery(results)),
         efficiency=report.efficiency,
@@ -138,7 +140,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "config": results.config,
         "tasks": results.tasks,
         "splits": results.splits,
-        "rows": [dataclasses.asdict(row) | {"removed_percent": row.percent, "group": row.heading} for row in report.rows],
+        "rows": [dataclasses.asdict(row) | {"removed_percent": row.removed_percent, "group": row.heading} for row in report.rows],
         "comparisons": dataclasses.asdict(report.comparisons),
         "paper": None if report.paper is None else _paper_json(report.paper),
         "efficiency": [dataclasses.asdict(row) for row in report.efficiency],

@@ -57,6 +57,8 @@ class Row:
         The rate of the sweep file under which the row is listed: `pruning_rate`, but for iso-compute rows.
     iso_layer
         Of an iso-compute row: the layer of the methods that it matches in compute.
+    n_samples
+        Samples with images, of all its finished runs: those that `quirks` counts of.
     """
 
     label: str
@@ -77,6 +79,7 @@ class Row:
     runs: tuple[str, ...] = ()
     asked_rate: str | float | None = None
     iso_layer: int | None = None
+    n_samples: int = 0
 
     @property
     def key(self) -> Key:
@@ -92,6 +95,11 @@ class Row:
     def percent(self) -> float | None:
         """Percentage of visual tokens removed; None for the unpruned and the blind row."""
         return rate_percent(self.pruning_rate)
+
+    @property
+    def removed_percent(self) -> float | None:
+        """The same for programs: 0 for the unpruned row, 100 for the blind one."""
+        return {UNPRUNED: 0.0}.get(self.method, 100.0 if self.method in RATELESS else self.percent)
 
     @property
     def group(self) -> tuple[int, float]:
@@ -161,6 +169,7 @@ def _row(runs: list[RunResult], tasks: list[str], unpruned: RunResult | None) ->
         runs=tuple(run.run_id for run in runs),
         asked_rate=runs[0].asked_rate,
         iso_layer=runs[0].iso_layer,
+        n_samples=sum(record["tokens"].get("samples_with_images", 0) for record in records),
     )
 
 

@@ -31,15 +31,25 @@ def print_tables(console: Console, results: Results, rows: list[Row], costs: Seq
     chunks = [tasks[start : start + _TASKS_A_TABLE] for start in range(0, len(tasks), _TASKS_A_TABLE)]
     for chunk in chunks:
         console.print(_table(results, rows, chunk, text.short_names(tasks), flops, last=chunk is chunks[-1]), width=WIDTH)
-    for row in rows:
-        if row.quirks:
-            console.print(Text(f"quirks counted, {row.label}, {row.heading}: {text.quirks(row.quirks)}"), width=WIDTH)
+    _print_quirks(console, rows)
     for problem in (problem for row in rows for problem in row.problems):
         console.print(Text(f"failed: {spelled_out(problem)}", style="red"), width=WIDTH)
     for note in results.notes:
         console.print(Text(spelled_out(note)), width=WIDTH)
     if is_plumbing(tasks):
         console.print(Text(PLUMBING, style="bold"), width=WIDTH)
+
+
+def _print_quirks(console: Console, rows: Sequence[Row]) -> None:
+    """Print what the authors' releases do wrong and where it was met: it acted under official_quirks, and was mended elsewhere."""
+    counted = [row for row in rows if row.quirks]
+    if not counted:
+        return
+    console.print(Text("Misbehaviours of the authors' releases, on so many samples (they act under official_quirks only):"), width=WIDTH)
+    for row in counted:
+        console.print(Text(f"  {row.label}, {row.heading}: {text.quirks(row)}"), width=WIDTH)
+    for sentence in text.quirk_names(counted):
+        console.print(Text(f"  {sentence}"), width=WIDTH)
 
 
 def print_paper(console: Console, paper: PaperTable | None) -> None:
@@ -75,7 +85,7 @@ def _table(results: Results, rows: list[Row], tasks: list[str], names: dict[str,
     table.add_column("removed", overflow="fold", max_width=8)
     table.add_column("method", overflow="fold", max_width=16 if len(tasks) > _ROOMY else 26)
     for name in (names[task] for task in tasks):
-        table.add_column(name, justify="right", overflow="fold", max_width=10)
+        table.add_column(name, justify="right", overflow="fold", max_width=10 if len(tasks) > _ROOMY else 18)
     for name in ("Avg", "kept", "layers", "GFLOPs" if flops else "ms") if last else ():
         table.add_column(name, justify="right", overflow="fold", max_width=9)
     for _, group in groupby(rows, key=lambda row: row.heading):
@@ -87,8 +97,8 @@ def _table(results: Results, rows: list[Row], tasks: list[str], names: dict[str,
     if last:
         cost = "GFLOPs: exact, of one prompt's prefill in the language model." if flops else "ms: prefill of a batch."
         table.caption = Text(
-            "Scores ± half of their 95 % interval (sd: over seeds). Avg: % of unpruned. kept: tokens measured (and asked, where it "
-            f"differs). layers: kept, averaged over layers. {cost}"
+            "Scores with their 95 % interval, ± half of it where both sides are alike (sd: over seeds). Avg: % of unpruned. kept: tokens "
+            f"measured (and asked, where it differs). layers: kept, averaged over layers. {cost}"
         )
     return table
 

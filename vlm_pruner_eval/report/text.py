@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vlm_pruner_eval.report.rows import Cell, Row
 from vlm_pruner_eval.sweep.score_line import NOTHING, number, short_names
 
-__all__ = ["NOTHING", "cell_lines", "cell_short", "exact", "number", "quirks", "short_names", "significant", "spread"]
+__all__ = [
+    "NOTHING",
+    "QUIRKS",
+    "cell_lines",
+    "cell_short",
+    "exact",
+    "number",
+    "quirk_names",
+    "quirks",
+    "short_names",
+    "significant",
+    "spread",
+]
+
+
+_ALIKE = 0.25  # of an interval's width: by so much its two sides may differ and still be written as one
 
 
 def significant(value: float) -> str:
@@ -28,12 +45,20 @@ def cell_lines(row: Row, cell: Cell | None) -> tuple[str, str]:
 
 
 def cell_short(row: Row, cell: Cell | None) -> tuple[str, tuple[str, str]]:
-    """A score and, dimmed, half the width of its interval (or the deviation over seeds), on one line."""
+    """A score and, dimmed, its interval (or the deviation over seeds), on one line.
+
+    An interval is ± half of it where both sides are alike, else its ends.
+    """
     if cell is None:
         return row.status, ("", "dim")
     if cell.sd is not None:
         return number(cell.value), (f" sd {cell.sd:.1f}", "dim")
-    return number(cell.value), ("" if cell.low is None else f" ±{(cell.high - cell.low) / 2:.0f}", "dim")
+    if cell.low is None:
+        return number(cell.value), ("", "dim")
+    sides = cell.value - cell.low, cell.high - cell.value
+    if abs(sides[0] - sides[1]) <= _ALIKE * sum(sides):
+        return number(cell.value), (f" ±{sum(sides) / 2:.0f}", "dim")
+    return number(cell.value), (f" {cell.low:.0f}–{cell.high:.0f}", "dim")
 
 
 def spread(values: dict[str, float] | None) -> str:
@@ -44,6 +69,32 @@ def spread(values: dict[str, float] | None) -> str:
     return mean if values["min"] == values["max"] else f"{mean} ({values['min']:.0f}–{values['max']:.0f})"
 
 
-def quirks(counts: dict[str, int]) -> str:
-    """Quirk counts in one cell."""
-    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items())) or "none"
+# What the authors' releases do, by the name under which methods count it.
+QUIRKS = {
+    "count": "DART keeps another number of tokens than asked",
+    "set_order": "DART takes its pivots in the order of a Python set, which depends on the length of the prompt",
+    "stall": "VLM-Pruner stops when a pass adds nothing, and keeps fewer tokens than asked",
+    "fewer_than_pivots": "VLM-Pruner keeps all its pivots where fewer tokens are asked",
+    "repeated_pivots": "VLM-Pruner keeps one token several times where keys are equal",
+    "negative_weight_sum": "VLM-Pruner divides by merging weights that cancel out",
+    "repeats": "DivPrune keeps one token several times where fewer distinct ones are there than asked",
+}
+_NEVER_DONE = frozenset({"repeated_pivots", "repeats"})  # official_quirks does not bring these back
+
+
+def quirks(row: Row) -> str:
+    """Misbehaviours of the authors' release in one cell: on how many samples, and if they acted or were mended."""
+    acted = {name: count for name, count in sorted(row.quirks.items()) if row.release and name not in _NEVER_DONE}
+    mended = {name: count for name, count in sorted(row.quirks.items()) if name not in acted}
+    parts = [f"{word}: {_counted(counts, row.n_samples)}" for word, counts in (("acted", acted), ("mended here", mended)) if counts]
+    return "; ".join(parts) or "none"
+
+
+def _counted(counts: dict[str, int], of: int) -> str:
+    return ", ".join(f"{name} {count} of {of}" for name, count in counts.items())
+
+
+def quirk_names(rows: Sequence[Row]) -> list[str]:
+    """Return a sentence for every misbehaviour that was counted in any row."""
+    names = sorted({name for row in rows for name in row.quirks})
+    return [f"{name}: {QUIRKS[name]}." for name in names if name in QUIRKS]

@@ -1,4 +1,4 @@
-"""tables/*.csv: one number a line, for spreadsheets and programs."""
+"""report.csv and tables/*.csv: one number a line, for spreadsheets and programs."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from typing import Any
 
 from vlm_pruner_eval.report.paper.beside import Compared, PaperTable
 from vlm_pruner_eval.report.rows import Row
-from vlm_pruner_eval.report.stats.comparisons import AVERAGE, Comparisons
+from vlm_pruner_eval.report.stats.comparisons import AVERAGE, Comparison, Comparisons
 from vlm_pruner_eval.report.stats.paired import Estimate
 
 _FORMULA = re.compile(r"\s*(?:[=+@]|-(?![\d.]))")
 _ROW = ("method", "label", "pruning_rate", "asked_rate", "removed_percent", "status")
 _SCORE = ("task", "score", "low_95", "high_95", "sd_over_seeds", "seeds", "n_documents", "relative_avg")
 _COST = ("tokens_asked", "tokens_kept", "tokens_layer_averaged", "prefill_ms", "selection_ms", "quirks")
-_DIFFERENCE = (
-    "task",
-    "difference",
-    "low_95",
-    "high_95",
-    "p",
-    "p_holm",
-    "mcnemar_p",
-    "flip_rate",
-    "gain_kept",
-    "gain_low_95",
-    "gain_high_95",
-)
+_TESTS = ("p", "p_holm", "mcnemar_p", "flip_rate")
+_DIFFERENCE = ("task", "difference", "low_95", "high_95", *_TESTS, "gain_kept", "gain_low_95", "gain_high_95")
 _PAPER = ("release", "task", "score", "printed", "difference", "tolerance", "verdict", "reason", "table", "read_from", "errata")
 
 
 def scores(rows: Sequence[Row], tasks: Sequence[str]) -> str:
     """One line a row and task; empty fields where there is no number."""
     return _text([*_ROW, *_SCORE, *_COST], (_score(row, task) for row in rows for task in tasks))
+
+
+def scores_and_differences(rows: Sequence[Row], tasks: Sequence[str], comparisons: Comparisons) -> str:
+    """The lines of `scores`, each with its difference to the unpruned row: one table for programs that read only one."""
+    head = [*_ROW, *_SCORE, *_COST, "difference", "difference_low_95", "difference_high_95", *_TESTS]
+    return _text(head, ([*_score(row, task), *_tests(comparisons.of(row.label, row.pruning_rate, task))] for row in rows for task in tasks))
+
+
+def _tests(found: Comparison | None) -> list[Any]:
+    if found is None or found.difference is None:
+        return [None] * (3 + len(_TESTS))
+    return [*_ends(found.difference), found.p, found.p_holm, found.mcnemar_p, found.flip_rate]
 
 
 def _score(row: Row, task: str) -> list[Any]:
@@ -55,8 +56,7 @@ def differences(rows: Sequence[Row], tasks: Sequence[str], comparisons: Comparis
         for task in (*tasks, AVERAGE):
             found = comparisons.of(row.label, row.pruning_rate, task)
             if found is not None and found.difference is not None:
-                tests = [found.p, found.p_holm, found.mcnemar_p, found.flip_rate]
-                lines.append([*_head(row), task, *_ends(found.difference), *tests, *_ends(found.gain_kept)])
+                lines.append([*_head(row), task, *_tests(found), *_ends(found.gain_kept)])
     return _text([*_ROW, *_DIFFERENCE], lines)
 
 
@@ -89,7 +89,7 @@ def _flat(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _head(row: Row) -> list[Any]:
-    return [row.method, row.label, row.pruning_rate, row.asked_rate, row.percent, row.status]
+    return [row.method, row.label, row.pruning_rate, row.asked_rate, row.removed_percent, row.status]
 
 
 def _compared(task: str, compared: Compared) -> list[Any]:

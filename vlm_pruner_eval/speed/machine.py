@@ -62,7 +62,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def write_json(result: dict[str, Any], out: Path | None) -> None:
-    """Print the result as one line, the last on stdout, and write it to a file if one is named.
+    """Write the result to a file, if one is named.
 
     Raises
     ------
@@ -75,4 +75,3 @@ def write_json(result: dict[str, Any], out: Path | None) -> None:
             out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--out: {out} can't be written ({error}); choose another place.") from error
-    print(json.dumps(result), flush=True)

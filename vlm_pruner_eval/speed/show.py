@@ -106,6 +106,21 @@ def print_questions(result: dict[str, Any]) -> None:
     Console(width=WIDTH).print(table)
 
 
+def print_shared(result: dict[str, Any]) -> None:
+    """A line for every round, then what differs."""
+    table = Table("round", "separate s", "shared s", "shared / separate", box=None, pad_edge=False)
+    for number, timed in enumerate(result["rounds"], start=1):
+        times = [timed[way]["wall_s"] for way in ("separate", "shared")]
+        table.add_row(str(number), *(f"{time:.0f}" for time in times), f"{times[1] / times[0]:.2f}")
+    console = Console(width=WIDTH)
+    console.print(table)
+    _say(
+        console,
+        f"{result['config']}: {result['runs']} runs, {result['samples']} answers in each round; median ratio {result['ratio']:.2f}; "
+        f"{result['different']} answers or scores differ, {result['failed']} runs failed.",
+    )
+
+
 def _say(console: Console, line: str) -> None:
     console.print(line, highlight=False, markup=False)
 

@@ -50,6 +50,19 @@ def hold(root: Path, shard: Part | None = None, *, is_child: bool = False) -> It
         lock.release()
 
 
+def refuse_held(root: Path) -> None:
+    """Refuse a directory that another process holds, without taking it.
+
+    Raises
+    ------
+    ConfigError
+        With who that is.
+    """
+    for path in (root / _SWEEP, *sorted(root.glob(_SHARDS))):
+        if holder := living(path):
+            raise _refused(root, holder)
+
+
 def is_held_by_parent(root: Path) -> bool:
     """Whether the process that started this one holds a directory as a sweep."""
     holder = living(root / _SWEEP)

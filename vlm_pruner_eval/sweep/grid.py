@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -80,9 +81,9 @@ def expand(config: SweepConfig) -> list[Run]:
     problems: list[str] = []
     sources = identity.task_sources(config.tasks, config.include_path)
     runs = [_make_run(config, sources, label="unpruned", method=UNPRUNED)]
-    for index, entry in enumerate(config.methods):
+    for index, (entry, label) in enumerate(zip(config.methods, _labels(config.methods), strict=True)):
         try:
-            runs += _runs_of(config, sources, entry)
+            runs += _runs_of(config, sources, entry, label)
         except ConfigError as error:
             problems += [f"methods[{index}]: {problem}" for problem in error.problems]
     problems += [*_duplicates(runs), *budget_mixtures((run.key, run.method, run.config["parameters"]) for run in runs)]
@@ -146,7 +147,19 @@ def run_hash(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
 
 
-def _runs_of(config: SweepConfig, sources: Mapping[str, str], entry: MethodEntry) -> Iterator[Run]:
+def _labels(entries: Sequence[MethodEntry]) -> list[str]:
+    """Return the labels of entries; of several without one, which would have one name, those with parameters are told apart by them."""
+    times = Counter((entry.shown, bool(entry.seeds)) for entry in entries if entry.label is None)
+    return [_label(entry, is_alone=entry.label is not None or times[entry.shown, bool(entry.seeds)] == 1) for entry in entries]
+
+
+def _label(entry: MethodEntry, *, is_alone: bool) -> str:
+    if is_alone or not entry.parameters:
+        return entry.shown
+    return f"{entry.shown} {', '.join(f'{name}={value}' for name, value in entry.parameters.items())}"
+
+
+def _runs_of(config: SweepConfig, sources: Mapping[str, str], entry: MethodEntry, label: str) -> Iterator[Run]:
     from vlm_pruner_eval.pruners import parameters, pruner_class  # torch: only where a grid is really built
 
     known = parameters(pruner_class(entry.name))
@@ -170,9 +183,7 @@ def _runs_of(config: SweepConfig, sources: Mapping[str, str], entry: MethodEntry
         for seed in seeds:
             params = dict(entry.parameters) if seed is None else entry.parameters | {"seed": seed}
             try:
-                yield _make_run(
-                    config, sources, label=entry.shown, method=entry.name, asked_rate=rate, params=params, seed=seed, entry=entry
-                )
+                yield _make_run(config, sources, label=label, method=entry.name, asked_rate=rate, params=params, seed=seed, entry=entry)
             except ConfigError as error:
                 problems += error.problems
     if problems:

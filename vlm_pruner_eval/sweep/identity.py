@@ -30,6 +30,8 @@ _LARGEST = 2**20  # bytes of a file that is still source
 
 # Names in the YAML files of tasks, which need not be parsed for them (there are thousands).
 _DEFINED = re.compile(r"^(?:task|group|tag)[ \t]*:[ \t]*[\"']?([^\s\"'#\[]+)", re.MULTILINE)
+_QUOTED = re.compile(r"""^["']?(?:task|group|tag)["']?[ \t]*:[ \t]*["']?([^\s"'#\[,]+)""", re.MULTILINE)
+_VALUE = r"""(?:^[ \t]*|:[ \t]*|-[ \t]*|[\[,][ \t]*)["']?{}["']?[ \t]*(?:$|#|,|\])"""
 _BLOCK = r"^{}[ \t]*:[ \t]*\n((?:[ \t]*-.*\n?)+)"
 _TAGS, _MEMBERS = (re.compile(_BLOCK.format(key), re.MULTILINE) for key in ("tag", "task"))
 _ITEM = re.compile(r"^[ \t]*-[ \t]*[\"']?([^\s\"'#:]+)[\"']?[ \t]*$", re.MULTILINE)
@@ -92,7 +94,7 @@ def task_sources(names: Sequence[str], include_path: str | None = None) -> dict[
     include_path
         A folder of the user's own with task files.
     """
-    outside = [name for name in names if name not in _own_task_names()]
+    outside = [name for name in names if name not in own_task_names()]
     if not outside:
         return {}
     files = _definitions(_task_folders(include_path))
@@ -104,8 +106,23 @@ def task_sources(names: Sequence[str], include_path: str | None = None) -> dict[
     return found
 
 
-def _own_task_names() -> set[str]:
+def own_task_names() -> set[str]:
+    """Return the names of the tasks of this package."""
     return {file.stem for folder in _OWN_TASKS for file in folder.glob("*.yaml")}
+
+
+def defined_names(include_path: str | None = None) -> set[str]:
+    """Return the names of tasks, groups and tags that files define; lmms-eval's own index may know a few more, see `is_mentioned`."""
+    files = [file for folder in _task_folders(include_path) for file in folder.rglob("*.y*ml")]
+    return {name for file in files for name in _QUOTED.findall(_text(file))} | set(_definitions(_task_folders(include_path)))
+
+
+def is_mentioned(name: str, include_path: str | None = None) -> bool:
+    """Return True if any file of tasks is called by a name, or holds it as a value or an item: what is False is no task at all."""
+    value = re.compile(_VALUE.format(re.escape(name)), re.MULTILINE)
+    patterns = ("*yaml", "*.yml")  # templates have no dot
+    files = (file for folder in _task_folders(include_path) for pattern in patterns for file in folder.rglob(pattern))
+    return any(file.stem == name or value.search(_text(file)) for file in files)
 
 
 def _task_folders(include_path: str | None) -> list[Path]:

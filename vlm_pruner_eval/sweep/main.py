@@ -1,24 +1,25 @@
-"""What the command `sweep` does with its options: which process this is, and what it prints and reports at its end."""
+"""The command `sweep` behind its options: which process this is, and what it reports at its end."""
 
 from __future__ import annotations
 
-import json
+import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vlm_pruner_eval.ending import FAILED
 from vlm_pruner_eval.errors import StoppedError
 from vlm_pruner_eval.lmms.plan import Part
+from vlm_pruner_eval.sweep import early
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.directory import is_held_by_parent
-from vlm_pruner_eval.sweep.executors import choose
-from vlm_pruner_eval.sweep.executors.allotment import STOPPED, end_with_parent
-from vlm_pruner_eval.sweep.executors.ranks import rank_of
 from vlm_pruner_eval.sweep.lock import Lock
-from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
 from vlm_pruner_eval.sweep.signals import terminable
+
+if TYPE_CHECKING:
+    from vlm_pruner_eval.sweep.runner import Outcome
 
 Report = Callable[[Path], dict[str, Path]]
 
@@ -39,8 +40,16 @@ class Asked:
     parts: int | None = None
 
 
-def run(asked: Asked, report: Report) -> int:
-    """Run a sweep, report it, and return the exit code.
+@dataclass(frozen=True)
+class Ended:
+    """The exit code, and what a program may want to know; nothing of processes that others speak for."""
+
+    code: int
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run(asked: Asked, report: Report) -> Ended:
+    """Run a sweep and report it.
 
     Parameters
     ----------
@@ -54,26 +63,45 @@ def run(asked: Asked, report: Report) -> int:
     ConfigError, StoppedError
         See `run_sweep`, `executors.choose` and `Part.parse`.
     """
+    if (n_runs := _finished(asked)) is not None:
+        print(f"All {n_runs} runs are finished already.", file=sys.stderr)
+        return Ended(0, {"runs": n_runs, "skipped": n_runs, "failed": 0, "report": str(report(asked.output)["md"])})
+    if "lmms_eval" not in sys.modules and asked.todo is None:
+        print(f"{asked.config.name}: loading transformers and lmms-eval ...", file=sys.stderr, flush=True)
+    from vlm_pruner_eval.sweep.executors import choose
+    from vlm_pruner_eval.sweep.executors.ranks import rank_of
+    from vlm_pruner_eval.sweep.runner import run_sweep
+
     rank, shard = rank_of(), None if asked.shard is None else Part.parse(asked.shard)
     how = {"processes": asked.processes, "address": asked.address, "parts": asked.parts}
     executor = choose(asked.executor, **how, shard=shard, is_rank=rank is not None)
     options = {"retry_failed": asked.retry_failed, "rerun": asked.rerun, "executor": executor, "shard": shard, "todo": asked.todo}
     with terminable():
         if asked.todo is not None:
-            return _as_child(asked, options)
+            return Ended(_as_child(asked, options))
         outcome = run_sweep(asked.config, asked.output, **options)
         if rank is not None and rank.index:
-            return 0  # the first rank speaks for all
+            return Ended(0)  # the first rank speaks for all
         paths = report(asked.output) if shard is None else _report_once(asked.output, outcome, report)
     summary = {"runs": outcome.runs, "skipped": outcome.skipped, "failed": outcome.failed}
     if shard is not None:
         summary |= {"left": outcome.left}
-    print(json.dumps(summary | {"report": str(paths["md"]) if paths else None}), flush=True)
-    return FAILED if outcome.failed else 0
+    return Ended(FAILED if outcome.failed else 0, summary | {"report": str(paths["md"]) if paths else None})
+
+
+def _finished(asked: Asked) -> int | None:
+    """The number of runs of a sweep that is finished; None if there is something to do, or others take part in it."""
+    others = (asked.executor, asked.processes, asked.shard, asked.todo, asked.address, asked.parts)
+    if any(option is not None for option in others) or os.environ.get("WORLD_SIZE", "1") != "1":
+        return None
+    return early.look(asked.config, asked.output, rerun=asked.rerun)
 
 
 def _as_child(asked: Asked, options: dict) -> int:
     """A process that a sweep has started itself: that one reads the outcome from the store, and tells a stop from a crash by the code."""
+    from vlm_pruner_eval.sweep.executors.allotment import STOPPED, end_with_parent
+    from vlm_pruner_eval.sweep.runner import run_sweep
+
     if is_held_by_parent(asked.output):
         end_with_parent()
     try:

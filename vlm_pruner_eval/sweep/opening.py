@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -16,6 +15,7 @@ from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.lmms.plan import WHOLE, Part
 from vlm_pruner_eval.sweep import provenance, scores
 from vlm_pruner_eval.sweep.config import ModelSection, SweepConfig
+from vlm_pruner_eval.sweep.early import unknown_task
 from vlm_pruner_eval.sweep.grid import Run
 from vlm_pruner_eval.sweep.hub_code import hub_code_problems
 from vlm_pruner_eval.sweep.images import ImageStore, Keeper
@@ -55,6 +55,8 @@ def open_session(
     """
     if load is None:
         selftest.run()
+    if task_manager is None:
+        console.print("Reading lmms-eval's tasks ...", highlight=False)
     task_manager = check_tasks(config, task_manager)
     for task in unscorable(config, task_manager):
         console.print(f"{task} is {scores.NOT_SCORABLE}; without its score, rows have no relative average.", highlight=False)
@@ -100,12 +102,8 @@ def check_tasks(config: SweepConfig, task_manager: Any = None) -> Any:
         if config.include_path is not None and not Path(config.include_path).is_dir():
             raise ConfigError(f"include_path: there is no folder at {config.include_path}, expected one with task files of your own.")
         task_manager = TaskManager(verbosity="WARNING", include_path=config.include_path, model_name=config.model.id)
-    known, problems = task_manager.all_tasks, []
-    for task in config.tasks:
-        if task not in known:
-            close = difflib.get_close_matches(task, known, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            problems.append(f"tasks: got {task!r}, which lmms-eval does not know; {hint}`lmms-eval tasks list` shows all names.")
+    known = task_manager.all_tasks
+    problems = [unknown_task(task, known) for task in config.tasks if task not in known]
     found = [task for task in config.tasks if task in known]
     problems += hub_code_problems(found, task_manager)
     problems = problems or list(module_problems(found, task_manager))  # what runs code of the hub is not imported before
@@ -136,7 +134,7 @@ def _load_model(section: ModelSection, load: Loader | None) -> Any:
         from vlm_pruner_eval.lmms.wrapper import load
     args = section.model_dump(exclude={"id", "visual_tokens", "layers"}, exclude_none=True)
     model = load(section.id, **args)
-    model.keep_loaded, model.exit_on_failure = True, False
+    model.keep_loaded, model.refuses_failures = True, False
     return model
 
 

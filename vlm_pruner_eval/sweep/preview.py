@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,8 +119,11 @@ def _all_kept(runs: Sequence[Run], n_visual: int | None, layers: int | None) -> 
 
 
 def print_preview(console: Console, seen: Preview) -> None:
-    """The grid and the estimates for people, then one JSON object as the last line on stdout."""
-    table = Table("run", "method", "removed", "kept", "layer average", "", "id", box=None, pad_edge=False)
+    """Print the grid and the estimates."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("run", no_wrap=True, min_width=max(len(run.key) for run in seen.runs))  # which tells runs apart, seeds included
+    for name in ("method", "removed", "kept", "layers", ""):
+        table.add_column(name)
     for run, kept, status in zip(seen.runs, seen.kept, seen.status, strict=True):
         percent = rate_percent(run.pruning_rate)
         table.add_row(
@@ -131,14 +133,13 @@ def print_preview(console: Console, seen: Preview) -> None:
             "" if kept.kept is None else f"{kept.kept} of {seen.n_visual}",
             "" if kept.layer_averaged is None else f"{kept.layer_averaged:.1f}",
             {FINISHED: "finished", FAILED: "failed"}.get(status, ""),
-            run.run_id.rpartition("-")[2],
         )
     console.print(table)
+    console.print("kept: visual tokens from the cut on; layers: the same, averaged over all layers", markup=False, highlight=False)
     for name, text in (("questions", _questions(seen)), ("disk", _disk(seen)), ("time", _time(seen))):
         console.print(f"{name:10s}{text}", markup=False, highlight=False, soft_wrap=True)
     for notice in seen.notices:
         console.print(notice, markup=False, highlight=False, soft_wrap=True)
-    print(json.dumps(seen.as_json()), flush=True)
 
 
 def _questions(seen: Preview) -> str:

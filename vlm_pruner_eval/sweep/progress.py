@@ -37,6 +37,7 @@ class SweepProgress:
         self._console, self._total, self._clock = console, total, clock
         self._passed = self._failed = 0
         self._name, self._said = "", clock()
+        self._found = 0  # answers of the run that an earlier process left, until it is said
         self._together = 0  # runs that share their answers
         self.speed = Speed(total if todo is None else todo, clock=clock)
         self._bars: Progress | None = None
@@ -66,6 +67,7 @@ class SweepProgress:
     def start(self, name: str) -> None:
         """A run begins."""
         self._name, self._said = name, self._clock()
+        self._found = 0
         self.speed.start()
         if self._bars:
             self._bars.reset(self._run_bar, description=name)
@@ -91,6 +93,11 @@ class SweepProgress:
     def answered(self, count: int, is_new: bool = True) -> None:
         """So many more answers of the run; those that an earlier process left are not new, and say nothing of the speed."""
         self.speed.answered(count, is_new)
+        if not is_new:
+            self._found += count
+        elif self._found:
+            self._line(f"{self._name}: goes on behind {self._found} of {self.speed.questions}")
+            self._found = 0
         self._show()
 
     def _show(self) -> None:

@@ -20,6 +20,7 @@ from vlm_pruner_eval.sweep.executors.allotment import read_todo
 from vlm_pruner_eval.sweep.executors.ranks import Ranks, rank_of
 from vlm_pruner_eval.sweep.grid import expand
 from vlm_pruner_eval.sweep.opening import Loader
+from vlm_pruner_eval.sweep.status import HALF_DONE, read_status
 from vlm_pruner_eval.sweep.store import FAILED, FINISHED, Store
 
 
@@ -94,9 +95,35 @@ def run_sweep(
             _say_what_differs(work, before)
         stamps, made_by = (_stamps(work, before, retry_failed, again), {}) if todo is None else read_todo(todo, work.runs)
         work = replace(work, status=before, stamps=stamps, check=lock.check, made_by=made_by)
-        _make(work, Shard(shard) if shard is not None else executor or Local())
+        with _told_when_stopped(work, is_silent=todo is not None):
+            _make(work, Shard(shard) if shard is not None else executor or Local())
         after = _status(work)
     return _outcome(work, after, is_shard=shard is not None)
+
+
+@contextmanager
+def _told_when_stopped(work: Work, *, is_silent: bool) -> Iterator[None]:
+    """Say what is kept when Ctrl-C or SIGTERM stops the sweep; `is_silent` of processes for which another one speaks."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not is_silent:
+            work.console.print(_stopped(work.store.root), markup=False, highlight=False, soft_wrap=True)
+        raise
+
+
+def _stopped(root: Path) -> str:
+    try:
+        found = read_status(root, lambda directory: None)
+    except ConfigError:  # the grid was not written yet
+        return "Stopped before the first run; nothing is lost, the same command begins again."
+    parts = [f"{found.counts[FINISHED]} of {len(found.runs)} runs finished"]
+    begun = [run for run in found.runs if run.state == HALF_DONE]
+    if len(begun) == 1:
+        parts.append(f"{begun[0].answers} of {begun[0].expected or '?'} answers of {begun[0].key} kept")
+    elif begun:
+        parts.append(f"{sum(run.answers for run in begun)} answers of {len(begun)} runs kept")
+    return f"Stopped. {', '.join(parts)}; the same command goes on."
 
 
 def _status(work: Work) -> dict[str, str | None]:
@@ -136,7 +163,8 @@ def _run_rank(work: Work, part: Part, retry_failed: bool, again: Set[str]) -> Ou
         stamps = ranks.agree("runs", _stamps(work, before, retry_failed, again) if ranks.is_first else None)
         work = replace(work, console=ranks.console(work.console), status=before, stamps=stamps, check=check)
         if ranks.is_first or stamps:
-            _make(work, ranks)
+            with _told_when_stopped(work, is_silent=not ranks.is_first):
+                _make(work, ranks)
         ranks.part_company()
         after = _status(work)
     return _outcome(work, after)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,6 +15,8 @@ from rich.table import Table
 
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.lmms.lines import read_entries
+from vlm_pruner_eval.sweep.score_line import score_line
+from vlm_pruner_eval.sweep.speed import duration
 from vlm_pruner_eval.sweep.store import FAILED, FINISHED, Store
 
 RUNNING, HALF_DONE, DAMAGED, NOT_BEGUN = "running", "half done", "damaged", "not begun"
@@ -38,6 +39,10 @@ class RunStatus:
         Answers that are there, and that there will be; None where that is unknown.
     problem
         Why the run failed, or what is wrong with its files; else None.
+    scores
+        Of a finished run, in words.
+    seconds
+        That its answers took; None unless it is finished and had a time of its own.
     """
 
     key: str
@@ -46,6 +51,8 @@ class RunStatus:
     answers: int = 0
     expected: int | None = None
     problem: str | None = None
+    scores: str = ""
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,15 @@ class SweepStatus:
         found = Counter(run.state for run in self.runs)
         return {state: found[state] for state in STATES}
 
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimate of what one process needs for the answers that are missing, at the pace of the finished runs; None where unknown."""
+        timed = [run for run in self.runs if run.seconds and run.answers]
+        left = [None if run.expected is None else run.expected - run.answers for run in self.runs if run.state not in (FINISHED, FAILED)]
+        if not timed or None in left:
+            return None
+        return sum(left) * sum(run.seconds for run in timed) / sum(run.answers for run in timed)
+
     def as_json(self) -> dict[str, Any]:
         """Plain types."""
         expected = [run.expected for run in self.runs]
@@ -71,6 +87,7 @@ class SweepStatus:
             **{state.replace(" ", "_"): count for state, count in self.counts.items()},
             "answers": sum(run.answers for run in self.runs),
             "expected": None if None in expected else sum(expected),
+            "seconds_left": self.seconds_left,
             "held_by": self.held_by,
         }
 
@@ -112,7 +129,10 @@ def _read_run(store: Store, key: str, run_id: str, holder_of: Holders, is_held: 
         return RunStatus(key, run_id, HALF_DONE, done, asked)  # it is tried again; the record stays until it is replaced
     if state is not None:
         answers = record["n_answers"] or done
-        return RunStatus(key, run_id, state, answers, answers if state == FINISHED else None, record["problem"])
+        if state == FAILED:
+            return RunStatus(key, run_id, state, answers, None, record["problem"])
+        seconds = None if record.get("shared_prefix") else record["times"].get("answers_s")
+        return RunStatus(key, run_id, state, answers, answers, record["problem"], score_line(record, None), seconds)
     if record is not None or (folder / "run.json").exists():
         damage = "its record can't be read or its samples.jsonl is missing; the same command runs it again."
     if damage is not None:
@@ -156,16 +176,16 @@ def _written(folder: Path, pattern: str) -> float:
 
 
 def print_status(console: Console, status: SweepStatus) -> None:
-    """A table of the runs, then one JSON object as the last line on stdout."""
-    table = Table("run", "state", "answers", "problem", box=None, pad_edge=False)
+    """Print a table of the runs."""
+    table = Table("run", "state", "answers", "scores or problem", box=None, pad_edge=False)
     for run in status.runs:
         answers = f"{run.answers} of {'?' if run.expected is None else run.expected}" if run.state != NOT_BEGUN else ""
-        table.add_row(escape(run.key), run.state, answers, escape(_short(run.problem or "")))
+        table.add_row(escape(run.key), run.state, answers, escape(_short(run.problem or run.scores)))
     console.print(table)
     counts = ", ".join(f"{count} {state}" for state, count in status.counts.items() if count)
     held = f"held by {status.held_by}" if status.held_by else "no process holds it"
-    console.print(f"\n{status.name}: {len(status.runs)} runs: {counts}; {held}.", markup=False, highlight=False, soft_wrap=True)
-    print(json.dumps(status.as_json()), flush=True)
+    left = "" if not status.seconds_left else f" About {duration(status.seconds_left)} left in one process."
+    console.print(f"\n{status.name}: {len(status.runs)} runs: {counts}; {held}.{left}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _short(text: str) -> str:

@@ -83,7 +83,7 @@ class Store:
         """
         path = self.root / "sweep.json"
         try:
-            write_atomic(path, to_json({"name": name, "config": source, "runs": list(runs)}) + "\n")
+            write_atomic(path, self._grid(name, source, runs))
             self.stopped.unlink(missing_ok=True)
             for folder in (self.root, *(child for child in self.root.iterdir() if child.is_dir())):
                 remove_leftovers(folder, like=path)
@@ -91,6 +91,17 @@ class Store:
             if full := stopped(error):
                 raise full from error
             raise ConfigError(f"output: {str(self.root)!r} can't be written ({error}); choose another folder with --output.") from error
+
+    def is_of(self, name: str, source: dict[str, Any], runs: Iterable[dict[str, Any]]) -> bool:
+        """Return True if the grid of the directory is the one that `begin` would write."""
+        try:
+            return (self.root / "sweep.json").read_text(encoding="utf-8") == self._grid(name, source, runs)
+        except (OSError, UnicodeDecodeError):
+            return False
+
+    @staticmethod
+    def _grid(name: str, source: dict[str, Any], runs: Iterable[dict[str, Any]]) -> str:
+        return to_json({"name": name, "config": source, "runs": list(runs)}) + "\n"
 
     @property
     def stopped(self) -> Path:

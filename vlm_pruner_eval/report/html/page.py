@@ -184,7 +184,7 @@ def _differences(results: Results, rows: Sequence[Row], comparisons: Comparisons
     return Section(
         "differences",
         "Differences, and what they can show",
-        tables=_there(differences(rows, results, comparisons), power(results, comparisons)),
+        tables=_there(differences(rows, results, comparisons, coloured=True), power(results, comparisons)),
         folded=_there(contests(results, comparisons)),
     )
 

@@ -24,20 +24,22 @@ _COSTS = (
 
 
 def tokens(rows: Sequence[Row]) -> Table:
-    """Tokens asked for and kept, the status of the runs, and the quirks that were counted."""
+    """Tokens asked for and kept, the status of the runs, and the misbehaviours of releases that were counted."""
 
     def entries(row: Row) -> Iterator[Entry]:
         yield Entry(row.status, kind="words" if row.status == "finished" else "words missing")
         for value in (text.spread(row.asked), text.spread(row.kept), text.number(row.layer_averaged)):
             yield Entry(value, kind="missing" if value == text.NOTHING else "")
-        yield Entry(text.quirks(row.quirks), kind="words")
+        yield Entry(text.quirks(row), kind="words")
 
-    columns = ("method", "status", "tokens asked", "tokens kept", "layer-averaged", "quirks counted")
+    columns = ("method", "status", "tokens asked", "tokens kept", "layer-averaged", "misbehaviours of the release")
     legend = (
         "Visual tokens a prompt: asked for, measured from the tensors (with their range where it varies), and the measured count averaged "
-        "over all decoder layers. Quirks: samples on which a misbehaviour of the authors' release acted, or would have.",
+        "over all decoder layers. Misbehaviours of the authors' release: on how many samples they acted (rows with official_quirks), or "
+        "would have acted and were mended here.",
+        *text.quirk_names(rows),
     )
-    return Table("table-tokens", "Visual tokens", columns, grouped(rows, entries), legend, words=("status", "quirks counted"))
+    return Table("table-tokens", "Visual tokens", columns, grouped(rows, entries), legend, words=("status", "misbehaviours of the release"))
 
 
 def costs(rows: Sequence[Row], found: Sequence[EfficiencyRow]) -> Table | None:
@@ -61,9 +63,9 @@ def costs(rows: Sequence[Row], found: Sequence[EfficiencyRow]) -> Table | None:
 
     legend = (
         f"GFLOPs of one prompt's prefill in the language model; ours: {OUR_FORMULA}; the literature's: {LITERATURE_FORMULA}. KV: keys and "
-        "values after the prefill, a prompt; measured from the tensors of the cache, padding included. Times: median, and under it the "
-        f"interquartile range; the prefill of a batch ({_batches(found)}) with the selection, without the vision tower. Peak memory is "
-        "measured on a GPU only.",
+        "values after the prefill, a prompt; measured from the tensors of the cache, padding included. Times: median, and in small "
+        f"print or brackets the interquartile range; the prefill of a batch ({_batches(found)}) with the selection, without the vision "
+        "tower. Peak memory is measured on a GPU only.",
     )
     return without_empty_columns(Table("table-costs", "What a prompt costs", ("method", *_COSTS), grouped(shown, entries), legend))
 

@@ -14,6 +14,7 @@ from vlm_pruner_eval.report.stats.paired import Estimate
 from vlm_pruner_eval.sweep.grid import UNPRUNED, rate_percent
 
 _SIGNIFICANT = 0.05
+_ROUNDED_TO_ZERO = 0.05  # one decimal is shown
 
 
 def scores(rows: Sequence[Row], results: Results, comparisons: Comparisons) -> Table:
@@ -32,7 +33,8 @@ def scores(rows: Sequence[Row], results: Results, comparisons: Comparisons) -> T
 
     bold = "Bold: the best of its rate, where the paired 95 % interval of its difference to the runner-up excludes 0." if winners else ""
     legend = (
-        "Under a score: its 95 % interval (bootstrap over clusters of documents), or ± the standard deviation over seeds. Relative Avg: "
+        "In small print or brackets: the 95 % interval of a score (bootstrap over clusters of documents); ± the standard deviation over "
+        "seeds. Relative Avg: "
         "100 × mean over the benchmarks of score / unpruned score (arXiv 2512.02700). Flips: share of answers that differ from the "
         "unpruned model's, mean over the benchmarks. Gain kept: (row − blind) / (unpruned − blind).",
     )
@@ -40,8 +42,11 @@ def scores(rows: Sequence[Row], results: Results, comparisons: Comparisons) -> T
     return Table("table-scores", "Scores by method and pruning rate", columns, grouped(rows, entries), (*legend, *filter(None, [bold])))
 
 
-def differences(rows: Sequence[Row], results: Results, comparisons: Comparisons) -> Table | None:
-    """Differences to the unpruned model with intervals and Holm-corrected p; None where none could be computed."""
+def differences(rows: Sequence[Row], results: Results, comparisons: Comparisons, *, coloured: bool = False) -> Table | None:
+    """Differences to the unpruned model with intervals and Holm-corrected p; None where none could be computed.
+
+    `coloured` says that the format shows colours, which the legend then explains.
+    """
     tasks, names = [*results.tasks, AVERAGE], text.short_names(results.tasks)
     pruned = [row for row in rows if row.method != UNPRUNED]
 
@@ -51,10 +56,12 @@ def differences(rows: Sequence[Row], results: Results, comparisons: Comparisons)
 
     if all(cell.difference is None for cell in comparisons.cells):
         return None
+    colours = f" (green: better, red: worse, p below {_SIGNIFICANT})" if coloured else ""
     legend = (
         "Row minus unpruned on the same documents, in the unit of the benchmark (Avg: percent of unpruned), with its paired 95 % interval "
-        f"and p after Holm's correction over the table (in report.html red or green below {_SIGNIFICANT}). McNemar: the exact test on "
-        "right and wrong answers, uncorrected, for scores of 0 or 1 and one seed; it takes documents to be independent.",
+        f"and p after Holm's correction over the table{colours}. McNemar: the exact test on right and wrong answers, uncorrected, for "
+        "scores of 0 or 1 and one seed; it takes documents to be independent. Where all documents score as unpruned, or all differ by "
+        "the same, nothing can be said of the width of an interval, and none is given.",
     )
     columns = ("method", *(names.get(task, task) for task in tasks))
     return Table("table-differences", "Difference to the unpruned model", columns, grouped(pruned, entries), legend)
@@ -126,6 +133,10 @@ def _share(value: float | None) -> Entry:
 def _difference(compared: Comparison | None) -> Entry:
     if compared is None or compared.difference is None:
         return NO_NUMBER
+    if compared.alike is not None:
+        is_zero = abs(compared.difference.value) < _ROUNDED_TO_ZERO
+        small = f"{compared.alike} of {compared.alike} equal" if is_zero else f"the same on all {compared.alike}"
+        return Entry(f"{0.0 if is_zero else compared.difference.value:+.1f}", (small,))
     small = [_of(compared.difference)]
     if compared.p_holm is not None:
         small.append(f"p {_p(compared.p_holm)}")

@@ -134,6 +134,7 @@ class _Table:
             mcnemar_p=listed[0].mcnemar_p if len(listed) == 1 else None,
             flip_rate=self._flip_rate(line, task),
             gain_kept=self._gain(line, task),
+            alike=self._documents(row, task) if p is not None and difference.low is None else None,
         )
 
     def _difference(self, first: _Line, second: _Line, task: str) -> tuple[Estimate, float | None]:
@@ -141,7 +142,11 @@ class _Table:
         if task not in first.draws or task not in second.draws:
             return Estimate(value), None
         draws = first.draws[task] - second.draws[task]
-        return paired.estimate(value, draws), paired.p_of_no_difference(value, draws, self._n_clusters(task))
+        return paired.difference(value, draws), paired.p_of_no_difference(value, draws, self._n_clusters(task))
+
+    def _documents(self, row: Row, task: str) -> int:
+        """Those of a row's task, or of all of them."""
+        return sum(row.cells[name].n or 0 for name in (self.results.tasks if task == AVERAGE else [task]))
 
     def _n_clusters(self, task: str) -> int:
         """Of an average, those of the task with the fewest."""

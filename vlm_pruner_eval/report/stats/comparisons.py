@@ -32,6 +32,8 @@ class Comparison:
     gain_kept
         (row - blind) / (unpruned - blind), 1 when everything is kept; None without a blind row, or when the model gains nothing
         from the image that the data can show.
+    alike
+        Documents, where the difference is the same on every resample: there is no spread, so no interval. Else None.
     bold
         Best of its rate, and the interval of its difference to the runner-up excludes 0.
     """
@@ -48,6 +50,7 @@ class Comparison:
     mcnemar_p: float | None = None
     flip_rate: float | None = None
     gain_kept: Estimate | None = None
+    alike: int | None = None
     bold: bool = False
 
 

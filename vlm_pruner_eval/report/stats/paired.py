@@ -33,6 +33,14 @@ def estimate(value: float, draws: np.ndarray | None) -> Estimate:
     return Estimate(value) if draws is None else Estimate(value, *percentile_interval(draws))
 
 
+def difference(value: float, draws: np.ndarray) -> Estimate:
+    """A paired difference with the percentile interval of its `draws` [resamples]; without one where they do not differ at all.
+
+    Resampling documents that all differ by the same says nothing of the documents that were not asked.
+    """
+    return Estimate(value) if float(np.ptp(draws)) <= _ROUNDING else estimate(value, draws)
+
+
 def standard_error(draws: np.ndarray, n_clusters: int) -> float:
     """Standard deviation of `draws` [resamples], made as large as that of independent samples: a bootstrap's is biased by (n - 1) / n."""
     return float(np.std(draws, ddof=1)) * math.sqrt(n_clusters / (n_clusters - 1))

@@ -19,7 +19,7 @@ from vlm_pruner_eval.sweep.score_line import score_line, title
 from vlm_pruner_eval.sweep.session import Session
 from vlm_pruner_eval.sweep.store import FAILED, FINISHED, Store
 
-_SKIPPED = {FINISHED: "finished before, skipped", FAILED: "failed before, skipped", None: "left"}
+_SKIPPED = {FINISHED: "finished before, skipped", FAILED: "failed before, skipped; --retry-failed repeats it", None: "left"}
 
 
 @dataclass(frozen=True)

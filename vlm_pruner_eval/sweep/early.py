@@ -1,0 +1,65 @@
+"""Answers that need neither lmms-eval nor transformers, which take many seconds to import: refusals, and a sweep that is finished."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from pathlib import Path
+
+from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.sweep import identity, preflight, provenance
+from vlm_pruner_eval.sweep.config import SweepConfig
+from vlm_pruner_eval.sweep.directory import refuse_held
+from vlm_pruner_eval.sweep.grid import expand
+from vlm_pruner_eval.sweep.store import Store
+
+
+def look(config: SweepConfig, output: Path, *, rerun: str | None = None) -> int | None:
+    """Refuse what can be refused at once; nothing is written.
+
+    Returns
+    -------
+    int or None
+        How many runs the grid has, if all are finished and nothing is left to do in the directory; else None.
+
+    Raises
+    ------
+    ConfigError
+        Methods, tasks that no file defines, the output directory, another process that uses it.
+    """
+    runs, store = expand(config), Store(output)
+    store.check_writable()
+    preflight.refuse_other_sweep(store, config)
+    again = preflight.chosen_again(runs, rerun)
+    refuse_held(output)
+    if "lmms_eval.tasks" not in sys.modules and (problems := task_problems(config)):  # where it is there, its own index is asked
+        raise ConfigError(problems)
+    if again or not store.is_of(config.name, config.model_dump(), [run.line() for run in runs]):
+        return None
+    files = provenance.checkpoint_files(config.model.pretrained, config.model.revision)
+    is_done = all(store.is_finished(run.run_id, files) for run in runs)
+    has_journals = any(next(store.run_dir(run.run_id).glob("journal*"), None) for run in runs)
+    return len(runs) if is_done and not has_journals else None
+
+
+def task_problems(config: SweepConfig) -> list[str]:
+    """Return a sentence for every task that no file mentions; lmms-eval's own index decides on all others."""
+    outside = [task for task in config.tasks if task not in identity.own_task_names()]
+    if not outside:
+        return []
+    if config.include_path is not None and not Path(config.include_path).is_dir():
+        return [f"include_path: there is no folder at {config.include_path}, expected one with task files of your own."]
+    known = identity.defined_names(config.include_path) | identity.own_task_names()
+    unknown = [task for task in outside if task not in known and not identity.is_mentioned(task, config.include_path)]
+    return [unknown_task(task, known) for task in unknown]
+
+
+def unknown_task(task: str, known: set[str] | list[str]) -> str:
+    """Return the sentence about a task that lmms-eval does not know, with the closest known one."""
+    close = _closest(task, known)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"tasks: got {task!r}, which lmms-eval does not know; {hint}`lmms-eval tasks list` shows all names."
+
+
+def _closest(task: str, known: set[str] | list[str]) -> list[str]:
+    return difflib.get_close_matches(task, sorted(known), n=1, cutoff=0.5)
