@@ -76,11 +76,13 @@ def test_a_sweep_ends_with_table_and_paths_or_with_json(tmp_path: Path, behaviou
     assert summary == {"runs": 3, "skipped": 0, "failed": 0, "report": "output/tiny/report.md"}
     assert Path(summary["report"]).read_text().startswith("# tiny")
     assert len(told.stdout.splitlines()) == 1
-    result = call("sweep", write(tmp_path))
+    result = call("sweep", write(tmp_path), "--output", "again")
     assert result.exit_code == 0 and "{" not in result.stdout
     assert "66.7 %" in result.stdout
     for kind in ("report.json", "report.csv", "accuracy_vs_rate.png", "accuracy_vs_rate.svg"):
-        assert f"output/tiny/{kind}" in result.stdout
+        assert f"again/{kind}" in result.stdout
+    shown = call("sweep", write(tmp_path))
+    assert shown.exit_code == 0 and "3 finished" in shown.stdout and "output/tiny/report.md" in shown.stdout
     again = call("sweep", write(tmp_path), "--json")
     assert (again.exit_code, last_json(again)["skipped"]) == (0, 3)
 

@@ -73,6 +73,7 @@ ALLOWED = {
 }
 # what a part of report may import of report: from reading over numbers to tables and pictures, and from those to formats
 INSIDE_REPORT = {
+    "current": set(),
     "documents": set(),
     "shape": set(),
     "load": {"documents", "shape"},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from sweep_standin import Behaviour, StandIn, make_config, task_manager, write_t
 
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.lmms.plan import Part
+from vlm_pruner_eval.report.build import build
+from vlm_pruner_eval.report.current import current_report
 from vlm_pruner_eval.sweep import early, identity
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.directory import hold
@@ -31,6 +35,7 @@ def sweep(config: SweepConfig, output: Path, behaviour: Behaviour | None = None)
 
 def test_a_finished_sweep_is_known_and_every_other_is_not(config: SweepConfig, tmp_path: Path) -> None:
     output = tmp_path / "out"
+    early.refuse(config, output)
     assert early.look(config, output) is None and not output.exists()
     sweep(config, output)
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
@@ -52,7 +57,7 @@ def test_a_failed_run_is_left_to_do(config: SweepConfig, tmp_path: Path) -> None
 @pytest.mark.parametrize("shard", [None, Part(0, 2)])
 def test_a_folder_in_use_is_refused(config: SweepConfig, tmp_path: Path, shard: Part | None) -> None:
     with hold(tmp_path / "out", shard), pytest.raises(ConfigError, match="is in use by process"):
-        early.look(config, tmp_path / "out")
+        early.refuse(config, tmp_path / "out")
 
 
 def test_tasks_that_no_file_defines_are_refused(tmp_path: Path) -> None:
@@ -78,10 +83,26 @@ def test_nothing_heavy_is_imported() -> None:
         "import sys; from vlm_pruner_eval.sweep import main, early; from vlm_pruner_eval.reproduce import plan\n"
         "from vlm_pruner_eval.sweep.config import validate; from pathlib import Path\n"
         "raw = dict(name='a', model=dict(id='vlmpruner_llava', pretrained='minivlm'), tasks=['pope'], methods=['fastv'])\n"
+        "try: early.refuse(validate(raw | dict(pruning_rates=[0.5], tasks=['pop'])), Path('/tmp/there-is-nothing'))\n"
+        "except ValueError as error: print('did you mean \\'pope\\'' in str(error), 'torch' in sys.modules)\n"
         "print(early.look(validate(raw | dict(pruning_rates=[0.5])), Path('/tmp/there-is-nothing')))\n"
-        "try: early.look(validate(raw | dict(pruning_rates=[0.5], tasks=['pop'])), Path('/tmp/there-is-nothing'))\n"
-        "except ValueError as error: print('did you mean \\'pope\\'' in str(error))\n"
         "print({'transformers', 'lmms_eval'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout == "None\nTrue\nset()\n", done.stdout + done.stderr
+    assert done.stdout == "True False\nNone\nset()\n", done.stdout + done.stderr
+
+
+def test_a_finished_sweeps_report_is_written_again_only_where_something_is_newer(config: SweepConfig, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    sweep(config, output)
+    assert current_report(output) is None
+    build(output)
+    assert current_report(output) == output / "report.md"
+    record = next(output.glob("runs/fastv*")) / "run.json"
+    os.utime(record, (time.time() + 5, time.time() + 5))
+    assert current_report(output) is None
+    build(output)
+    os.utime(record, (0, 0))
+    assert current_report(output) is not None
+    (output / "report.html").unlink()
+    assert current_report(output) is None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -109,21 +111,28 @@ def sweep(
     how = {"executor": executor, "processes": processes, "shard": shard, "todo": todo, "address": address, "parts": parts}
     overrides = {name: value for name, value in {"share_prefix": share_prefix, "limit": limit}.items() if value is not None}
     with stdout(as_json) as out:
-        loaded = _load(config, overrides)
+        from vlm_pruner_eval.sweep import early
+        from vlm_pruner_eval.sweep import main as sweep_main
+
+        def refuse(unchecked: SweepConfig) -> None:
+            asked = sweep_main.Asked(unchecked, output or _output_of(unchecked), **how)
+            if asked.is_alone and not dry_run:
+                early.refuse(asked.config, asked.output)
+
+        loaded = _load(config, overrides, refuse)
         directory = output or _output_of(loaded)
         if dry_run:
             _preview(loaded, directory, out)
             return
-        from vlm_pruner_eval.sweep import main as sweep_main
-
-        ended = sweep_main.run(sweep_main.Asked(loaded, directory, retry_failed, rerun, **how), functools.partial(_report, out=out))
+        asked = sweep_main.Asked(loaded, directory, retry_failed, rerun, **how)
+        ended = sweep_main.run(asked, functools.partial(_report, out=out), functools.partial(_show, out=out))
         out.add(ended.summary)
         if ended.code:
             raise typer.Exit(ended.code)
 
 
-def _load(path: Path, overrides: dict[str, Any]) -> SweepConfig:
-    """A checked sweep file."""
+def _load(path: Path, overrides: dict[str, Any], refuse: Callable[[SweepConfig], None]) -> SweepConfig:
+    """A checked sweep file; `refuse` is asked about one without faults of form, before methods are imported, which takes seconds."""
     from vlm_pruner_eval import versions
     from vlm_pruner_eval.sweep.progress import quieten
 
@@ -132,6 +141,11 @@ def _load(path: Path, overrides: dict[str, Any]) -> SweepConfig:
     from vlm_pruner_eval.sweep import config as sweep_config
     from vlm_pruner_eval.sweep.grid import method_problems
 
+    unchecked = None
+    with contextlib.suppress(ConfigError):  # reported below, together with the methods' problems
+        unchecked = sweep_config.load(path, overrides=overrides)
+    if unchecked is not None:
+        refuse(unchecked)
     return sweep_config.load(path, overrides=overrides, check=method_problems)
 
 
@@ -329,6 +343,20 @@ def _report(directory: Path, out: Stdout) -> dict[str, Path]:
     for kind, path in paths.items():
         out.line(f"{kind.rpartition('.')[2]:7s}{path}")
     return paths
+
+
+def _show(directory: Path, out: Stdout) -> dict[str, Path]:
+    """Scores of a finished sweep, and its report, which is written only where something is newer."""
+    from vlm_pruner_eval.report.current import current_report
+    from vlm_pruner_eval.sweep.lock import holder_of
+    from vlm_pruner_eval.sweep.status import print_status, read_status
+
+    path = current_report(directory)
+    if path is None:
+        return _report(directory, out)
+    print_status(out.console(), read_status(directory, holder_of))
+    out.line(f"md     {path}")
+    return {"md": path}
 
 
 def _recompute(out: Stdout) -> None:

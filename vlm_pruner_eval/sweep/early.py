@@ -14,8 +14,24 @@ from vlm_pruner_eval.sweep.grid import expand
 from vlm_pruner_eval.sweep.store import Store
 
 
+def refuse(config: SweepConfig, output: Path) -> None:
+    """Refuse what can be refused without knowing any method (which needs torch); nothing is written.
+
+    Raises
+    ------
+    ConfigError
+        Tasks that no file defines, the output directory, another process that uses it.
+    """
+    store = Store(output)
+    store.check_writable()
+    preflight.refuse_other_sweep(store, config)
+    refuse_held(output)
+    if "lmms_eval.tasks" not in sys.modules and (problems := task_problems(config)):  # where it is there, its own index is asked
+        raise ConfigError(problems)
+
+
 def look(config: SweepConfig, output: Path, *, rerun: str | None = None) -> int | None:
-    """Refuse what can be refused at once; nothing is written.
+    """Tell if there is anything to do.
 
     Returns
     -------
@@ -25,15 +41,11 @@ def look(config: SweepConfig, output: Path, *, rerun: str | None = None) -> int 
     Raises
     ------
     ConfigError
-        Methods, tasks that no file defines, the output directory, another process that uses it.
+        Methods that can't be run as written.
     """
-    runs, store = expand(config), Store(output)
-    store.check_writable()
-    preflight.refuse_other_sweep(store, config)
+    runs = expand(config)
+    store = Store(output)
     again = preflight.chosen_again(runs, rerun)
-    refuse_held(output)
-    if "lmms_eval.tasks" not in sys.modules and (problems := task_problems(config)):  # where it is there, its own index is asked
-        raise ConfigError(problems)
     if again or not store.is_of(config.name, config.model_dump(), [run.line() for run in runs]):
         return None
     files = provenance.checkpoint_files(config.model.pretrained, config.model.revision)

@@ -39,6 +39,12 @@ class Asked:
     address: str | None = None
     parts: int | None = None
 
+    @property
+    def is_alone(self) -> bool:
+        """True of a sweep that no other process takes part in."""
+        others = (self.executor, self.processes, self.shard, self.todo, self.address, self.parts)
+        return all(option is None for option in others) and os.environ.get("WORLD_SIZE", "1") == "1"
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -48,7 +54,7 @@ class Ended:
     summary: Mapping[str, Any] = field(default_factory=dict)
 
 
-def run(asked: Asked, report: Report) -> Ended:
+def run(asked: Asked, report: Report, show: Report) -> Ended:
     """Run a sweep and report it.
 
     Parameters
@@ -57,15 +63,18 @@ def run(asked: Asked, report: Report) -> Ended:
         The command line.
     report
         Writes and prints the report of a results directory, and returns its files.
+    show
+        The same of a sweep that was finished before; need not write what is there.
 
     Raises
     ------
     ConfigError, StoppedError
         See `run_sweep`, `executors.choose` and `Part.parse`.
     """
-    if (n_runs := _finished(asked)) is not None:
+    n_runs = early.look(asked.config, asked.output, rerun=asked.rerun) if asked.is_alone else None
+    if n_runs is not None:
         print(f"All {n_runs} runs are finished already.", file=sys.stderr)
-        return Ended(0, {"runs": n_runs, "skipped": n_runs, "failed": 0, "report": str(report(asked.output)["md"])})
+        return Ended(0, {"runs": n_runs, "skipped": n_runs, "failed": 0, "report": str(show(asked.output)["md"])})
     if "lmms_eval" not in sys.modules and asked.todo is None:
         print(f"{asked.config.name}: loading transformers and lmms-eval ...", file=sys.stderr, flush=True)
     from vlm_pruner_eval.sweep.executors import choose
@@ -87,14 +96,6 @@ def run(asked: Asked, report: Report) -> Ended:
     if shard is not None:
         summary |= {"left": outcome.left}
     return Ended(FAILED if outcome.failed else 0, summary | {"report": str(paths["md"]) if paths else None})
-
-
-def _finished(asked: Asked) -> int | None:
-    """The number of runs of a sweep that is finished; None if there is something to do, or others take part in it."""
-    others = (asked.executor, asked.processes, asked.shard, asked.todo, asked.address, asked.parts)
-    if any(option is not None for option in others) or os.environ.get("WORLD_SIZE", "1") != "1":
-        return None
-    return early.look(asked.config, asked.output, rerun=asked.rerun)
 
 
 def _as_child(asked: Asked, options: dict) -> int:
