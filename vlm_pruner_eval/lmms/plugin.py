@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
 from vlm_pruner_eval.errors import ConfigError, PruningError, closest
-from vlm_pruner_eval.shown import short, spelled_out, without_secrets
+from vlm_pruner_eval.shown import of_error, short, spelled_out, without_secrets
 
 if TYPE_CHECKING:
     import argparse
@@ -246,7 +246,7 @@ def exit_on_error(evaluate: Callable[[argparse.Namespace], tuple]) -> Callable[[
             if not is_ours:
                 raise
             print(without_secrets(traceback.format_exc()), file=sys.stderr)
-            exit_with(f"the evaluation of {args.model} failed: {type(error).__name__}: {error}", code=1)
+            exit_with(f"the evaluation of {args.model} failed: {of_error(error)}", code=1)
 
     return cli_evaluate_single
 

@@ -44,7 +44,7 @@ from vlm_pruner_eval.lmms.protocols import HF, Protocol
 from vlm_pruner_eval.lmms.resolve import family_class, resolve
 from vlm_pruner_eval.lmms.scoring import Scorer
 from vlm_pruner_eval.pruners import Pruner
-from vlm_pruner_eval.shown import sentence
+from vlm_pruner_eval.shown import of_error
 from vlm_pruner_eval.timing import time_forwards
 from vlm_pruner_eval.vlms import family_of
 
@@ -314,7 +314,7 @@ class PrunedModel(Answering):
     def failed(self, request: Request, error: Exception) -> Answer:
         """The answer that records a failure, which is logged, see `failures`."""
         self.failures.tell(request.sample_id, error)
-        return Answer(request.task, request.split, request.doc_id, "", error=sentence(f"{type(error).__name__}: {error}"))
+        return Answer(request.task, request.split, request.doc_id, "", error=of_error(error))
 
 
 def load(model_id: str, **model_args: object) -> PrunedModel:
