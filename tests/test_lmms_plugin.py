@@ -179,7 +179,7 @@ def test_the_command_waits_for_other_packages_ids(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "lmms_eval.__main__", ModuleType("lmms_eval.__main__"))
     monkeypatch.setattr(plugin, "entry_points", lambda **_: (1, 2))
     monkeypatch.setattr(sys, "argv", ["/bin/lmms-eval", "--model", "vlmpruner_of_theirs"])
-    plugin.manifests()
+    assert {manifest.model_id for manifest in plugin.manifests()} == set(plugin.MODELS)
 
 
 def test_what_lmms_eval_would_only_log_ends_the_process(

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from vlm_pruner_eval.lmms.images import EXPECTED, loaded, whole_files
-from vlm_pruner_eval.lmms.images import as_rgb as _as_rgb
+from vlm_pruner_eval.lmms.pictures import EXPECTED, loaded, whole_files
+from vlm_pruner_eval.lmms.pictures import as_rgb as _as_rgb
 from vlm_pruner_eval.lmms.protocols import Protocol
 from vlm_pruner_eval.lmms.settings import Settings
 from vlm_pruner_eval.lmms.videos import Video, open_video

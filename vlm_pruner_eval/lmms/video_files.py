@@ -21,7 +21,7 @@ from loguru import logger
 from PIL import Image
 
 from vlm_pruner_eval.lmms.containers import promised_bytes
-from vlm_pruner_eval.lmms.images import as_rgb
+from vlm_pruner_eval.lmms.pictures import as_rgb
 
 TAIL_S = 1.0  # a file cut without regard to its pictures may end with some that nothing can decode
 BT_709, BT_601 = 1, 5  # colour spaces, by ffmpeg's numbers

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm_pruner_eval.lmms.images import as_rgb
+from vlm_pruner_eval.lmms.pictures import as_rgb
 from vlm_pruner_eval.lmms.video_files import Source, of_file
 
 LOOSE_FRAMES_FPS = 3.0  # frames without a file state no times; MVBench's folders, which lmms-eval has, hold 3 a second

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
+from vlm_pruner_eval.sweep.task_modules import single_tasks
+
 SWITCH = "HF_DATASETS_TRUST_REMOTE_CODE"  # the library's own
 _LAST_WITH_SCRIPTS = 3  # major version of datasets; later ones can't run any
 
@@ -21,20 +23,8 @@ def hub_code_problems(tasks: Sequence[str], task_manager: Any) -> Iterator[str]:
     task_manager
         Its task index.
     """
-    from lmms_eval.utils import load_yaml_config
-
     if int(metadata.version("datasets").split(".")[0]) > _LAST_WITH_SCRIPTS or os.environ.get(SWITCH, "").lower() in ("1", "true", "yes"):
         return
-    names, seen = list(tasks), set()
-    while names:
-        name = names.pop(0)
-        if not isinstance(name, str) or name in seen:
-            continue
-        seen.add(name)
-        entry = task_manager.task_index.get(name, {})
-        path = entry.get("yaml_path", -1)
-        raw = load_yaml_config(path, mode="simple") if path != -1 else entry
-        members = raw.get("task")
-        names += members if isinstance(members, list) else []
+    for name, _, raw in single_tasks(tasks, task_manager):
         if (raw.get("dataset_kwargs") or {}).get("trust_remote_code"):
             yield f"tasks: {name} runs code that comes with its dataset (trust_remote_code); set {SWITCH}=1 to allow it, or leave it out."

@@ -26,7 +26,9 @@ def module_problems(tasks: Sequence[str], task_manager: Any) -> Iterator[str]:
     """
     from lmms_eval.utils import load_yaml_config
 
-    for name, path in task_files(tasks, task_manager):
+    for name, path, _ in single_tasks(tasks, task_manager):
+        if path is None:
+            continue
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 load_yaml_config(path, mode="full")
@@ -34,8 +36,8 @@ def module_problems(tasks: Sequence[str], task_manager: Any) -> Iterator[str]:
             yield f"tasks: {name} can't be loaded, as {_reason(error)}"
 
 
-def task_files(tasks: Sequence[str], task_manager: Any) -> Iterator[tuple[str, str]]:
-    """Name and file of each task, groups and tags taken apart."""
+def single_tasks(tasks: Sequence[str], task_manager: Any) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
+    """Name, file and content of each task, groups and tags taken apart; None for the file of one that stands in a group's."""
     from lmms_eval.utils import load_yaml_config
 
     names = list(tasks)
@@ -51,8 +53,8 @@ def task_files(tasks: Sequence[str], task_manager: Any) -> Iterator[tuple[str, s
         members = raw.get("task")
         if isinstance(members, list):
             names += members
-        elif path != -1:
-            yield name, path
+        else:
+            yield name, None if path == -1 else path, raw
 
 
 def _reason(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from lmms_requests import fresh_model, picture, request, texts
 from picture_modes import KINDS, quarters
 from PIL import Image, ImageFile
 
-from vlm_pruner_eval.lmms.images import as_rgb, whole_files
+from vlm_pruner_eval.lmms.pictures import as_rgb, whole_files
 from vlm_pruner_eval.lmms.prompts import image_digest
 
 HEIGHT, WIDTH = 32, 48

@@ -18,7 +18,7 @@ from PIL import Image
 from stock_wrappers import FAMILIES, STOCK, Side, stock_model
 from transformers.image_transforms import convert_to_rgb
 
-from vlm_pruner_eval.lmms.images import as_rgb
+from vlm_pruner_eval.lmms.pictures import as_rgb
 
 LEVEL = 1 / 255 / 0.26  # one of 256 brightness levels after normalization, about
 ALIKE, APART = 4 * LEVEL, 20 * LEVEL  # on average over a picture; the stock Qwen2-VL compresses every one as a JPEG
