@@ -41,7 +41,7 @@ from vlm_pruner_eval.lmms.journal import Journal
 from vlm_pruner_eval.lmms.log import Answer
 from vlm_pruner_eval.lmms.prompts import Defaults, Prompt, Request, image_digest
 from vlm_pruner_eval.lmms.wrapper import PrunedModel
-from vlm_pruner_eval.report import build, terminal
+from vlm_pruner_eval.report import build, printing, terminal
 from vlm_pruner_eval.report.figures import style
 from vlm_pruner_eval.sweep import runner
 from vlm_pruner_eval.sweep.config import SweepConfig, load
@@ -273,7 +273,7 @@ def _live(sweep: Sweep, faults: Faults) -> None:
     wrapper.load = lambda *args, **kwargs: sweep.make(faults)
     lmms_eval.tasks.TaskManager = lambda **kwargs: sweep.tasks
     if not sweep.has_report:
-        cli._report = lambda directory, out: {"md": directory}
+        printing.write_and_print = lambda directory, out: {"md": directory}
     sys.argv = ["vlm-pruner-eval", *sweep.argv]
     if faults.file_bytes is None:
         trace = Trace(sweep.output, sweep.events, faults.trap)

@@ -19,6 +19,7 @@ from standin_main import Subprocess, tasks_folder
 from sweep_standin import task_manager
 
 from vlm_pruner_eval import cli
+from vlm_pruner_eval.report import printing
 from vlm_pruner_eval.sweep import executors
 from vlm_pruner_eval.sweep.executors import RayExecutor
 from vlm_pruner_eval.sweep.opening import open_session
@@ -54,7 +55,7 @@ def main() -> None:
     import ray_standin  # under its own name, by which workers import it
 
     executors.RayExecutor = functools.partial(RayExecutor, opener=ray_standin.standin_session)
-    cli._report = lambda directory, out: {"md": directory / "report.md"}
+    printing.write_and_print = lambda directory, out: {"md": directory / "report.md"}
     cli.main()
 
 

@@ -28,6 +28,7 @@ from vlm_pruner_eval import cli
 from vlm_pruner_eval.lmms import wrapper
 from vlm_pruner_eval.lmms.plan import Batch, Done, Part
 from vlm_pruner_eval.lmms.prompts import Request
+from vlm_pruner_eval.report import printing
 from vlm_pruner_eval.sweep.executors import workers
 
 
@@ -71,7 +72,7 @@ def main() -> None:
     lmms_eval.tasks.TaskManager = lambda **kwargs: index
     workers.COMMAND = (sys.executable, __file__)
     if os.environ.get("STANDIN_REPORT") != "yes":
-        cli._report = lambda directory, out: {"md": directory / "report.md"}
+        printing.write_and_print = lambda directory, out: {"md": directory / "report.md"}
     cli.main()
 
 

@@ -17,10 +17,11 @@ from loguru import logger
 from sweep_standin import Behaviour, StandIn, task_manager, write_tasks
 from typer.testing import CliRunner
 
-from vlm_pruner_eval import __version__, cli
+from vlm_pruner_eval import __version__
 from vlm_pruner_eval.cli import app
 from vlm_pruner_eval.doctor import registration
 from vlm_pruner_eval.lmms import plugin
+from vlm_pruner_eval.report import printing
 
 ROOT = Path(__file__).parent.parent
 GOOD = {
@@ -241,7 +242,7 @@ def test_the_version_is_one_line_and_needs_none_of_the_packages(monkeypatch: pyt
 
 
 def test_with_json_what_libraries_print_goes_to_stderr(tmp_path: Path, behaviour: Behaviour, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_report", lambda directory, out: print("a library says") or {"md": directory / "report.md"})
+    monkeypatch.setattr(printing, "write_and_print", lambda directory, out: print("a library says") or {"md": directory / "report.md"})
     result = call("sweep", write(tmp_path), "--json")
     assert last_json(result)["failed"] == 0 and "a library says" in result.stderr
 

@@ -67,13 +67,14 @@ ALLOWED = {
         "vlms",
     }
     | {""},
-    "report": {"report", "sweep", "budget", "cost", "errors", "shown", ""},
+    "report": {"report", "stdout", "sweep", "budget", "cost", "errors", "shown", ""},
     "doctor": {"doctor", "stdout", "selftest", "versions", "bench", "errors", "lmms", "shown", "sweep", ""},
     "reproduce": {"reproduce", "report", "sweep", "lmms", "pruners", "errors", "shown", ""},
 }
 # what a part of report may import of report: from reading over numbers to tables and pictures, and from those to formats
 INSIDE_REPORT = {
     "current": set(),
+    "printing": {"build", "current", "load", "terminal"},
     "documents": set(),
     "shape": set(),
     "load": {"documents", "shape"},

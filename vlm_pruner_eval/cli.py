@@ -111,6 +111,7 @@ def sweep(
     how = {"executor": executor, "processes": processes, "shard": shard, "todo": todo, "address": address, "parts": parts}
     overrides = {name: value for name, value in {"share_prefix": share_prefix, "limit": limit}.items() if value is not None}
     with stdout(as_json) as out:
+        from vlm_pruner_eval.report import printing
         from vlm_pruner_eval.sweep import early
         from vlm_pruner_eval.sweep import main as sweep_main
 
@@ -125,7 +126,9 @@ def sweep(
             _preview(loaded, directory, out)
             return
         asked = sweep_main.Asked(loaded, directory, retry_failed, rerun, **how)
-        ended = sweep_main.run(asked, functools.partial(_report, out=out), functools.partial(_show, out=out))
+        ended = sweep_main.run(
+            asked, functools.partial(printing.write_and_print, out=out), functools.partial(printing.print_finished, out=out)
+        )
         out.add(ended.summary)
         if ended.code:
             raise typer.Exit(ended.code)
@@ -181,7 +184,9 @@ def report(
         if check is not None:
             _check(directory, check, out)
         if check is None and write_reference is None:
-            paths = _report(directory, out)
+            from vlm_pruner_eval.report.printing import write_and_print
+
+            paths = write_and_print(directory, out)
             out.add({"report": str(paths["md"]), "files": {kind: str(path) for kind, path in paths.items()}})
 
 
@@ -328,35 +333,6 @@ def list_(as_json: AsJson = False) -> None:
 
 def _output_of(config: SweepConfig) -> Path:
     return Path(config.output or Path("output") / config.name)
-
-
-def _report(directory: Path, out: Stdout) -> dict[str, Path]:
-    from vlm_pruner_eval.report.build import report_of, write
-    from vlm_pruner_eval.report.load import load_results
-    from vlm_pruner_eval.report.terminal import WIDTH, print_paper, print_tables
-
-    made = report_of(load_results(directory))
-    paths = write(made)
-    console = out.console(WIDTH)
-    print_tables(console, made.results, made.rows, made.efficiency)
-    print_paper(console, made.paper)
-    for kind, path in paths.items():
-        out.line(f"{kind.rpartition('.')[2]:7s}{path}")
-    return paths
-
-
-def _show(directory: Path, out: Stdout) -> dict[str, Path]:
-    """Scores of a finished sweep, and its report, which is written only where something is newer."""
-    from vlm_pruner_eval.report.current import current_report
-    from vlm_pruner_eval.sweep.lock import holder_of
-    from vlm_pruner_eval.sweep.status import print_status, read_status
-
-    path = current_report(directory)
-    if path is None:
-        return _report(directory, out)
-    print_status(out.console(), read_status(directory, holder_of))
-    out.line(f"md     {path}")
-    return {"md": path}
 
 
 def _recompute(out: Stdout) -> None:
