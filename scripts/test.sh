@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The linter, the regression sweep against results/reference/ci.json, and all tests, on exactly the locked packages, in .venv.
+# The linter, the regression sweep against results/reference/ci.json, and the tests, on exactly the locked packages, in .venv.
 # Usage: bash scripts/test.sh
+#        bash scripts/test.sh --all                 the slow tests, too: sweeps made by several processes, torchrun, Ray
 #        bash scripts/test.sh --oldest              tests of the hook on the oldest supported transformers
 #        bash scripts/test.sh --transformers 5.12   the same on another minor
 #        bash scripts/test.sh --newest              what releases newer than the locked ones would break, as a table
@@ -19,8 +20,10 @@ hook_tests() {  # MINOR of transformers
   .venv/bin/python -m pytest "${parallel[@]}" tests/test_hook_*.py tests/test_hf_compat.py tests/test_vlms.py tests/test_prefix.py
 }
 
+chosen=(-m "not slow")
 case "${1:-}" in
   "") ;;
+  --all) chosen=(-m "") ;;
   --oldest) hook_tests 4.57; exit ;;
   --transformers) hook_tests "${2:?expected a minor such as 5.12}"; exit ;;
   --newest) exec .venv/bin/python tests/newest.py "${@:2}" ;;
@@ -32,4 +35,4 @@ output="$(mktemp -d)"
 trap 'rm -rf "$output"' EXIT
 bash scripts/quickstart.sh "$output/ci" configs/ci.yaml
 .venv/bin/vlm-pruner-eval report "$output/ci" --check results/reference/ci.json
-.venv/bin/python -m pytest "${parallel[@]}"
+.venv/bin/python -m pytest "${parallel[@]}" "${chosen[@]}"

@@ -12,6 +12,7 @@ from sweep_standin import Behaviour, StandIn, make_config, task_manager, write_t
 
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.check import TOLERANCE, check, write_reference
+from vlm_pruner_eval.sweep.identity import RESULTS_VERSION
 from vlm_pruner_eval.sweep.runner import run_sweep
 
 Make = Callable[..., Path]
@@ -113,7 +114,7 @@ def test_runs_and_documents_must_be_the_same(make: Make, reference: Path, tmp_pa
 def test_another_results_version_is_a_problem(make: Make, reference: Path, tmp_path: Path) -> None:
     older = changed(reference, tmp_path, lambda content: content.update(results_version=0))
     (problem,) = check(make(), older)
-    assert "the sweep has 1, the reference 0" in problem
+    assert f"the sweep has {RESULTS_VERSION}, the reference 0" in problem
 
 
 def test_a_run_that_failed_or_did_not_happen_is_a_problem(make: Make, reference: Path) -> None:

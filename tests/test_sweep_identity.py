@@ -171,7 +171,7 @@ def test_a_run_of_the_first_edition_differs_in_its_version_alone(sweep: Sweep) -
         (path.parent.with_name(record["run_id"]) / "run.json").write_text(json.dumps(record))
     said = preview(sweep.config(tasks=["tiny_mean"]), sweep.output).notices
     unpruned = next(text for text in said if "unpruned" in text)
-    assert "esults version: of an older release there, 1 now" in unpruned and "code" not in unpruned
+    assert f"esults version: of an older release there, {identity.RESULTS_VERSION} now" in unpruned and "code" not in unpruned
     assert "the source of uniform" not in " ".join(said)
 
 

@@ -27,6 +27,8 @@ from vlm_pruner_eval.sweep.executors import RayExecutor, on_ray
 from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
 from vlm_pruner_eval.sweep.store import Store
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 METHODS = ["vlmpruner", {"name": "random", "seeds": [0, 1]}, "blind"]
 SLOW = pytest.mark.timeout(900)  # on a busy machine
@@ -191,7 +193,7 @@ def test_a_slurm_job_makes_a_sweep_also_in_two_goes(
     """The first job is ended by Slurm as it runs out of time; its cluster and its lock go with it."""
     surroundings.log.unlink(missing_ok=True)
     output = tmp_path / "out"
-    arguments = [str(surroundings.file), "--output", str(output)]
+    arguments = [str(surroundings.file), "--output", str(output), "--json"]
     job = batch(arguments, slurm, tmp_path)
     wait_until(lambda: job.poll() is not None or count(surroundings.log) > 30, timeout_s=400)
     job.terminate()

@@ -31,6 +31,8 @@ from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
 from vlm_pruner_eval.sweep.score_line import title
 from vlm_pruner_eval.sweep.store import Store
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 MINIVLM = {"id": "vlmpruner_llava", "pretrained": "minivlm", "batch_size": 4, "visual_tokens": 576, "device": "cpu"}
 N_ANSWERS = 8 * 24

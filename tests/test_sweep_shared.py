@@ -25,6 +25,7 @@ from vlm_pruner_eval.lmms.wrapper import load
 from vlm_pruner_eval.pruners.uniform import Uniform
 from vlm_pruner_eval.report.build import build
 from vlm_pruner_eval.report.load import load_results
+from vlm_pruner_eval.sweep import main as sweep_main
 from vlm_pruner_eval.sweep.config import SweepConfig, validate
 from vlm_pruner_eval.sweep.grid import expand
 from vlm_pruner_eval.sweep.groups import groups
@@ -263,7 +264,7 @@ def test_the_key_and_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ConfigError, match=r"share_prefix: got 'yes' .str., expected true or false"):
         make(share_prefix="yes")
     asked: list[SweepConfig] = []
-    monkeypatch.setattr(cli, "_run", lambda config, *others, **how: asked.append(config))
+    monkeypatch.setattr(sweep_main, "run", lambda command, *reports: asked.append(command.config) or sweep_main.Ended(0))
     for options in ([], ["--share-prefix"], ["--no-share-prefix"], ["--share-prefix", "--limit", "2"]):
         result = CliRunner().invoke(cli.app, ["sweep", str(write(tmp_path)), *options])
         assert result.exit_code == 0, result.output

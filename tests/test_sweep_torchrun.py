@@ -25,6 +25,8 @@ from vlm_pruner_eval.sweep.executors.ranks import Ranks, rank_of
 from vlm_pruner_eval.sweep.runner import run_sweep
 from vlm_pruner_eval.sweep.store import Store
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Surroundings:
