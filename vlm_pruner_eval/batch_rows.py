@@ -16,7 +16,7 @@ from vlm_pruner_eval.vlms.base import Scope, joined
 
 @dataclass
 class Alive:
-    """What is left of one scope after the stages so far.
+    """Tokens of one scope that are left after the stages so far.
 
     Attributes
     ----------

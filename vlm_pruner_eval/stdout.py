@@ -15,7 +15,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on
 
 
 class Stdout:
-    """Where a command prints.
+    """Destination of a command's output.
 
     Parameters
     ----------

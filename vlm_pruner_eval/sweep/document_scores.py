@@ -48,7 +48,7 @@ def document_scores(items: Sequence[Any], value: float, aggregate: Callable | No
 
 
 def _is_metric(items: Sequence[Any], scores: Sequence[float | None], value: float) -> bool:
-    """Whether a metric is the mean of these scores, of their percentages, or of their means by category."""
+    """Tell if a metric is the mean of these scores, of their percentages, or of their means by category."""
     totals = (form.value(form.columns.sum(0)) for form in shares(items, scores))
     return any(math.isclose(total, value, rel_tol=_ROUNDED, abs_tol=_ROUNDED / max(1, len(items))) for total in totals)
 

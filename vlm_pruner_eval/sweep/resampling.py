@@ -85,7 +85,7 @@ def _by_asking(metric: Metric, clusters: Clusters) -> tuple[np.ndarray | None, s
 
 
 def takes_args(aggregate: Callable) -> bool:
-    """Whether lmms-eval hands the command line to an aggregation: it writes files, keeps state or asks a judge; call it once only."""
+    """Tell if lmms-eval hands the command line to an aggregation: it writes files, keeps state or asks a judge; call it once only."""
     return "args" in inspect.signature(aggregate).parameters
 
 
@@ -115,7 +115,7 @@ class _Resamples:
     clusters: Clusters
 
     def agree_with(self, form: Form) -> bool:
-        """Whether a form gives what the aggregation answers on a few resamples."""
+        """Tell if a form gives what the aggregation answers on a few resamples."""
         weights = next(self.clusters.weights())[:_CHECKS]
         guesses = form.value(weights @ self.clusters.by_cluster(self.metric.docs, form.columns))
         return all(np.isclose(guess, self._value(row), rtol=1e-9, equal_nan=True) for guess, row in zip(guesses, weights, strict=True))
@@ -125,7 +125,7 @@ class _Resamples:
         return form.value(self.clusters.sums(self.clusters.by_cluster(self.metric.docs, form.columns)))
 
     def seconds(self) -> float:
-        """How long `values` would take."""
+        """Estimate the time that `values` would take."""
         started = time.perf_counter()
         self._value(next(self.clusters.weights())[0])
         return RESAMPLES * (time.perf_counter() - started)

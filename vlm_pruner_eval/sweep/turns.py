@@ -18,7 +18,7 @@ def question_of(item: Any) -> Hashable | None:
 
 
 def has_turns(items: Sequence[Any]) -> bool:
-    """Whether all items are turns of MMBench's questions, of whatever task."""
+    """Tell if all items are turns of MMBench's questions, of whatever task."""
     return bool(items) and all(question_of(item) is not None for item in items)
 
 
