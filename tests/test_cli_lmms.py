@@ -91,6 +91,7 @@ def test_a_run_prints_and_writes_what_was_kept_and_two_ranks_answer_the_same(env
     assert answers(tmp_path / "ranks") == answers(tmp_path / "single")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen3_vl"])
 def test_another_family_runs_under_its_own_id(family: str, environment: dict[str, str], tmp_path: Path) -> None:
     model_args = f"pretrained={write_tiny(family, tmp_path / 'tiny')},method=vlmpruner,pruning_rate=8/9"

@@ -252,6 +252,7 @@ def test_missing_and_double_choices_are_noticed() -> None:
 # ---- the command line
 
 
+@pytest.mark.slow
 @pytest.mark.cli
 def test_the_command_line_scores_choices_and_reads_them_from_its_cache(folder: Path, tmp_path: Path) -> None:
     command = [str(Path(sys.executable).with_name("lmms-eval")), "--model", "vlmpruner_llava", "--include_path", str(folder)]
