@@ -221,6 +221,25 @@ def test_a_copy_made_inside_the_context_is_refused(tiny_model, copied: Callable)
         copied(model)
 
 
+def test_layers_that_are_added_or_taken_away_are_noticed():
+    for change in (lambda layers: layers.append(build("llava").model.language_model.layers[0]), lambda layers: layers.__delitem__(4)):
+        model, inputs = build("llava"), prompts("llava", ONE)
+        with pytest.raises(PruningError, match=r"1 of .* hooks were removed"), prune(model, fastv()):
+            change(model.model.language_model.layers)
+            answer(model, inputs)
+
+
+def test_a_row_of_padding_alone_costs_the_others_nothing(tiny_model, right):
+    """Serving code fills up its batches."""
+    model, inputs = tiny_model("llava"), prompts("llava", ONE)
+    batch = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    batch = {name: torch.cat([rows, torch.zeros_like(rows)]) for name, rows in batch.items()}
+    with prune(model, fastv()) as ledger, torch.no_grad():
+        logits = model(**batch, pixel_values=inputs["pixel_values"]).logits
+    assert [(record.n_visual, record.n_kept) for record in ledger.records] == [(16, 5), (0, 0)]
+    assert torch.allclose(logits[0, -1], right[1][0, -1], atol=1e-5)
+
+
 # ---- threads
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 def test_threads_that_generate_wait_for_each_other(family):

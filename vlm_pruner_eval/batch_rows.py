@@ -43,8 +43,8 @@ class Row:
     present, text : Tensor [n] int64
         Attended positions, and those of them that are not visual.
     end
-        Position of the prompt's last token. What follows in the same forward was generated, or is a guess of assisted decoding, and
-        methods don't see it.
+        Position of the prompt's last token; -1 of a row of padding alone. What follows in the same forward was generated, or is a
+        guess of assisted decoding, and methods don't see it.
     layouts
         One per image.
     """
@@ -109,7 +109,16 @@ def batch_rows(
             sample_id = sample_ids[b // (len(input_ids) // len(sample_ids))]
         budgets = [joined(found)] if per_sample and len(found) > 1 else found
         layouts = [list(scope.layout.shape) for scope in found]
-        rows.append(Row(sample_id, present, is_text.nonzero()[:, 0], int(asked[-1]), layouts, [_untouched(scope) for scope in budgets]))
+        rows.append(
+            Row(
+                sample_id,
+                present,
+                is_text.nonzero()[:, 0],
+                int(asked[-1]) if len(asked) else -1,
+                layouts,
+                [_untouched(scope) for scope in budgets],
+            )
+        )
     return rows
 
 

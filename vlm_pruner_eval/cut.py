@@ -233,7 +233,7 @@ class CutCache:
         return length + cut.length - cut.width if cut is not None and layer_idx == 0 and length else length
 
     def crop(self, tokens: int, *args: object, **kwargs: object) -> None:
-        """Take back the last tokens: -n of them (or, before transformers 5.2x, down to a positive length).
+        """Take back the last tokens: -n of them; older versions of transformers also say a positive length that is to be left.
 
         Raises
         ------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -170,8 +171,9 @@ class PruningHook(NotCopied):
         self._guard.check_exit()
 
     def _check_hooks(self) -> None:
-        replaced = [i for i, layer in enumerate(self.text.layers) if uncompiled(layer) is not self.layers[i]]
-        self._hooks.check(replaced)
+        present = [uncompiled(layer) for layer in self.text.layers]
+        pairs = itertools.zip_longest(present, self.layers)
+        self._hooks.check([i for i, (layer, hooked) in enumerate(pairs) if layer is not hooked])
 
     # ---- hooks, in the order in which a forward meets them
     def _generate(self, original: Callable, *args: object, **kwargs: object) -> object:

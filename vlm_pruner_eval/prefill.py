@@ -105,7 +105,7 @@ class Prefill:
         for b, row in enumerate(self.rows):
             for alive in row.scopes:
                 is_visual[b, alive.scope.positions] = True
-        read = [(row.end, int(row.present[-1])) for row in self.rows]
+        read = [(row.end, int(row.present[-1])) if len(row.present) else () for row in self.rows]
         refuse_read_positions(cut, read, self.labels, is_visual, [row.sample_id for row in self.rows])
 
     def _select_all(self, stage: Stage, hidden: Tensor, before: Cut | None, probe: Probe | None) -> list[tuple[int, Tensor, Tensor]]:
