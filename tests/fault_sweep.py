@@ -37,12 +37,11 @@ from sweep_standin import N_VISUAL, StandIn, task_manager, write_tasks
 
 from vlm_pruner_eval import cli
 from vlm_pruner_eval.lmms import wrapper
-from vlm_pruner_eval.lmms.journal import Journal
-from vlm_pruner_eval.lmms.log import Answer
 from vlm_pruner_eval.lmms.prompts import Defaults, Prompt, Request, image_digest
 from vlm_pruner_eval.lmms.wrapper import PrunedModel
 from vlm_pruner_eval.report import build, printing, terminal
 from vlm_pruner_eval.report.figures import style
+from vlm_pruner_eval.store.answers import Answer, AnswerLog
 from vlm_pruner_eval.sweep import runner
 from vlm_pruner_eval.sweep.config import SweepConfig, load
 from vlm_pruner_eval.sweep.grid import method_problems
@@ -116,7 +115,7 @@ class PausingStandIn(StandIn):
     def _of(self, prompt: Prompt, n: int) -> Answer:
         request = prompt.request
         answer = self._answer(request.doc_id, request.task, request.split)
-        record = dataclasses.replace(answer.record, layouts=[[N_VISUAL, 6, 6, 1]])
+        record = dataclasses.replace(answer.record, layouts=((N_VISUAL, 6, 6, 1),))
         return dataclasses.replace(answer, batch_size=n, images=prompt.digests, record=record)
 
 
@@ -287,10 +286,10 @@ def _live(sweep: Sweep, faults: Faults) -> None:
 
 def _note_answers(trace: Trace) -> None:
     """Every answer that is found anew shows in the trace."""
-    append = Journal.append
+    append = AnswerLog.append
 
-    def noting(self: Journal, call: str, batch: list[Any], seconds: float) -> None:
+    def noting(self: AnswerLog, call: str, batch: list[Any], seconds: float) -> None:
         append(self, call, batch, seconds)
-        trace.note("answers", self.folder.name, len(batch))
+        trace.note("answers", f"{self.folder.parent.name}/{self.folder.name}", len(batch))
 
-    Journal.append = noting
+    AnswerLog.append = noting

@@ -16,9 +16,9 @@ from lmms_eval.tasks import TaskManager
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.ledger import SampleRecord
 from vlm_pruner_eval.lmms.answering import Answering
-from vlm_pruner_eval.lmms.log import Answer
-from vlm_pruner_eval.lmms.plan import Batch, Done, Part
 from vlm_pruner_eval.lmms.prompts import Request
+from vlm_pruner_eval.store.answers import Answer, Batch, Done
+from vlm_pruner_eval.store.kept import Kept
 from vlm_pruner_eval.sweep.config import SweepConfig, validate
 
 N_VISUAL, N_LAYERS = 36, 4
@@ -153,12 +153,12 @@ class StandIn(Answering):
             self.answers.pop()
         return results
 
-    def batches_of(self, asked: Sequence[Request], done: Done, part: Part) -> Iterator[Batch]:
+    def batches_of(self, asked: Sequence[Request], done: Done) -> Iterator[Batch]:
         if self.method in self.behaviour.explode:
             raise RuntimeError("the device is gone")
-        for number, start in enumerate(range(0, len(asked), self.batch_size)):
-            batch = asked[start : start + self.batch_size]
-            if part.has(number) and not done.has([request.index for request in batch]):
+        for start in range(0, len(asked), self.batch_size):
+            batch = [request for request in asked[start : start + self.batch_size] if request.index not in done.indices]
+            if batch:
                 yield [(request, self._answer(request.doc_id, request.task, request.split)) for request in batch]
 
     def no_op_sentence(self, answers: Sequence[Answer]) -> str | None:
@@ -173,7 +173,7 @@ class StandIn(Answering):
         error = "PruningError: kept 3 tokens, expected 12." if failed else None
         images = (f"{doc_id // self.behaviour.questions_an_image:016x}",)
         self.answered.append((task, doc_id))
-        return Answer(task, split, doc_id, text, error, None if failed else self._record(doc_id, draw), **TIMES, images=images)
+        return Answer(task, split, doc_id, text, error, None if failed else Kept.of(self._record(doc_id, draw)), **TIMES, images=images)
 
     def _record(self, doc_id: int, draw: random.Random) -> SampleRecord:
         share = {"none": 1.0, "blind": 0.0}.get(self.method, 1 / 3)

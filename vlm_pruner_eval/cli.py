@@ -71,11 +71,10 @@ def sweep_status(
     as_json: AsJson = False,
 ) -> None:
     """Show how far a sweep is: every run's state and answers, and which process is at work. Exit code 2 if there is no sweep."""
-    from vlm_pruner_eval.sweep.lock import holder_of
     from vlm_pruner_eval.sweep.status import print_status, read_status
 
     with stdout(as_json) as out:
-        found = read_status(directory, holder_of)
+        found = read_status(directory)
         print_status(out.console(), found)
         out.add(found.as_json())
 
@@ -96,19 +95,15 @@ def sweep(
     executor: Annotated[str | None, typer.Option(help="What makes the runs: local (default), one process per visible GPU; or ray.")] = None,
     processes: Annotated[int | None, typer.Option(help="So many processes on this machine, whatever GPUs there are.")] = None,
     address: Annotated[str | None, typer.Option(help="With --executor ray: a cluster that runs (auto, HOST:PORT).")] = None,
-    parts: Annotated[int | None, typer.Option(help="With --executor ray: answer every run in so many shares, on as many workers.")] = None,
-    shard: Annotated[
-        str | None, typer.Option(metavar="I/N", help="Be one of N processes, wherever they run, that share the grid and --output.")
-    ] = None,
     todo: Annotated[Path | None, typer.Option(hidden=True)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a sweep, go on where it stopped, write and print the report. Exit code 1 if a run failed, 2 for bad input.
 
-    Under torchrun, the ranks answer every run together. Of several shards, the one that finds no run left writes the report.
-    `sweep status DIRECTORY` shows how far one is.
+    The same command, given several times or on several machines that see the results directory, shares the work: each process takes
+    what no other one holds. `sweep status DIRECTORY` shows how far a sweep is.
     """
-    how = {"executor": executor, "processes": processes, "shard": shard, "todo": todo, "address": address, "parts": parts}
+    how = {"executor": executor, "processes": processes, "todo": todo, "address": address}
     overrides = {name: value for name, value in {"share_prefix": share_prefix, "limit": limit}.items() if value is not None}
     with stdout(as_json) as out:
         from vlm_pruner_eval.report import printing
@@ -116,16 +111,15 @@ def sweep(
         from vlm_pruner_eval.sweep import main as sweep_main
 
         def refuse(unchecked: SweepConfig) -> None:
-            asked = sweep_main.Asked(unchecked, output or _output_of(unchecked), **how)
-            if asked.is_alone and not dry_run:
-                early.refuse(asked.config, asked.output)
+            if todo is None and not dry_run:
+                early.refuse(unchecked, output or _output_of(unchecked))
 
         loaded = _load(config, overrides, refuse)
         directory = output or _output_of(loaded)
         if dry_run:
             _preview(loaded, directory, out)
             return
-        asked = sweep_main.Asked(loaded, directory, retry_failed, rerun, **how)
+        asked = sweep_main.Request(loaded, directory, retry_failed, rerun, **how)
         ended = sweep_main.run(
             asked, functools.partial(printing.write_and_print, out=out), functools.partial(printing.print_finished, out=out)
         )

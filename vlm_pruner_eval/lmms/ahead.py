@@ -18,8 +18,8 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from vlm_pruner_eval.lmms.inputs import Prepared
-from vlm_pruner_eval.lmms.plan import Batch
 from vlm_pruner_eval.lmms.prompts import Prompt, Request
+from vlm_pruner_eval.store.answers import Batch
 
 THREADS = "vlm_pruner_eval"  # the threads' names begin so
 

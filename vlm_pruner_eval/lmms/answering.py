@@ -20,11 +20,12 @@ from tqdm import tqdm
 from vlm_pruner_eval.errors import OutOfMemoryError, PruningError
 from vlm_pruner_eval.lmms.checks import Tally
 from vlm_pruner_eval.lmms.failures import FailureLog
-from vlm_pruner_eval.lmms.journal import Source
-from vlm_pruner_eval.lmms.log import Answer, pruning_metrics
+from vlm_pruner_eval.lmms.log import pruning_metrics
 from vlm_pruner_eval.lmms.loglikelihood import Target
-from vlm_pruner_eval.lmms.plan import WHOLE, Batch, BatchSize, Compute, Done, Part
-from vlm_pruner_eval.lmms.prompts import Prompt, Request
+from vlm_pruner_eval.lmms.prompts import Prompt, Request, requests_of
+from vlm_pruner_eval.store.answers import Answer, Batch, BatchSize, Compute, Done
+
+Source = Callable[[str, Sequence[Request], Compute, BatchSize], Iterator[Batch]]
 
 
 class Answering(lmms):
@@ -84,11 +85,11 @@ class Answering(lmms):
         """Of the progress bar."""
         return type(self).__name__
 
-    def batches_of(self, asked: Sequence[Request], done: Done, part: Part) -> Iterator[Batch]:
-        """Answers to all requests of a part but those in `done`, batch by batch."""
+    def batches_of(self, asked: Sequence[Request], done: Done) -> Iterator[Batch]:
+        """Answers to all requests but those in `done`, batch by batch."""
         raise NotImplementedError
 
-    def scored_batches_of(self, targets: Sequence[Target], done: Done, part: Part) -> Iterator[Batch]:
+    def scored_batches_of(self, targets: Sequence[Target], done: Done) -> Iterator[Batch]:
         """The same of continuations to be scored."""
         raise NotImplementedError
 
@@ -126,8 +127,7 @@ class Answering(lmms):
             What the metrics of the request's task want, see `Target.result`; and whether greedy decoding would have written it.
         """
         targets = [Target.of(index, instance) for index, instance in enumerate(requests)]
-        compute = functools.partial(self.scored_batches_of, targets)
-        answers = self._answers("loglikelihood", [target.request for target in targets], compute)
+        answers = self._answers("loglikelihood", [target.request for target in targets], functools.partial(self._scored, targets))
         return [target.result(answer) for target, answer in zip(targets, answers, strict=True)]
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
@@ -142,8 +142,7 @@ class Answering(lmms):
             The first 16 samples all failed, nothing was pruned though the method should have pruned, or the memory did not suffice;
             with `refuses_failures` also at the end of a run in which any sample failed.
         """
-        asked = [Request.of(index, instance) for index, instance in enumerate(requests)]
-        answers = self._answers("generate_until", asked, functools.partial(self.batches_of, asked))
+        answers = self._answers("generate_until", requests_of(requests), self.batches_of)
         return [GenerationResult(answer.answer, TokenCounts(answer.n_prompt_tokens, answer.n_new_tokens)) for answer in answers]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> NoReturn:
@@ -151,13 +150,16 @@ class Answering(lmms):
         raise NotImplementedError(f"{self.title} answers in one round; choose tasks with output_type generate_until.")
 
     # ---- collecting
+    def _scored(self, targets: Sequence[Target], asked: Sequence[Request], done: Done) -> Iterator[Batch]:
+        return self.scored_batches_of([targets[request.index] for request in asked], done)
+
     def _answers(self, call: str, asked: Sequence[Request], compute: Compute) -> list[Answer]:
         before = list(self.answers)
         compute = functools.partial(self._noted, compute)
         while True:
             if self.on_requests is not None:
                 self.on_requests(len(asked))
-            found = compute(Done(), WHOLE) if self.source is None else self.source(call, asked, compute, self.working_size)
+            found = compute(asked, Done()) if self.source is None else self.source(call, asked, compute, self.working_size)
             try:
                 with closing(found):  # what works ahead of a run must end with it, whatever ended it
                     return self._collect(asked, found)
@@ -166,9 +168,9 @@ class Answering(lmms):
             self.answers = before  # outside the except clause, which would keep the failed batch's tensors alive
             self._shrink(sentence)
 
-    def _noted(self, compute: Compute, done: Done, part: Part) -> Iterator[Batch]:
+    def _noted(self, compute: Compute, asked: Sequence[Request], done: Done) -> Iterator[Batch]:
         """What `compute` gives; tells its batches from those that a source found."""
-        for self._computed in compute(done, part):
+        for self._computed in compute(asked, done):
             yield self._computed
 
     def _shrink(self, sentence: str) -> None:

@@ -10,8 +10,8 @@ from vlm_pruner_eval.budget import parse_rate
 from vlm_pruner_eval.errors import PruningError
 from vlm_pruner_eval.hf_compat import has_multidimensional_positions
 from vlm_pruner_eval.ledger import SampleRecord
-from vlm_pruner_eval.lmms.log import Answer
 from vlm_pruner_eval.pruners import Pruner
+from vlm_pruner_eval.store.answers import Answer
 
 HOPELESS_AFTER = 16
 

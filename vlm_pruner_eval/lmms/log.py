@@ -1,90 +1,18 @@
-"""What the wrapper remembers of every sample, and the numbers that it adds to lmms-eval's throughput table."""
+"""Answers made of what generate gave, and the numbers that the wrapper adds to lmms-eval's throughput table."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from vlm_pruner_eval.ledger import SampleRecord
 from vlm_pruner_eval.lmms.prompts import Generation, Prompt, count_new
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One request: what the model answered, or why it could not.
-
-    Attributes
-    ----------
-    task, split, doc_id
-        Where the document is: ``task_dict[task][split][doc_id]``.
-    answer
-        The text, cut at the task's stop strings; empty when the sample failed.
-    error
-        Why the sample failed, as a sentence; None when it did not.
-    record
-        What was really kept; None when the sample failed.
-    prefill_ms
-        Prefill of the whole batch that the sample was in (`batch_size` rows), not its share; None where it was shared with other methods.
-    decode_ms
-        Median of that batch's decoding steps; None when the answer took no step, or like `prefill_ms`.
-    n_prompt_tokens, n_new_tokens
-        Of this sample alone, without padding; image tokens are counted in the prompt.
-        Of a scored continuation: its tokens, though none was generated.
-    batch_size
-        Rows of the batch; a sample that was tried again alone has 1.
-    choice, loglikelihood, is_greedy
-        Of a continuation that was scored (`answer` holds it), else None: which of its document's, from 0; the sum of its
-        tokens' log-probabilities; whether greedy decoding would have written it.
-    peak_bytes
-        The most that the GPU held while the sample's batch was answered, weights included; None on a CPU, or like `prefill_ms`.
-    images
-        Content hashes of the document's images and videos, see `prompts.image_digest`; documents that share one are not
-        independent.
-    question
-        The text of the prompt, at most 2000 characters of it.
-    """
-
-    task: str
-    split: str
-    doc_id: int
-    answer: str
-    error: str | None = None
-    record: SampleRecord | None = None
-    prefill_ms: float | None = None
-    decode_ms: float | None = None
-    n_prompt_tokens: int | None = None
-    n_new_tokens: int | None = None
-    batch_size: int | None = None
-    choice: int | None = None
-    loglikelihood: float | None = None
-    is_greedy: bool | None = None
-    peak_bytes: int | None = None
-    images: tuple[str, ...] = ()
-    question: str = ""
-
-    @property
-    def sample_id(self) -> str:
-        """``task/split/doc_id``."""
-        return f"{self.task}/{self.split}/{self.doc_id}"
-
-    def untimed(self) -> Answer:
-        """The same without times and peak memory, which say nothing of a method where others did part of its work."""
-        record = self.record and replace(self.record, selection_ms=None)
-        return replace(self, record=record, prefill_ms=None, decode_ms=None, peak_bytes=None)
-
-    def as_json(self) -> dict:
-        """Plain types only."""
-        return vars(self) | {"record": self.record and self.record.as_json()}
-
-    @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> Answer:
-        """The inverse of `as_json`."""
-        record = plain["record"] and SampleRecord.from_json(plain["record"])
-        return cls(**dict(plain) | {"record": record, "images": tuple(plain["images"])})
+from vlm_pruner_eval.store.answers import Answer
+from vlm_pruner_eval.store.kept import Kept
 
 
 @dataclass(frozen=True)
@@ -124,7 +52,7 @@ class Reading:
         return [
             Answer(
                 *(prompt.request.task, prompt.request.split, prompt.request.doc_id, options.cut(texts[i])),
-                record=self.records[i * options.n_beams],
+                record=Kept.of(self.records[i * options.n_beams]),
                 n_prompt_tokens=self.n_prompt[i],
                 n_new_tokens=count_new(new_ids[i], eos_ids),
                 images=prompt.digests,

@@ -19,10 +19,12 @@ from transformers import PreTrainedTokenizerBase
 
 from vlm_pruner_eval.hf_compat import cache_of, with_cache
 from vlm_pruner_eval.hook import prune
-from vlm_pruner_eval.lmms.log import Answer, Reading
+from vlm_pruner_eval.lmms.log import Reading
 from vlm_pruner_eval.lmms.prompts import Generation, Request
 from vlm_pruner_eval.lmms.scored_tasks import TOTAL
 from vlm_pruner_eval.pruners import Pruner
+from vlm_pruner_eval.store.answers import Answer
+from vlm_pruner_eval.store.kept import Kept
 from vlm_pruner_eval.vlms import family_of
 
 # One token, thrown away: what is wanted is the cache of the prompt, and the logits behind its last token.
@@ -64,7 +66,7 @@ class Target:
         """Read an instance ``(ctx, continuation, doc_to_messages, doc_id, task, split)``."""
         context, continuation, to_messages, doc_id, task, split = instance.args
         asked = dataclasses.replace(instance, arguments=(context, to_messages, {}, doc_id, task, split))
-        return cls(Request.of(index, asked), continuation, instance.idx, bool((instance.metadata or {}).get(TOTAL)))
+        return cls(Request.of(index, asked, instance.idx), continuation, instance.idx, bool((instance.metadata or {}).get(TOTAL)))
 
     def text(self, document: Mapping) -> str:
         """The continuation of this document."""
@@ -74,7 +76,7 @@ class Target:
         """The record of a continuation that was scored; `reading` is the prefill that it shares with the other choices."""
         return Answer(
             *(self.request.task, self.request.split, self.request.doc_id, text),
-            record=reading.records[0],
+            record=Kept.of(reading.records[0]),
             prefill_ms=sum(reading.prefill_ms),
             n_prompt_tokens=reading.n_prompt[0],
             n_new_tokens=score.n_tokens,

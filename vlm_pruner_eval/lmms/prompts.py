@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -25,7 +26,7 @@ from vlm_pruner_eval.lmms.videos import Video, open_video
 WINDOW_BATCHES = 8  # batches whose images are held in memory, so that prompts of like length meet in one batch
 SAMPLING = ("temperature", "top_p", "top_k")
 MEDIA = ("image", "video", "audio")
-QUESTION_CHARACTERS = 2000  # of a record: prompts with whole documents in them would fill a disk
+QUESTION_CHARACTERS = 1000  # of a record: prompts with whole documents in them would fill a disk
 FILLED_IN = ["\n\n"]  # what lmms-eval puts into `until` of every task that names no stop string
 PASSED_ON = ("max_new_tokens", "num_beams", "repetition_penalty", "length_penalty")
 
@@ -42,14 +43,18 @@ class Request:
     options: Mapping[str, object]
     length: int
     is_padding: bool
+    nth: int = 0
 
     @classmethod
-    def of(cls, index: int, instance: Instance) -> Request:
-        """Read an instance ``(ctx, doc_to_messages, gen_kwargs, doc_id, task, split)``; its gen_kwargs are copied."""
+    def of(cls, index: int, instance: Instance, nth: int = 0) -> Request:
+        """Read an instance ``(ctx, doc_to_messages, gen_kwargs, doc_id, task, split)``; its gen_kwargs are copied.
+
+        `nth`: how many requests about the same document came before.
+        """
         context, to_messages, options, doc_id, task, split = instance.args
         # torchrun ranks with fewer documents repeat their last one, so that all ranks run equally often
         is_padding = bool((instance.metadata or {}).get("__padding_only__"))
-        return cls(index, task, split, doc_id, to_messages, dict(options), len(context), is_padding)
+        return cls(index, task, split, doc_id, to_messages, dict(options), len(context), is_padding, nth)
 
     @property
     def sample_id(self) -> str:
@@ -57,18 +62,22 @@ class Request:
         return f"{self.task}/{self.split}/{self.doc_id}"
 
     @property
-    def identity(self) -> tuple:
-        """What tells requests of two evaluations apart, in plain types."""
+    def digest(self) -> str:
+        """Eight hexadecimal digits that tell it from other questions about its document."""
         options = json.dumps(self.options, sort_keys=True, default=str)
-        return self.index, self.task, self.split, self.doc_id, options, self.length, self.is_padding
+        identity = json.dumps([self.task, self.split, self.doc_id, self.nth, options, self.length])
+        return hashlib.sha256(identity.encode()).hexdigest()[:8]
 
 
-def digest_of(asked: Iterable[Request]) -> str:
-    """First 16 hexadecimal digits of a SHA-256 of all that is asked, in order."""
-    digest = hashlib.sha256()
-    for request in asked:
-        digest.update(json.dumps(request.identity).encode())
-    return digest.hexdigest()[:16]
+def requests_of(instances: Sequence[Instance]) -> list[Request]:
+    """Read the instances of one call, in order."""
+    before: Counter[tuple] = Counter()
+    requests = []
+    for index, instance in enumerate(instances):
+        place = tuple(instance.args[-3:])  # doc_id, task, split
+        requests.append(Request.of(index, instance, before[place]))
+        before[place] += 1
+    return requests
 
 
 @dataclass(frozen=True)

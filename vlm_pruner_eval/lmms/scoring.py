@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 from vlm_pruner_eval.lmms import prompts
 from vlm_pruner_eval.lmms.ahead import Ahead, Job, Made, Step, Turn
 from vlm_pruner_eval.lmms.inputs import Prepared
-from vlm_pruner_eval.lmms.log import Answer
 from vlm_pruner_eval.lmms.loglikelihood import PREFILL, Target, by_prompt, continuation_ids, score
-from vlm_pruner_eval.lmms.plan import Batch, Done, Part
 from vlm_pruner_eval.lmms.prompts import Prompt
+from vlm_pruner_eval.store.answers import Answer, Batch, Done
 
 if TYPE_CHECKING:
     from vlm_pruner_eval.lmms.wrapper import PrunedModel
@@ -26,12 +25,12 @@ class Scorer:
     def __init__(self, model: PrunedModel):
         self._model = model
 
-    def batches(self, targets: Sequence[Target], done: Done, part: Part) -> Iterator[Batch]:
+    def batches(self, targets: Sequence[Target], done: Done) -> Iterator[Batch]:
         """Targets with their answers, those in `done` left out."""
         left = (
             same_prompt
-            for number, same_prompt in enumerate(by_prompt(targets))
-            if part.has(number) and not done.has([target.request.index for target in same_prompt])
+            for same_prompt in by_prompt(targets)
+            if not done.has([target.request.index for target in same_prompt])
         )
         groups = iter(lambda: list(itertools.islice(left, prompts.WINDOW_BATCHES)), [])
         with Ahead(self._model.settings.workers) as ahead:

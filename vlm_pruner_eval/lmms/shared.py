@@ -8,6 +8,7 @@ is tried again by itself, as it would have been run, and is recorded as that met
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,17 +19,16 @@ from loguru import logger
 from vlm_pruner_eval.budget import Rate
 from vlm_pruner_eval.errors import PruningError
 from vlm_pruner_eval.lmms import prompts
+from vlm_pruner_eval.lmms.answering import Source
 from vlm_pruner_eval.lmms.checks import Tally
 from vlm_pruner_eval.lmms.failures import FailureLog
-from vlm_pruner_eval.lmms.journal import Journal, Source
-from vlm_pruner_eval.lmms.log import Answer
-from vlm_pruner_eval.lmms.plan import Batch, BatchSize, Compute, Done
-from vlm_pruner_eval.lmms.prompts import Generation, Prompt, Request, digest_of
+from vlm_pruner_eval.lmms.prompts import Generation, Prompt, Request
 from vlm_pruner_eval.lmms.settings import build_pruner
 from vlm_pruner_eval.lmms.wrapper import PrunedModel, Taker
 from vlm_pruner_eval.prefix import SharedPrefix, first_cut
 from vlm_pruner_eval.pruners import Pruner
 from vlm_pruner_eval.pruners.none import NoPruning
+from vlm_pruner_eval.store.answers import Answer, AnswerLog, Batch, BatchSize, Compute, Done
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,16 @@ class Configuration:
 
 @dataclass
 class _Run:
-    """One configuration on its way through the requests; its answers lie in its journal, as those of many runs would fill the memory."""
+    """One configuration on its way through the requests; its answers lie in its log, as those of many runs would fill the memory."""
 
     method: str
     pruner: Pruner
-    journal: Journal
+    log: AnswerLog
     done: Done
     tally: Tally
 
     def add(self, call: str, batch: Batch, seconds: float) -> None:
-        self.journal.append(call, batch, seconds)
+        self.log.append(call, batch, seconds)
         for _, answer in batch:
             self.tally.add(answer)
 
@@ -61,27 +61,27 @@ class SharedRuns:
 
     ::
 
-        shared = SharedRuns(model, {"a": Configuration("fastv", "2/3"), "b": Configuration("dart", "2/3")}, journals)
+        shared = SharedRuns(model, {"a": Configuration("fastv", "2/3"), "b": Configuration("dart", "2/3")}, logs)
         for key, configuration in shared.configurations.items():
             model.configure(configuration.method, configuration.pruning_rate, **configuration.params)
             model.source = shared.source(key)
             model.generate_until(requests)        # the same requests every time
 
-    All answers go into the runs' journals, and every run reads its own from there, so what is killed on the way goes on like any
+    All answers go into the runs' logs, and every run reads its own from there, so what is killed on the way goes on like any
     other run. Requests that ask for sampling are not shared: each run draws its own answers. Neither are requests for log-likelihoods.
 
     Parameters
     ----------
     model
         Loaded; its own method and answers stay as they are.
-    journals
+    logs
         By the keys of `configurations`.
     """
 
-    def __init__(self, model: PrunedModel, configurations: Mapping[str, Configuration], journals: Mapping[str, Journal]):
-        self.model, self.configurations, self.journals = model, dict(configurations), journals
+    def __init__(self, model: PrunedModel, configurations: Mapping[str, Configuration], logs: Mapping[str, AnswerLog]):
+        self.model, self.configurations, self.logs = model, dict(configurations), logs
         self._pruners = {key: build_pruner(c.method, c.pruning_rate, c.params) for key, c in self.configurations.items()}
-        self._computed: tuple[str, BatchSize] | None = None
+        self._computed: tuple[int, BatchSize] | None = None
         self._runs: dict[str, _Run] = {}
 
     def source(self, key: str) -> Source:
@@ -94,13 +94,13 @@ class SharedRuns:
             shared = [request for request in asked if request.index not in sampled]
             if shared and self._computed is None:
                 self._compute(call, asked, shared, size)
-                self._computed = digest_of(asked), size
-            if shared and self._computed != (digest_of(asked), size):
+                self._computed = _identity(asked), size
+            if shared and self._computed != (_identity(asked), size):
                 raise PruningError(
                     f"share_prefix: run {key!r} got {len(asked)} requests that are not those which were answered for all runs together, "
                     "expected the same ones; a task that asks something else every time needs share_prefix: false."
                 )
-        yield from self.journals[key](call, asked, compute, size)
+        yield from self.logs[key](call, asked, compute, size)
 
     def _sampled(self, asked: Iterable[Request]) -> set[int]:
         """Indices of the requests whose answers are drawn at random."""
@@ -117,18 +117,22 @@ class SharedRuns:
     # ---- computing
     def _compute(self, call: str, asked: Sequence[Request], shared: Sequence[Request], size: BatchSize) -> None:
         """Answer `shared` by all configurations that have not answered them yet."""
+        bounds = {bound for log in self.logs.values() for bound in log.bounds(size)}
+        indices = {request.index for request in shared}
+        parts: list[list[Request]] = []
         for key, configuration in self.configurations.items():
-            journal = self.journals[key]
-            done = journal.done(call, asked, size)
-            self._runs[key] = _Run(configuration.method, self._pruners[key], journal, done, Tally(len(shared)))
+            begun = self.logs[key].begin(call, asked, size, bounds=list(bounds))
+            self._runs[key] = _Run(configuration.method, self._pruners[key], self.logs[key], begun.done, Tally(len(shared)))
+            parts = max(parts, begun.parts, key=len)
         everywhere = Done(
             set.intersection(*(run.done.indices for run in self._runs.values())),
             set.intersection(*(run.done.alone for run in self._runs.values())),
         )
         self._tell(len(everywhere.indices), is_new=False)
         clock = time.monotonic()
-        (part,) = {journal.part for journal in self.journals.values()}
-        for batch in self.model.batches_of(shared, everywhere, part, self._of_batch, NoPruning()):
+        asked_parts = [[request for request in part if request.index in indices] for part in parts]
+        batches = (self.model.batches_of(part, everywhere, self._of_batch, NoPruning()) for part in asked_parts)
+        for batch in itertools.chain.from_iterable(batches):
             now = time.monotonic()
             alive = self._alive([request for request, _ in batch])
             for key, run in alive:
@@ -138,6 +142,8 @@ class SharedRuns:
             self._tell(len(batch), is_new=True)
             if not self._alive():
                 break
+        for log in self.logs.values():
+            log.close()  # each run reads its own answers when its turn comes: those of all would fill the memory
 
     def _tell(self, count: int, *, is_new: bool) -> None:
         """Show how far all runs are; afterwards, each run's own answers come all at once."""
@@ -181,6 +187,10 @@ class SharedRuns:
                 except Exception as error:  # as above
                     _warn(self.model.failures, batch, key, error)
         return found
+
+
+def _identity(asked: Iterable[Request]) -> int:
+    return hash(tuple((request.index, request.digest) for request in asked))
 
 
 def _warn(failures: FailureLog, batch: Sequence[Prompt], who: str, error: Exception) -> None:

@@ -36,15 +36,15 @@ from vlm_pruner_eval.lmms.device import pick_device
 from vlm_pruner_eval.lmms.downsampling import as_planned, hooked, sized
 from vlm_pruner_eval.lmms.geometry import describe_geometry
 from vlm_pruner_eval.lmms.inputs import Prepared, bound_pixels, build_inputs, move_inputs
-from vlm_pruner_eval.lmms.log import Answer, Reading
+from vlm_pruner_eval.lmms.log import Reading
 from vlm_pruner_eval.lmms.loglikelihood import Target
-from vlm_pruner_eval.lmms.plan import Batch, Done, Part
 from vlm_pruner_eval.lmms.prompts import Defaults, Generation, Prompt, Request
 from vlm_pruner_eval.lmms.protocols import HF, Protocol
 from vlm_pruner_eval.lmms.resolve import family_class, resolve
 from vlm_pruner_eval.lmms.scoring import Scorer
 from vlm_pruner_eval.pruners import Pruner
 from vlm_pruner_eval.shown import of_error
+from vlm_pruner_eval.store.answers import Answer, Batch, Done
 from vlm_pruner_eval.timing import time_forwards
 from vlm_pruner_eval.vlms import family_of
 
@@ -203,7 +203,7 @@ class PrunedModel(Answering):
         return f"{self.model_id} {self.method}"
 
     def batches_of(
-        self, asked: Sequence[Request], done: Done, part: Part, of_batch: OfBatch | None = None, pruner: Pruner | None = None
+        self, asked: Sequence[Request], done: Done, of_batch: OfBatch | None = None, pruner: Pruner | None = None
     ) -> Iterator[Batch]:
         """Requests with their answers, batch by batch; `of_batch` in place of `answers_of_batch` may find something else for them.
 
@@ -213,8 +213,8 @@ class PrunedModel(Answering):
         """
         windows = (
             (options, [request for request in window if request.index not in done.alone])
-            for number, (options, window) in enumerate(prompts.windows(asked, self.batch_size, self.defaults))
-            if part.has(number) and not done.has([request.index for request in window])
+            for options, window in prompts.windows(asked, self.batch_size, self.defaults)
+            if not done.has([request.index for request in window])
         )
         plan = functools.partial(self._steps, done, of_batch or self.answers_of_batch, pruner or self.pruner)
         with Ahead(self.settings.workers) as ahead:
@@ -228,14 +228,15 @@ class PrunedModel(Answering):
                 yield Step(functools.partial(list, [(request, found)]))
             else:
                 ready.append(found)
-        for batch in prompts.batches(ready, self.batch_size):
-            if not done.has([prompt.request.index for prompt in batch]):
+        for planned in prompts.batches(ready, self.batch_size):
+            batch = [prompt for prompt in planned if prompt.request.index not in done.indices]  # whole, unless the limit was changed
+            if batch:
                 prepared = Job(functools.partial(self.prepare, batch, pruner))
                 yield Step(functools.partial(of_batch, batch, options, prepared.take), prepared)
 
-    def scored_batches_of(self, targets: Sequence[Target], done: Done, part: Part) -> Iterator[Batch]:
+    def scored_batches_of(self, targets: Sequence[Target], done: Done) -> Iterator[Batch]:
         """Targets with their answers, one prompt after the other."""
-        return Scorer(self).batches(targets, done, part)
+        return Scorer(self).batches(targets, done)
 
     def prompt_of(self, request: Request, in_turn: Turn | None = None) -> Prompt:
         """What the model is asked by a request; `in_turn` see `prompts.build`."""

@@ -23,7 +23,7 @@ from vlm_pruner_eval.report.show.gallery import gallery
 from vlm_pruner_eval.report.stats.compare import compare
 from vlm_pruner_eval.report.stats.comparisons import Comparisons
 from vlm_pruner_eval.report.stats.strata import Stratum, strata
-from vlm_pruner_eval.sweep.files import write_atomic
+from vlm_pruner_eval.store.files import write_atomic
 from vlm_pruner_eval.sweep.store import to_json
 
 

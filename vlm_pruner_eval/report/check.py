@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.report.load import Results, load_results
-from vlm_pruner_eval.sweep.files import write_atomic
+from vlm_pruner_eval.report.load import Results, RunResult, load_sweep
+from vlm_pruner_eval.store.schema import FINISHED, Spread, to_json
 from vlm_pruner_eval.sweep.inputs import read_text
-from vlm_pruner_eval.sweep.records import answer_digest, kept_digest
-from vlm_pruner_eval.sweep.store import FINISHED, to_json
+from vlm_pruner_eval.sweep.records import answer_digest
 
 _DIGITS = 8  # 32 bits a document: a chance match is no worry, and the file stays small
 _SETTINGS = ("id", "pretrained", "revision", "dtype", "protocol", "attn_implementation")
@@ -32,7 +31,7 @@ def write_reference(results_dir: Path | str, path: Path | str) -> Path:
     ConfigError
         Runs that failed or did not happen: a reference must be complete.
     """
-    results, path = load_results(results_dir), Path(path)
+    results, path = load_sweep(results_dir), Path(path)
     unfinished = [f"{run.key} ({run.status})" for run in results.runs if run.status != FINISHED]
     if unfinished:
         raise ConfigError(f"{results_dir}: got unfinished runs ({', '.join(unfinished)}), expected a complete sweep; run it again.")
@@ -42,7 +41,7 @@ def write_reference(results_dir: Path | str, path: Path | str) -> Path:
     reference |= {"processor": _processor(results), "settings": _settings(results), "measured": _measured(results)}
     reference["runs"] = _digests(results)
     try:
-        write_atomic(path, _compact(reference))
+        path.write_text(_compact(reference), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: can't be written ({error}); choose another file.") from error
     return path
@@ -61,7 +60,7 @@ def check(results_dir: Path | str, reference_path: Path | str) -> list[str]:
     ConfigError
         Files that can't be read, or a sweep with other settings: the two can't be compared.
     """
-    results, reference = load_results(results_dir), _read(Path(reference_path))
+    results, reference = load_sweep(results_dir), _read(Path(reference_path))
     settings = _settings(results)
     different = [
         f"{name}: the sweep has {settings.get(name)!r}, the reference {value!r}; compare sweeps of one configuration."
@@ -97,7 +96,7 @@ def check(results_dir: Path | str, reference_path: Path | str) -> list[str]:
 
 
 def _results_version(results: Results) -> int | None:
-    return results.records[0]["config"].get("results_version") if results.records else None
+    return results.records[0].config.get("results_version") if results.records else None
 
 
 def _differences(
@@ -149,7 +148,7 @@ def _measured(results: Results) -> dict[str, dict[str, Any]]:
     """By run: visual tokens asked for and kept (mean), and the score of every task."""
     return {
         run.key: {
-            **{name: (run.record["tokens"][name] or {}).get("mean") for name in ("asked", "kept")},
+            **{name: spread and spread.mean for name, spread in _spreads(run)},
             "scores": run.scores,
         }
         for run in results.runs
@@ -164,10 +163,17 @@ def _digests(results: Results) -> dict[str, dict[str, dict[str, str]]]:
         if not run.finished:
             continue
         tasks = digests.setdefault(run.key, {})
-        for sample in results.store.read_samples(run.run_id):
-            kept, answer = kept_digest(sample["record"]) or "0" * _DIGITS, answer_digest(sample["answer"])
-            tasks.setdefault(sample["task"], {})[str(sample["doc_id"])] = f"{kept[:_DIGITS]}:{answer[:_DIGITS]}"
+        for answer in results.each_answer(run):
+            kept = answer.record.digest if answer.record else "0" * _DIGITS
+            text = answer_digest(answer.answer)
+            tasks.setdefault(answer.task, {})[str(answer.doc_id)] = f"{kept[:_DIGITS]}:{text[:_DIGITS]}"
     return digests
+
+
+def _spreads(run: RunResult) -> Iterator[tuple[str, Spread | None]]:
+    tokens = run.record.tokens
+    yield "asked", tokens.asked
+    yield "kept", tokens.kept
 
 
 def _settings(results: Results) -> dict[str, Any]:
@@ -177,8 +183,8 @@ def _settings(results: Results) -> dict[str, Any]:
 
 def _processor(results: Results) -> str:
     """Processor and torch version: both decide how sums are rounded."""
-    made = [record["provenance"] for record in results.records]
-    return "; ".join(sorted({f"{record['processor']}, torch {record['versions']['torch']}" for record in made}))
+    made = [unit.provenance for record in results.records for unit in record.units.values()]
+    return "; ".join(sorted({f"{one.processor}, torch {one.versions['torch']}" for one in made}))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -26,12 +26,11 @@ def write_and_print(directory: Path, out: Stdout) -> dict[str, Path]:
 
 def print_finished(directory: Path, out: Stdout) -> dict[str, Path]:
     """Print the scores of a finished sweep and where its report is, which is written only if something is newer than it."""
-    from vlm_pruner_eval.sweep.lock import holder_of
     from vlm_pruner_eval.sweep.status import print_status, read_status
 
     path = current_report(directory)
     if path is None:
         return write_and_print(directory, out)
-    print_status(out.console(), read_status(directory, holder_of))
+    print_status(out.console(), read_status(directory))
     out.line(f"md     {path}")
     return {"md": path}

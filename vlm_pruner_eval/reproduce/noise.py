@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.report.load import Results, RunResult, load_results
-from vlm_pruner_eval.report.rows import relative_average
-from vlm_pruner_eval.report.stats.answers import document_answer
+from vlm_pruner_eval.report.load import RunResult, load_sweep
 from vlm_pruner_eval.reproduce.plan import Plan, Variant
-from vlm_pruner_eval.sweep.store import FINISHED
+from vlm_pruner_eval.store.folder import DocumentScore
+from vlm_pruner_eval.store.schema import FINISHED, RunRecord, TaskScore
+from vlm_pruner_eval.sweep.score_line import relative_average
 
-Documents = dict[tuple[str, int], list[dict[str, Any]]]  # the samples of a document: one, or one a choice that was scored
-
-_KEPT_FIELDS = ("answer", "score", "choice", "loglikelihood", "n_new_tokens")
+Documents = dict[tuple[str, int], DocumentScore]
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class Noise:
 
     variants: tuple[Variant, ...]
     problems: dict[str, str]
-    record: dict[str, Any] | None
+    record: RunRecord | None
     tasks: dict[str, TaskNoise]
     average_spread: float | None
 
@@ -90,32 +87,26 @@ def measure_noise(plan: Plan) -> Noise:
     ConfigError
         Variants that answered different documents: their data sets differ, and flips can't be counted.
     """
-    loaded = {variant.name: load_results(plan.noise_dir(variant)) for variant in plan.variants}
+    loaded = {variant.name: load_sweep(plan.noise_dir(variant)) for variant in plan.variants}
     runs = {name: results.runs[0] for name, results in loaded.items()}
     problems = {name: _problem(run) for name, run in runs.items() if run.status != FINISHED}
     reference = plan.variants[0].name
     if reference in problems:
         return Noise(plan.variants, problems, None, {}, None)
-    documents = {name: _documents(loaded[name], run) for name, run in runs.items() if run.status == FINISHED}
+    documents = {name: {(score.task, score.doc_id): score for score in loaded[name].each_score(run)} for name, run in runs.items() if run.status == FINISHED}
     records = {name: runs[name].record for name in documents}
     tasks = {task: _task_noise(task, list(runs), records, documents, reference) for task in loaded[reference].tasks}
     return Noise(plan.variants, problems, records[reference], tasks, _average_spread(tasks, documents, reference))
 
 
 def _problem(run: RunResult) -> str:
-    return run.record["problem"] if run.record is not None else "was not run"
+    return run.record.problem if run.record is not None and run.record.problem else "was not run"
 
 
-def _documents(results: Results, run: RunResult) -> Documents:
-    documents: Documents = {}
-    for sample in results.store.each_sample(run.run_id):
-        kept = {field: sample.get(field) for field in _KEPT_FIELDS}
-        documents.setdefault((sample["task"], sample["doc_id"]), []).append(kept)
-    return documents
-
-
-def _task_noise(task: str, names: list[str], records: dict[str, Any], documents: dict[str, Documents], reference: str) -> TaskNoise:
-    leaves = _leaves(task, records[reference]["tasks"][task])
+def _task_noise(
+    task: str, names: list[str], records: dict[str, RunRecord], documents: dict[str, Documents], reference: str
+) -> TaskNoise:
+    leaves = _leaves(task, records[reference].scores[task])
     mine = {name: {key: held[key] for key in held if key[0] in leaves} for name, held in documents.items()}
     others = [name for name in mine if name != reference]
     for name in others:
@@ -125,9 +116,9 @@ def _task_noise(task: str, names: list[str], records: dict[str, Any], documents:
                 "the data set has changed between them: start again in another folder with --output."
             )
     scores = {name: _score(records[name], task) if name in records else None for name in names}
-    main = records[reference]["tasks"][task]["main"]
+    main = records[reference].scores[task].main
     return TaskNoise(
-        metric=main["metric"] if main else None,
+        metric=main.metric if main else None,
         scores=scores,
         spread=_spread(scores.values()),
         answer_flips={name: _answer_flips(mine[reference], mine[name]) for name in others},
@@ -135,14 +126,14 @@ def _task_noise(task: str, names: list[str], records: dict[str, Any], documents:
     )
 
 
-def _leaves(task: str, scored: dict[str, Any]) -> set[str]:
+def _leaves(task: str, scored: TaskScore) -> set[str]:
     """Tasks that samples are filed under: several where a group is one benchmark."""
-    return {leaf for leaf, held in scored["metrics"].items() if "metric" in held} or {task}
+    return {leaf for leaf, held in scored.metrics.items() if held.metric is not None} or {task}
 
 
-def _score(record: dict[str, Any], task: str) -> float | None:
-    main = record["tasks"][task]["main"]
-    return main["value"] if main else None
+def _score(record: RunRecord, task: str) -> float | None:
+    main = record.scores[task].main
+    return main.value if main else None
 
 
 def _spread(values: Iterable[float | None]) -> float | None:
@@ -151,12 +142,12 @@ def _spread(values: Iterable[float | None]) -> float | None:
 
 
 def _answer_flips(reference: Documents, other: Documents) -> Flips:
-    return Flips(sum(document_answer(reference[key]) != document_answer(other[key]) for key in reference), len(reference))
+    return Flips(sum(reference[key].answer != other[key].answer for key in reference), len(reference))
 
 
 def _score_flips(reference: Documents, other: Documents) -> Flips | None:
     """None where the two do not have scores of the same documents, or of none."""
-    pairs = [(reference[key][0]["score"], other[key][0]["score"]) for key in reference]
+    pairs = [(reference[key].score, other[key].score) for key in reference]
     known = [pair for pair in pairs if pair != (None, None)]
     if not known or any(None in pair for pair in known):
         return None

@@ -25,7 +25,7 @@ from vlm_pruner_eval.reproduce.noise import Flips, Noise
 from vlm_pruner_eval.reproduce.rows import ReproducedRow, as_json
 from vlm_pruner_eval.reproduce.run import Reproduction
 from vlm_pruner_eval.shown import spelled_out
-from vlm_pruner_eval.sweep.files import write_atomic
+from vlm_pruner_eval.store.files import write_atomic
 from vlm_pruner_eval.sweep.store import to_json
 
 _NOISE_LEGEND = (

@@ -49,7 +49,7 @@ def _reproduced(compared: PaperRow, results: Results) -> ReproducedRow:
 def _with_images(results: Results, row: Row) -> Iterator[int]:
     for run in results.runs:
         if run.finished and run.run_id in row.runs:
-            yield run.record["tokens"]["samples_with_images"]
+            yield run.record.tokens.samples_with_images
 
 
 def as_json(rows: list[ReproducedRow]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vlm_pruner_eval.report.load import Results, load_results
+from vlm_pruner_eval.report.load import Results, load_sweep
 from vlm_pruner_eval.report.paper.beside import Reference
 from vlm_pruner_eval.report.paper.gate import Gate
 from vlm_pruner_eval.report.paper.printed import read_printed
@@ -17,11 +17,13 @@ from vlm_pruner_eval.reproduce.gate import judge
 from vlm_pruner_eval.reproduce.noise import Noise, measure_noise
 from vlm_pruner_eval.reproduce.plan import Plan
 from vlm_pruner_eval.reproduce.rows import ReproducedRow, reproduced_rows, spreads_of
+from vlm_pruner_eval.store.folder import Store
+from vlm_pruner_eval.store.schema import FINISHED
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.grid import UNPRUNED, expand
 from vlm_pruner_eval.sweep.opening import Loader, check_layers, check_methods, check_tasks
 from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
-from vlm_pruner_eval.sweep.store import Store
+from vlm_pruner_eval.sweep.units import units_of
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def reproduce(
     console.print("Rows of the table", highlight=False)
     _hand_on_unpruned(plan)
     stages.run(plan.rows, plan.rows_dir)
-    results = load_results(plan.rows_dir)
+    results = load_sweep(plan.rows_dir)
     rows = reproduced_rows(Reference(plan.vlm, printed, gate, spreads_of(noise)), results)
     return Reproduction(plan, noise, gate, rows, results, stages.counts)
 
@@ -135,6 +137,7 @@ def _free_memory() -> None:
 def _hand_on_unpruned(plan: Plan) -> None:
     """The unpruned row of the table is the reference of the noise floor: the same run, which need not be run again."""
     noise, rows = Store(plan.noise_dir(plan.variants[0])), Store(plan.rows_dir)
-    (run,) = [run for run in expand(plan.rows) if run.method == UNPRUNED]
-    if noise.is_finished(run.run_id) and not rows.is_finished(run.run_id):
-        rows.write_run(noise.read(run.run_id), noise.each_sample(run.run_id))
+    for unit in units_of(plan.rows, [run for run in expand(plan.rows) if run.method == UNPRUNED]):
+        there, here = unit.stored(noise), unit.stored(rows)
+        if there.status(plan.rows.limit) == FINISHED and here.status(plan.rows.limit) is None:
+            there.copy_to(here)

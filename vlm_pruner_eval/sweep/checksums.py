@@ -13,7 +13,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from vlm_pruner_eval.sweep.files import write_atomic
+from vlm_pruner_eval.store.files import write_atomic
 
 LARGE_BYTES = 64_000_000  # what is smaller is read in less time than it takes to look
 _CHUNK_BYTES = 8_000_000

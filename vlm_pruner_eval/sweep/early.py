@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.store.claims import check_locks
+from vlm_pruner_eval.store.folder import Store
+from vlm_pruner_eval.store.schema import FINISHED
 from vlm_pruner_eval.sweep import identity, preflight, provenance
 from vlm_pruner_eval.sweep.config import SweepConfig
-from vlm_pruner_eval.sweep.directory import refuse_held
-from vlm_pruner_eval.sweep.grid import expand
-from vlm_pruner_eval.sweep.store import Store
+from vlm_pruner_eval.sweep.grid import expand, grid_of
+from vlm_pruner_eval.sweep.units import status_of, units_of
 
 
 def refuse(config: SweepConfig, output: Path) -> None:
@@ -20,12 +22,12 @@ def refuse(config: SweepConfig, output: Path) -> None:
     Raises
     ------
     ConfigError
-        Tasks that no file defines, the output directory, another process that uses it.
+        Tasks that no file defines, the results directory.
     """
     store = Store(output)
     store.check_writable()
     preflight.refuse_other_sweep(store, config)
-    refuse_held(output)
+    check_locks(output)
     if "lmms_eval.tasks" not in sys.modules and (problems := task_problems(config)):  # where it is there, its own index is asked
         raise ConfigError(problems)
 
@@ -46,12 +48,11 @@ def look(config: SweepConfig, output: Path, *, rerun: str | None = None) -> int 
     runs = expand(config)
     store = Store(output)
     again = preflight.chosen_again(runs, rerun)
-    if again or not store.is_of(config.name, config.model_dump(), [run.line() for run in runs]):
+    if again or not store.is_of(grid_of(config, runs)):
         return None
     files = provenance.checkpoint_files(config.model.pretrained, config.model.revision)
-    is_done = all(store.is_finished(run.run_id, files) for run in runs)
-    has_journals = any(next(store.run_dir(run.run_id).glob("journal*"), None) for run in runs)
-    return len(runs) if is_done and not has_journals else None
+    states = status_of(store, units_of(config, runs), config.limit, files).values()
+    return len(runs) if set(states) == {FINISHED} else None
 
 
 def task_problems(config: SweepConfig) -> list[str]:

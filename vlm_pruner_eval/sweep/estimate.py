@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,15 +11,15 @@ from typing import Any
 
 from vlm_pruner_eval.budget import keep_count
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.store.folder import Store
+from vlm_pruner_eval.store.schema import RunHead, Spread, UnitRecord
 from vlm_pruner_eval.sweep.clusters import RESAMPLES
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.grid import UNPRUNED, Run
-from vlm_pruner_eval.sweep.store import FINISHED, Store
 
-# Bytes of what does not depend on tokens, as in real runs: all else of a sample; a resampled value; a record.
-_SAMPLE_BYTES, _DRAW_BYTES, _RECORD_BYTES = 900, 9, 8500
+# Bytes of what does not depend on tokens, as in real runs: all else of an answer with its score; a resampled value; a record.
+_SAMPLE_BYTES, _DRAW_BYTES, _RECORD_BYTES = 1400, 9, 8500
 _PICTURE_BYTES = 70_000  # a photo of 768 pixels
-_LAYERS = 32  # of a model that says nothing: they are a small part of a sample
 
 
 @dataclass(frozen=True)
@@ -44,20 +45,19 @@ class Questions:
 
 @dataclass(frozen=True)
 class Pace:
-    """What earlier runs took: for each question, and for everything else of a run; how near they are to the run in question."""
+    """What earlier units took: for each question, and for everything else; how near they are to the run in question."""
 
     per_question_s: float
-    per_run_s: float
+    per_unit_s: float
     nearness: str
 
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes of all records, and of the pictures at most; what the journals of runs on their way take at a time."""
+    """Bytes of all records, and of the pictures at most."""
 
     records: int
     pictures: int
-    journals: int
 
 
 def kept_tokens(run: Run, n_visual: int | None, layers: int | None) -> Kept:
@@ -88,30 +88,41 @@ def kept_tokens(run: Run, n_visual: int | None, layers: int | None) -> Kept:
     return Kept(lengths[-1], statistics.fmean(lengths))
 
 
-def read_earlier(store: Store) -> list[dict[str, Any]]:
-    """Records of all finished runs in a results directory, whatever sweep file they are of."""
-    folders = sorted(path.parent for path in store.root.glob("runs/*/run.json"))
-    records = [record for folder in folders if (record := store.read(folder.name)) is not None]
-    return [record for record in records if record["status"] == FINISHED]
+@dataclass(frozen=True)
+class Earlier:
+    """A finished unit of a results directory, with the configuration of its run."""
+
+    head: RunHead
+    unit: UnitRecord
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        """The model section."""
+        return self.head.config["model"]
 
 
-def visual_tokens(config: SweepConfig, earlier: Iterable[Mapping[str, Any]]) -> int | None:
+def read_earlier(store: Store) -> list[Earlier]:
+    """All finished units in a results directory, whatever sweep file they are of."""
+    return [Earlier(head, unit) for head, units in store.other_runs(()) for unit in units]
+
+
+def visual_tokens(config: SweepConfig, earlier: Iterable[Earlier]) -> int | None:
     """Of a question: as the sweep file says, else as unpruned earlier runs of this model counted them."""
     if config.model.visual_tokens is not None:
         return config.model.visual_tokens
-    unpruned = [record for record in earlier if record["method"] == UNPRUNED and _is_of(record, config)]
-    counts = [record["tokens"]["n_visual"]["mean"] for record in unpruned if record["tokens"]["n_visual"]]
-    return round(statistics.fmean(counts)) if counts else None
+    unpruned = [one.unit.tokens.n_visual for one in earlier if one.head.run.method == UNPRUNED and _is_of(one, config)]
+    counted = Spread.merged(unpruned)
+    return None if counted is None else round(counted.mean)
 
 
-def layers_of(config: SweepConfig, earlier: Iterable[Mapping[str, Any]]) -> int | None:
+def layers_of(config: SweepConfig, earlier: Iterable[Earlier]) -> int | None:
     """Decoder layers, in the same way."""
     if config.model.layers is not None:
         return config.model.layers
-    return next((n for record in earlier if _is_of(record, config) and (n := record["provenance"]["model"].get("layers"))), None)
+    return next((n for one in earlier if _is_of(one, config) and (n := one.unit.provenance.model.get("layers"))), None)
 
 
-def count_questions(config: SweepConfig, earlier: Iterable[Mapping[str, Any]] = ()) -> Questions:
+def count_questions(config: SweepConfig, earlier: Iterable[Earlier] = ()) -> Questions:
     """Questions of one run: exactly of packaged tasks and of tasks that were asked with this limit before, else the limit itself.
 
     A group of lmms-eval asks the limit of each of its tasks, so `is_exact` is False for the limit of a name that is not packaged.
@@ -126,9 +137,9 @@ def count_questions(config: SweepConfig, earlier: Iterable[Mapping[str, Any]] = 
             wanted[name] = config.limit if whole is None else min(whole, config.limit or whole)
     if wanted.keys() <= packaged.keys():
         return Questions(wanted, True)
-    for record in earlier:
-        if record["config"]["tasks"] == config.tasks and record["config"]["limit"] == config.limit:
-            return Questions({"all": record["n_answers"]}, True)
+    answered = {one.unit.task: one.unit.n_answers for one in earlier if one.unit.limit == config.limit}
+    if all(task in answered for task in config.tasks):
+        return Questions({task: answered[task] for task in config.tasks}, True)
     return Questions(wanted, False)
 
 
@@ -143,44 +154,40 @@ def _packaged() -> dict[str, int]:
 
 
 # ---- disk
-def sample_bytes(n_visual: int, kept: int, layers: int) -> int:
-    """Bytes of one answer in samples.jsonl: the kept positions and their order, and two lengths of every layer, are most of it."""
-    digits = sum(len(str(position)) for position in range(n_visual)) / max(1, n_visual)
-    return round(_SAMPLE_BYTES + 2 * kept * (digits + 2) + 2 * layers * (len(str(n_visual)) + 2))
+def sample_bytes(n_visual: int, kept: int) -> int:
+    """Bytes of one answer with its score: two bytes a kept token (four of more than 65,536), in base 64, unless nothing was cut."""
+    return _SAMPLE_BYTES + (0 if kept == n_visual else math.ceil(kept * (2 if n_visual <= 2**16 else 4) * 4 / 3))
 
 
-def disk(config: SweepConfig, kept: Sequence[int], n_visual: int, layers: int | None, questions: Questions) -> Disk:
+def disk(config: SweepConfig, kept: Sequence[int], n_visual: int, questions: Questions) -> Disk:
     """Bytes that runs write, one for each number in `kept`; the report is not counted."""
-    samples = [sample_bytes(n_visual, count, layers or _LAYERS) * questions.total for count in kept]
-    beside = _RECORD_BYTES + _DRAW_BYTES * RESAMPLES * len(config.tasks)
+    samples = [sample_bytes(n_visual, count) * questions.total for count in kept]
+    beside = (_RECORD_BYTES + _DRAW_BYTES * RESAMPLES) * len(config.tasks)
     pictures = sum(min(config.gallery, count) for count in questions.by_task.values()) * _PICTURE_BYTES
-    journals = sum(samples) if config.share_prefix else max(samples, default=0)
-    return Disk(sum(samples) + beside * len(kept), pictures, journals)
+    return Disk(sum(samples) + beside * len(kept), pictures)
 
 
 # ---- time
-def pace(run: Run, earlier: Iterable[Mapping[str, Any]]) -> Pace | None:
+def pace(run: Run, earlier: Iterable[Earlier]) -> Pace | None:
     """What the nearest earlier runs of the same model took: of the same method and rate, of the method, or of any; None without one.
 
     Runs that shared their work have no times, and are left out.
     """
     groups: dict[str, list[tuple[float, float]]] = {"the same method and rate": [], "the same method": [], "other methods": []}
-    for record in earlier:
-        total_s, n = record["times"].get("total_s"), record["n_answers"]
-        if total_s is None or not n or record["config"]["model"] != run.config["model"]:
+    for one in earlier:
+        times, n, line = one.unit.times, one.unit.n_answers, one.head.run
+        if times.total_s is None or not n or one.model != run.config["model"]:
             continue
-        answers_s = record["times"].get("answers_s", total_s)
-        same_method = record["method"] == run.method and record["config"]["parameters"] == run.config["parameters"]
-        same_rate = same_method and record["pruning_rate"] == run.pruning_rate
+        same_method = line.method == run.method and line.parameters == run.config["parameters"]
+        same_rate = same_method and line.pruning_rate == run.pruning_rate
         nearness = list(groups)[0 if same_rate else 1 if same_method else 2]
-        groups[nearness].append((answers_s / n, total_s - answers_s))
+        groups[nearness].append((times.answers_s / n, times.total_s - times.answers_s))
     for nearness, found in groups.items():
         if found:
             return Pace(statistics.fmean(each for each, _ in found), statistics.fmean(rest for _, rest in found), nearness)
     return None
 
 
-def _is_of(record: Mapping[str, Any], config: SweepConfig) -> bool:
-    """Whether a record is of this checkpoint under this protocol."""
-    model = record["config"]["model"]
-    return all(model[name] == getattr(config.model, name) for name in ("id", "pretrained", "revision", "protocol"))
+def _is_of(one: Earlier, config: SweepConfig) -> bool:
+    """Tell if a unit is of this checkpoint under this protocol."""
+    return all(one.model[name] == getattr(config.model, name) for name in ("id", "pretrained", "revision", "protocol"))

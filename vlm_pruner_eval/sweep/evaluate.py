@@ -1,4 +1,4 @@
-"""One run through lmms-eval: its tasks loaded afresh, the loaded model's answers scored, and one sample for every answer."""
+"""One unit through lmms-eval: its tasks loaded afresh, and the loaded model's answers scored."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,14 +32,14 @@ class Evaluated:
     unscored: dict[str, str] = field(default_factory=dict)
 
 
-def evaluate(model: Any, config: SweepConfig, task_manager: Any, folder: Path) -> Evaluated:
-    """One lmms-eval evaluation of a model as it is configured; tasks that write files write them into `folder`.
+def evaluate(model: Any, config: SweepConfig, entry: str, task_manager: Any, folder: Path) -> Evaluated:
+    """Evaluate a model as it is configured on one entry of the sweep file; tasks that write files write them into `folder`.
 
-    Tasks are loaded afresh for every run, because some of them keep state between evaluations in their module (OCRBench adds
+    Tasks are loaded afresh for every unit, because some of them keep state between evaluations in their module (OCRBench adds
     each run's points to the last run's).
     """
     with contextlib.redirect_stdout(sys.stderr):  # tasks print tables and notices, and a sweep's stdout is for programs
-        tasks, groups = _load_tasks(config, task_manager)
+        tasks = _leaves(task_manager.load_task_or_group([entry], "chat"))
         aggregations.guard(tasks)
         results = _simple_evaluate(model, config, task_manager, tasks, folder)
         logged = {name: results["samples"][name] for name in tasks}
@@ -48,48 +48,7 @@ def evaluate(model: Any, config: SweepConfig, task_manager: Any, folder: Path) -
             images[answer.task][answer.doc_id] = answer.images
         scored = {name: scores.score_task(name, results["results"][name], logged[name], task, images[name]) for name, task in tasks.items()}
     failed = {problem: trace for name, task in tasks.items() for problem, trace in aggregations.failures(name, task)}
-    return Evaluated(scored, _by_benchmark(scored, groups), logged, failed)
-
-
-def answer_only(model: Any, config: SweepConfig, task_manager: Any, folder: Path) -> Evaluated:
-    """The same up to the last answer: of several processes that answer a run together, only one scores it."""
-    with contextlib.redirect_stdout(sys.stderr):  # as in `evaluate`
-        tasks, _ = _load_tasks(config, task_manager)
-        with _until_answered(model):
-            _simple_evaluate(model, config, task_manager, tasks, folder)
-    return Evaluated()
-
-
-class _Answered(Exception):
-    """All requests have their answers."""
-
-
-@contextmanager
-def _until_answered(model: Any) -> Iterator[None]:
-    """Leave an evaluation where lmms-eval calls `clean`, which it does between the last answer and the first score."""
-
-    def leave() -> None:
-        raise _Answered
-
-    model.clean = leave  # hides the method of its class
-    try:
-        yield
-    except _Answered:
-        return
-    finally:
-        del model.clean
-    raise RuntimeError("lmms-eval scored answers without calling clean() first, as versions 0.7 do; expected such a version.")
-
-
-def _load_tasks(config: SweepConfig, task_manager: Any) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    """Tasks by name, and the names that every entry of the sweep file stands for."""
-    tasks: dict[str, Any] = {}
-    groups: dict[str, list[str]] = {}
-    for name in config.tasks:  # one by one: lmms-eval reverses the order of a list
-        leaves = _leaves(task_manager.load_task_or_group([name], "chat"))
-        tasks |= leaves
-        groups[name] = list(leaves)
-    return tasks, groups
+    return Evaluated(scored, _by_benchmark(scored, entry), logged, failed)
 
 
 def _simple_evaluate(model: Any, config: SweepConfig, task_manager: Any, tasks: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -116,13 +75,9 @@ def _simple_evaluate(model: Any, config: SweepConfig, task_manager: Any, tasks: 
         )
 
 
-def _by_benchmark(scored: dict[str, scores.Scored], groups: dict[str, list[str]]) -> dict[str, scores.Scored]:
-    """Groups that are one benchmark become one score, so that their many tasks don't outweigh the others; other groups are spelled out."""
-    folded: dict[str, scores.Scored] = {}
-    for name, members in groups.items():
-        of_members = {member: scored[member] for member in members}
-        folded |= {name: scores.score_group(of_members)} if name in scores.BENCHMARK_GROUPS else of_members
-    return folded
+def _by_benchmark(scored: dict[str, scores.Scored], name: str) -> dict[str, scores.Scored]:
+    """Fold a group that is one benchmark into one score, so that its tasks don't outweigh the others; other groups are spelled out."""
+    return {name: scores.score_group(scored)} if name in scores.BENCHMARK_GROUPS else scored
 
 
 @contextmanager
@@ -147,25 +102,3 @@ def _leaves(loaded: dict[Any, Any]) -> dict[str, Any]:
         else:
             tasks[str(name)] = value[1] if isinstance(value, tuple) else value
     return tasks
-
-
-def samples_of(answers: Iterable[Any], evaluated: Evaluated) -> list[dict[str, Any]]:
-    """One mapping per answer (or choice that was scored), with the document's target, metric items and score where the run got so far."""
-    scored = evaluated.scored
-    rows = {(task, row["doc_id"]): row for task, listed in evaluated.logged.items() for row in listed}
-    samples = []
-    for answer in answers:
-        sample = answer.as_json()
-        row = rows.get((sample["task"], sample["doc_id"]))
-        if row is not None:
-            sample |= {"target": row["target"], "metrics": _items(row)}
-        if sample["task"] in scored:
-            sample["score"] = scored[sample["task"]].documents.get(sample["doc_id"])
-        samples.append(sample)
-    return sorted(samples, key=lambda sample: (sample["task"], sample["doc_id"], sample.get("choice") or 0))
-
-
-def _items(row: dict[str, Any]) -> dict[str, Any]:
-    """The metric items of a logged sample: what is left after lmms-eval's own keys."""
-    own = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash", "input_media", "submission"}
-    return {key: value for key, value in row.items() if key not in own}

@@ -7,25 +7,27 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
 from vlm_pruner_eval.budget import rate_at_layer_average
 from vlm_pruner_eval.errors import ConfigError, closest
 from vlm_pruner_eval.shown import short
+from vlm_pruner_eval.store.schema import Grid, RunHead, RunLine
 from vlm_pruner_eval.sweep import identity
 from vlm_pruner_eval.sweep.config import ENTRY_KEYS, MethodEntry, SweepConfig, canonical_rate
 
 UNPRUNED = "none"
 _MOST_RUNS = 10_000
 _LONGEST_KEY = 200  # with its hash a folder's name, which most file systems end at 255 bytes
+_UNFIT = re.compile(r"[^A-Za-z0-9_.-]")
 RATELESS = frozenset({"blind"})  # keeps no visual token, so a rate means nothing to it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """One cell of the grid: the loaded model under one method, rate and seed, on all tasks.
+    """One row of the grid: the loaded model under one method, rate and seed. It does not depend on tasks and limit.
 
     Attributes
     ----------
@@ -61,10 +63,30 @@ class Run:
     asked_rate: str | float | None
     iso_layer: int | None = None
 
-    def line(self) -> dict[str, Any]:
+    @property
+    def line(self) -> RunLine:
         """What the report needs to know of a run that may not have happened."""
         fields = ("key", "run_id", "label", "method", "pruning_rate", "seed", "changed", "asked_rate", "iso_layer")
-        return {name: getattr(self, name) for name in fields} | {"parameters": self.config["parameters"]}
+        return RunLine(**{name: getattr(self, name) for name in fields}, parameters=self.config["parameters"])
+
+    @property
+    def head(self) -> RunHead:
+        """run.json."""
+        return RunHead(run=self.line, config=self.config)
+
+
+def grid_of(config: SweepConfig, runs: Sequence[Run]) -> Grid:
+    """sweep.json."""
+    return Grid(name=config.name, config=config.model_dump(), runs=[run.line for run in runs], units=unit_folders(config))
+
+
+def unit_folders(config: SweepConfig) -> dict[str, str]:
+    """Task -> name of its folder in every run's, in the order of the sweep file.
+
+    A task that is not of this package has a digest of its files behind its name: edited ones are answered anew, and the old answers stay.
+    """
+    sources = identity.task_sources(config.tasks, config.include_path)
+    return {task: "-".join(filter(None, (_UNFIT.sub("-", task), sources.get(task)))) for task in config.tasks}
 
 
 def expand(config: SweepConfig) -> list[Run]:
@@ -79,11 +101,10 @@ def expand(config: SweepConfig) -> list[Run]:
     if n_runs > _MOST_RUNS:
         raise ConfigError(f"methods: rates and seeds make {n_runs} runs, expected at most {_MOST_RUNS}; split them into several files.")
     problems: list[str] = []
-    sources = identity.task_sources(config.tasks, config.include_path)
-    runs = [_make_run(config, sources, label="unpruned", method=UNPRUNED)]
+    runs = [_make_run(config, label="unpruned", method=UNPRUNED)]
     for index, (entry, label) in enumerate(zip(config.methods, _labels(config.methods), strict=True)):
         try:
-            runs += _runs_of(config, sources, entry, label)
+            runs += _runs_of(config, entry, label)
         except ConfigError as error:
             problems += [f"methods[{index}]: {problem}" for problem in error.problems]
     problems += [*_duplicates(runs), *budget_mixtures((run.key, run.method, run.config["parameters"]) for run in runs)]
@@ -159,7 +180,7 @@ def _label(entry: MethodEntry, *, is_alone: bool) -> str:
     return f"{entry.shown} {', '.join(f'{name}={value}' for name, value in entry.parameters.items())}"
 
 
-def _runs_of(config: SweepConfig, sources: Mapping[str, str], entry: MethodEntry, label: str) -> Iterator[Run]:
+def _runs_of(config: SweepConfig, entry: MethodEntry, label: str) -> Iterator[Run]:
     from vlm_pruner_eval.pruners import parameters, pruner_class  # torch: only where a grid is really built
 
     known = parameters(pruner_class(entry.name))
@@ -183,7 +204,7 @@ def _runs_of(config: SweepConfig, sources: Mapping[str, str], entry: MethodEntry
         for seed in seeds:
             params = dict(entry.parameters) if seed is None else entry.parameters | {"seed": seed}
             try:
-                yield _make_run(config, sources, label=label, method=entry.name, asked_rate=rate, params=params, seed=seed, entry=entry)
+                yield _make_run(config, label=label, method=entry.name, asked_rate=rate, params=params, seed=seed, entry=entry)
             except ConfigError as error:
                 problems += error.problems
     if problems:
@@ -192,7 +213,6 @@ def _runs_of(config: SweepConfig, sources: Mapping[str, str], entry: MethodEntry
 
 def _make_run(
     config: SweepConfig,
-    sources: Mapping[str, str],
     *,
     label: str,
     method: str,
@@ -214,11 +234,9 @@ def _make_run(
         "method": method,
         "pruning_rate": rate,
         "parameters": _every_parameter(method, rate, params),
-        "tasks": list(config.tasks),
-        "limit": config.limit,
         "seed": config.seed,
         "results_version": identity.RESULTS_VERSION,
-        "sources": {"tasks": dict(sources)} | _method_source(method),
+        "sources": _method_source(method),
     }
     return Run(
         key=key,

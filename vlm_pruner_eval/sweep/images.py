@@ -18,7 +18,7 @@ from PIL import Image
 
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.shown import short
-from vlm_pruner_eval.sweep.files import write_atomic
+from vlm_pruner_eval.store.files import write_atomic
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,16 +12,16 @@ from rich.console import Console
 
 from vlm_pruner_eval import selftest
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.lmms.plan import WHOLE, Part
+from vlm_pruner_eval.store.folder import Store
 from vlm_pruner_eval.sweep import provenance, scores
 from vlm_pruner_eval.sweep.config import ModelSection, SweepConfig
 from vlm_pruner_eval.sweep.early import unknown_task
 from vlm_pruner_eval.sweep.grid import Run
 from vlm_pruner_eval.sweep.hub_code import hub_code_problems
 from vlm_pruner_eval.sweep.images import ImageStore, Keeper
-from vlm_pruner_eval.sweep.session import Session, Team
-from vlm_pruner_eval.sweep.store import Store
+from vlm_pruner_eval.sweep.session import Session
 from vlm_pruner_eval.sweep.task_modules import module_problems
+from vlm_pruner_eval.sweep.units import WorkUnit
 
 Loader = Callable[..., Any]  # vlm_pruner_eval.lmms.wrapper.load, or a stand-in of the same interface
 
@@ -29,22 +29,18 @@ Loader = Callable[..., Any]  # vlm_pruner_eval.lmms.wrapper.load, or a stand-in 
 def open_session(
     config: SweepConfig,
     store: Store,
-    todo: Sequence[Run],
+    todo: Sequence[WorkUnit],
     *,
     console: Console,
     load: Loader | None = None,
     task_manager: Any = None,
-    part: Part = WHOLE,
-    team: Team | None = None,
 ) -> Session:
     """Load the model and let it refuse what it can't do; nothing is written.
 
     Parameters
     ----------
     todo
-        The runs that may be asked of the session.
-    part, team
-        Where several processes answer every run together: the share of this one, and the others.
+        The units that may be asked of the session.
 
     Raises
     ------
@@ -64,27 +60,26 @@ def open_session(
         check_layers(config.model)
     model = _load_model(config.model, load)
     _check_layers(config.model, model)
-    check_methods(model, todo)
+    check_methods(model, {unit.run.run_id: unit.run for unit in todo}.values())
     model.on_prompt = Keeper(ImageStore(store.root), config.gallery) if config.gallery else None
-    if part.count > 1:
-        model.may_shrink = False  # the other processes would go on with larger batches
     files = provenance.checkpoint_files(config.model.pretrained, config.model.revision)
-    return Session(config, store, model, task_manager, files, part, team=team, is_one_of_many=len(todo) > 1)
+    return Session(config, store, model, task_manager, files, is_one_of_many=len(todo) > 1)
 
 
 @contextmanager
-def sharing(session: Session, runs: Sequence[Run]) -> Iterator[Session]:
-    """The same session, with the answers of `runs` computed together where the sweep file asks for it."""
-    if not session.config.share_prefix or len(runs) < 2:
+def sharing(session: Session, units: Sequence[WorkUnit]) -> Iterator[Session]:
+    """The same session, with the answers of units of one task computed together if the sweep file asks for it."""
+    if not session.config.share_prefix or len(units) < 2:
         yield session
         return
     from vlm_pruner_eval.lmms.shared import Configuration, SharedRuns
 
-    chosen = {run.run_id: Configuration(run.method, run.pruning_rate, run.params) for run in runs}
+    by_run = {unit.run.run_id: unit for unit in units}
+    chosen = {name: Configuration(unit.run.method, unit.run.pruning_rate, unit.run.params) for name, unit in by_run.items()}
     with ExitStack() as stack:
-        journals = {run.run_id: stack.enter_context(session.journal(run)) for run in runs}
-        shared = SharedRuns(session.model, chosen, journals)
-        yield replace(session, sources={run.run_id: shared.source(run.run_id) for run in runs})
+        logs = {name: stack.enter_context(session.log(unit)) for name, unit in by_run.items()}
+        shared = SharedRuns(session.model, chosen, logs)
+        yield replace(session, sources={name: shared.source(name) for name in by_run})
 
 
 def check_tasks(config: SweepConfig, task_manager: Any = None) -> Any:

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vlm_pruner_eval.errors import ConfigError, closest
+from vlm_pruner_eval.store.folder import Store, Unit
+from vlm_pruner_eval.store.schema import FINISHED, RunHead, UnitRecord
 from vlm_pruner_eval.sweep import identity
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.grid import Run
-from vlm_pruner_eval.sweep.store import FINISHED, Store
+from vlm_pruner_eval.sweep.units import Status, WorkUnit
 
 _MOST_NAMES = 4
 
@@ -24,8 +26,8 @@ def refuse_other_sweep(store: Store, config: SweepConfig) -> None:
         With both names.
     """
     try:
-        name = store.read_grid().get("name")
-    except (ConfigError, AttributeError):  # nothing is there, or nothing that can be read; then there is no report to lose
+        name = store.read_grid().name
+    except ConfigError:  # nothing is there, or nothing that can be read; then there is no report to lose
         return
     if name != config.name:
         raise ConfigError(
@@ -50,67 +52,62 @@ def chosen_again(runs: Sequence[Run], method: str | None) -> set[str]:
     return found
 
 
-def notices(store: Store, runs: Sequence[Run], status: dict[str, str | None]) -> list[str]:
-    """Return a sentence for every way in which finished runs of the directory differ from runs of the grid that are left.
+def notices(store: Store, runs: Sequence[Run], units: Sequence[WorkUnit], status: Status) -> list[str]:
+    """Return a sentence for every way in which finished units of the directory differ from those of the grid that are left.
 
     They stay on the disk, and a sweep file with the old setting brings them back.
     """
-    groups: dict[tuple[str, ...], list[tuple[Run, dict[str, Any]]]] = {}
-    left = [run for run in runs if status.get(run.run_id) != FINISHED]
-    for record in _finished(store, {run.run_id for run in runs}):
-        for run in left:
-            if run.key == record["key"] or _is_same_row(run, record):
-                names = tuple(identity.differences(run.config, _comparable(record["config"])))
-                groups.setdefault(names, []).append((run, record))
-                break
-    return [_sentence(names, pairs) for names, pairs in groups.items()]
+    left = [unit for unit in units if status[unit] != FINISHED]
+    runs_left = {unit.run.run_id: unit.run for unit in left}.values()
+    others = sorted(store.other_runs(run.run_id for run in runs), key=lambda found: _made(found[1]), reverse=True)
+    groups: dict[tuple[str, ...], list[tuple[Run, RunHead, str]]] = {}
+    for head, records in others:
+        run = next((run for run in runs_left if run.key == head.run.key or _is_same_row(run, head)), None)
+        if run is not None and records:
+            names = tuple(identity.differences(run.config, head.config))
+            groups.setdefault(names, []).append((run, head, _made(records)))
+    return [_sentence(names, found) for names, found in groups.items()] + list(_edited_tasks(store, left))
 
 
-def _finished(store: Store, grid: set[str]) -> Iterator[dict[str, Any]]:
-    """Finished records of the directory that are not of the grid, the newest first."""
-    folder = store.root / "runs"
-    found = [store.read(path.name) for path in folder.iterdir() if path.name not in grid] if folder.is_dir() else []
-    whole = [record for record in found if record and record.get("status") == FINISHED and isinstance(record.get("config"), dict)]
-    yield from sorted(whole, key=_made, reverse=True)
+def _edited_tasks(store: Store, left: Sequence[WorkUnit]) -> Iterator[str]:
+    """A sentence for each task whose files were edited since it was answered."""
+    found: dict[str, list[str]] = {}
+    for unit in left:
+        siblings = [path.parent for path in store.run_dir(unit.run.run_id).glob("*/record.json") if path.parent.name != unit.folder]
+        records = (Unit(folder).read() for folder in siblings)
+        if any(record is not None and record.task == unit.task and record.status == FINISHED for record in records):
+            found.setdefault(unit.task, []).append(unit.run.key)
+    for task, keys in found.items():
+        yield f"Finished before with other files of {task}, which were edited since: {_listed(keys)}. Answered anew; the old answers stay."
 
 
-def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration without the digest that records of version 0.1.0 held in place of version and sources."""
-    return {"sources": {"tasks": {}}} | {name: value for name, value in config.items() if name != "code"}
+def _made(records: Sequence[UnitRecord]) -> str:
+    return max((record.provenance.time for record in records), default="")
 
 
-def _made(record: dict[str, Any]) -> str:
-    return str(record.get("provenance", {}).get("time", ""))
+def _is_same_row(run: Run, head: RunHead) -> bool:
+    return all(getattr(run, name) == getattr(head.run, name) for name in ("method", "pruning_rate", "seed"))
 
 
-def _is_same_row(run: Run, record: dict[str, Any]) -> bool:
-    fields = ("method", "pruning_rate", "seed")
-    return all(getattr(run, name) == record.get(name) for name in fields)
+def _listed(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:_MOST_NAMES]) + (f" and {len(keys) - _MOST_NAMES} more" if len(keys) > _MOST_NAMES else "")
 
 
-def _sentence(names: Sequence[str], pairs: Sequence[tuple[Run, dict[str, Any]]]) -> str:
+def _sentence(names: Sequence[str], found: Sequence[tuple[Run, RunHead, str]]) -> str:
     """Return what changed, and what follows."""
-    run, record = pairs[0]
-    keys = [pair[0].key for pair in pairs]
-    shown = ", ".join(keys[:_MOST_NAMES]) + (f" and {len(keys) - _MOST_NAMES} more" if len(keys) > _MOST_NAMES else "")
-    what = "; ".join(_change(name, run, record) for name in names)
-    return (
-        f"Finished before ({_made(record)}) with other settings: {shown}. {what[:1].upper()}{what[1:]}. Answered anew; the old runs stay."
-    )
+    run, head, made = found[0]
+    what = "; ".join(_change(name, run, head.config) for name in names)
+    keys = _listed([each.key for each, _, _ in found])
+    return f"Finished before ({made}) with other settings: {keys}. {what[:1].upper()}{what[1:]}. Answered anew; the old runs stay."
 
 
-def _change(name: str, run: Run, record: dict[str, Any]) -> str:
+def _change(name: str, run: Run, there: dict[str, Any]) -> str:
     if name == "sources.method":
         return f"the source of {run.method} was edited since"
-    if name == "sources.tasks":
-        before = record["config"].get("sources", {}).get("tasks", {})
-        changed = sorted(task for task, digest in run.config["sources"]["tasks"].items() if before.get(task) != digest)
-        return f"the files of {', '.join(changed) or 'a task'} were edited since"
     if name == "results_version":
-        before = record["config"].get("results_version", "of an older release")
-        return f"results version: {before} there, {identity.RESULTS_VERSION} now"
-    there, now = (_value(config, name) for config in (record["config"], run.config))
-    return f"{name}: {there} there, {now} now"
+        return f"results version: {there.get('results_version')} there, {identity.RESULTS_VERSION} now"
+    before, now = (_value(config, name) for config in (there, run.config))
+    return f"{name}: {before} there, {now} now"
 
 
 def _value(config: dict[str, Any], name: str) -> str:

@@ -13,11 +13,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.store.folder import Store
+from vlm_pruner_eval.store.schema import FAILED, FINISHED
 from vlm_pruner_eval.sweep import estimate, preflight
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.grid import Run, expand, rate_percent
-from vlm_pruner_eval.sweep.speed import duration
-from vlm_pruner_eval.sweep.store import FAILED, FINISHED, Store
+from vlm_pruner_eval.sweep.progress import duration
+from vlm_pruner_eval.sweep.units import run_status, status_of, units_of
 
 _UNKNOWN = "unknown: run with --limit 8 first, into the same folder"
 _PER = 1000  # questions, where their number is unknown
@@ -81,8 +83,10 @@ def preview(config: SweepConfig, output: Path) -> Preview:
     """
     runs, store = expand(config), Store(output)
     preflight.refuse_other_sweep(store, config)
-    status = [store.status(run.run_id) for run in runs]
-    notices = preflight.notices(store, runs, {run.run_id: state for run, state in zip(runs, status, strict=True)})
+    units = units_of(config, runs)
+    states = status_of(store, units, config.limit)
+    status = [run_status(states, run) for run in runs]
+    notices = preflight.notices(store, runs, units, states)
     earlier = estimate.read_earlier(store)
     n_visual, layers = estimate.visual_tokens(config, earlier), estimate.layers_of(config, earlier)
     kept = _all_kept(runs, n_visual, layers)
@@ -91,11 +95,11 @@ def preview(config: SweepConfig, output: Path) -> Preview:
     counted = questions if per is None else estimate.Questions({"any": per}, False)
     left = [(run, of_run) for run, of_run, state in zip(runs, kept, status, strict=True) if state is None]
     counts = [of_run.kept for _, of_run in left]
-    disk = None if None in counts else estimate.disk(config, counts, n_visual, layers, counted)
+    disk = None if None in counts else estimate.disk(config, counts, n_visual, counted)
     paces = [estimate.pace(run, earlier) for run, _ in left]
-    seconds = None if None in paces else sum(pace.per_question_s * counted.total + pace.per_run_s for pace in paces)
+    seconds = None if None in paces else sum(pace.per_question_s * counted.total + pace.per_unit_s * len(config.tasks) for pace in paces)
     basis = Counter(pace.nearness for pace in paces if pace is not None)
-    processors = sorted({record["provenance"]["processor"] for record in earlier})
+    processors = sorted({one.unit.provenance.processor for one in earlier})
     _check_tasks(config)  # last, as it takes seconds to import lmms-eval
     return Preview(config, runs, status, n_visual, kept, questions, disk, seconds, basis, processors, per, notices)
 
@@ -154,8 +158,8 @@ def _questions(seen: Preview) -> str:
 def _disk(seen: Preview) -> str:
     if seen.disk is None:
         return "unknown: set model.visual_tokens (and model.layers, for budget: layer_average), or run with --limit 8 first"
-    records, pictures, journals = (_size(count) for count in (seen.disk.records, seen.disk.pictures, seen.disk.journals))
-    return f"about {records} of records, up to {pictures} of pictures, and {journals} at a time of runs on their way{_per(seen)}"
+    records, pictures = (_size(count) for count in (seen.disk.records, seen.disk.pictures))
+    return f"about {records} of records, and up to {pictures} of pictures{_per(seen)}"
 
 
 def _time(seen: Preview) -> str:

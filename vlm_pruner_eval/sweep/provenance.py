@@ -9,12 +9,14 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import vlm_pruner_eval
 from vlm_pruner_eval.shown import without_secrets
+from vlm_pruner_eval.store.schema import Provenance, plain
 from vlm_pruner_eval.sweep import machine
 from vlm_pruner_eval.sweep.checksums import sha256
 
@@ -28,8 +30,10 @@ _PACKAGES = {
 }
 
 
-def collect(describe: dict[str, Any], checkpoint: dict[str, Any], started: float | None = None) -> dict[str, Any]:
-    """Everything about the surroundings of a run.
+def collect(
+    describe: Mapping[str, Any], checkpoint: Mapping[str, Any], started: float | None = None, command: str | None = None
+) -> Provenance:
+    """Everything about the surroundings of a unit.
 
     Parameters
     ----------
@@ -38,33 +42,30 @@ def collect(describe: dict[str, Any], checkpoint: dict[str, Any], started: float
     checkpoint
         ``checkpoint_files(...)`` of the loaded model.
     started
-        When this process began the run, in seconds since 1970; a run that was resumed began earlier.
-
-    Returns
-    -------
-    dict
-        Times are UTC; `time` is when the run ended.
+        When this process began the unit, in seconds since 1970; one that was resumed began earlier.
+    command
+        What was typed, if not the command of this process.
     """
     import torch
 
     versions = {"vlm_pruner_eval": vlm_pruner_eval.__version__, "python": platform.python_version()}
     versions |= {name: metadata.version(package) for name, package in _PACKAGES.items()}
     device = str(describe.get("device", "cpu"))
-    return {
-        "versions": versions,
-        "platform": platform.platform(),
-        "processor": processor(device),
-        "host": machine.host(),
-        "gpus": machine.gpus(device),
-        "cuda": machine.cuda(),
-        "threads": torch.get_num_threads(),
-        "model": describe,
-        "checkpoint": checkpoint,
-        "git_commit": git_commit(),
-        "command": command_line(),
-        "started": None if started is None else _utc(started),
-        "time": _utc(time.time()),
-    }
+    return Provenance(
+        versions=versions,
+        platform=platform.platform(),
+        processor=processor(device),
+        host=machine.host(),
+        gpus=machine.gpus(device),
+        cuda=machine.cuda(),
+        threads=torch.get_num_threads(),
+        model=plain(dict(describe)),
+        checkpoint=dict(checkpoint),
+        git_commit=git_commit(),
+        command=command or command_line(),
+        started=None if started is None else _utc(started),
+        time=_utc(time.time()),
+    )
 
 
 def command_line() -> str:

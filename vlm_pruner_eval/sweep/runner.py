@@ -1,27 +1,29 @@
-"""Runs a sweep: what is left of its grid is handed to an executor, in a directory that this process holds."""
+"""Runs a sweep: what is left of its grid goes to the worker loop, in this process, in several, or on a Ray cluster."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from vlm_pruner_eval.errors import ConfigError, StoppedError
-from vlm_pruner_eval.lmms.plan import Part
+from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.store.claims import check_locks, holder_of
+from vlm_pruner_eval.store.folder import Store
+from vlm_pruner_eval.store.schema import FAILED, FINISHED
 from vlm_pruner_eval.sweep import preflight, provenance
 from vlm_pruner_eval.sweep.config import SweepConfig
-from vlm_pruner_eval.sweep.directory import hold
-from vlm_pruner_eval.sweep.executors import Executor, Local, Shard, Work
-from vlm_pruner_eval.sweep.executors.allotment import read_todo
-from vlm_pruner_eval.sweep.executors.ranks import Ranks, rank_of
-from vlm_pruner_eval.sweep.grid import expand
+from vlm_pruner_eval.sweep.grid import expand, grid_of
 from vlm_pruner_eval.sweep.opening import Loader
 from vlm_pruner_eval.sweep.status import HALF_DONE, read_status
-from vlm_pruner_eval.sweep.store import FAILED, FINISHED, Store
+from vlm_pruner_eval.sweep.units import WorkUnit, run_status, status_of, units_of
+from vlm_pruner_eval.sweep.work import Work, work_here
+from vlm_pruner_eval.sweep.workers import read_todo, visible_gpus, work_in_processes
+
+EXECUTORS = ("local", "ray")
 
 
 @dataclass(frozen=True)
@@ -32,41 +34,42 @@ class Outcome:
     skipped: int
     failed: int
     left: int = 0
+    held: int = 0  # units that other processes work on
 
 
 def run_sweep(
     config: SweepConfig,
-    output: Path,
+    output: Path | str | None = None,
     *,
     retry_failed: bool = False,
     rerun: str | None = None,
-    executor: Executor | None = None,
-    shard: Part | None = None,
-    todo: Path | None = None,
+    executor: str = "local",
+    processes: int | None = None,
+    address: str | None = None,
     console: Console | None = None,
     load: Loader | None = None,
     task_manager: Any = None,
 ) -> Outcome:
-    """Run every run of the grid that is neither finished nor failed, from its last whole batch on.
+    """Make every unit of the grid that is neither finished nor failed, from its last whole batch on.
 
-    Under torchrun every rank calls this; the ranks answer every run together.
+    Any number of processes may run the same sweep over one folder at the same time: each takes units that no other one holds.
 
     Parameters
     ----------
     config
-        A validated sweep file.
+        A validated sweep file, see `config.load`.
     output
-        Results directory; nothing stays there of a sweep that is refused.
+        Results directory, by default the file's; nothing stays there of a sweep that is refused.
     retry_failed
-        Run those that failed, and only those.
+        Make units that failed, and only those.
     rerun
         A method (name or label) or a run (key) to answer anew, besides what is left.
     executor
-        Makes the runs; default: `executors.Local`.
-    shard
-        Be one of several processes that share the grid, perhaps on other machines, with the same `output`; in place of an executor.
-    todo
-        Of a shard that a sweep has started itself: the file with its runs.
+        "local": this machine, one process per visible GPU, or this process if there is one GPU or none; "ray": a Ray cluster.
+    processes
+        So many, whatever GPUs there are.
+    address
+        Of a Ray cluster that runs ("auto", host:port).
     console
         Progress goes there; default: standard error.
     load, task_manager
@@ -75,46 +78,126 @@ def run_sweep(
     Raises
     ------
     ConfigError
-        Anything wrong with the request: methods, tasks, checkpoint, output directory, another process that uses it.
+        Anything wrong with the request: methods, tasks, checkpoint, results directory.
     StoppedError
         Nothing can go on, for example because the disk is full.
     """
-    if shard is not None and executor is not None:
-        raise ConfigError("run_sweep: got an executor and a shard, expected one of them.")
+    _check_options(executor, processes, address, has_own_model=load is not None or task_manager is not None)
+    root = Path(output or config.output or Path("output") / config.name)
+    work = work_of(
+        config, root, console or Console(stderr=True), load=load, task_manager=task_manager, retry_failed=retry_failed, rerun=rerun
+    )
+    for notice in preflight.notices(work.store, work.runs, work.units, work.status):
+        work.say(notice)
+    with _told_when_stopped(work):
+        _make(work, executor, processes, address)
+    return _outcome(work)
+
+
+def run_as_child(config: SweepConfig, output: Path, todo: Path) -> None:
+    """Be one of the processes that a sweep has started itself: make the units that a file names.
+
+    Raises
+    ------
+    ConfigError, StoppedError
+        See `run_sweep`, and `read_todo`.
+    """
+    units, command = read_todo(todo, units_of(config, expand(config)))
+    work_here(work_of(config, output, Console(stderr=True), todo={unit.path for unit in units}, command=command))
+
+
+def work_of(
+    config: SweepConfig,
+    root: Path,
+    console: Console,
+    *,
+    load: Loader | None = None,
+    task_manager: Any = None,
+    retry_failed: bool = False,
+    rerun: str | None = None,
+    todo: Collection[str] | None = None,
+    command: str | None = None,
+) -> Work:
+    """Look at a results directory and decide what is to be done there; writes nothing.
+
+    Parameters
+    ----------
+    todo
+        Paths of units, of a process that is told them; those that have a record meanwhile are left out.
+
+    Raises
+    ------
+    ConfigError
+        See `run_sweep`.
+    """
     runs = expand(config)
-    work = Work(config, Store(output), runs, [], console or Console(stderr=True), load, task_manager)
-    work.store.check_writable()
-    preflight.refuse_other_sweep(work.store, config)
+    units = units_of(config, runs)
+    store = Store(root)
+    store.check_writable()
+    check_locks(root)
+    preflight.refuse_other_sweep(store, config)
     again = preflight.chosen_again(runs, rerun)
-    rank = rank_of()
-    if rank is not None:
-        return _run_rank(work, rank, retry_failed, again)
-    with hold(output, shard, is_child=todo is not None) as lock:
-        before = _status(work)
-        if todo is None:
-            _say_what_differs(work, before)
-        stamps, made_by = (_stamps(work, before, retry_failed, again), {}) if todo is None else read_todo(todo, work.runs)
-        work = replace(work, status=before, stamps=stamps, check=lock.check, made_by=made_by)
-        with _told_when_stopped(work, is_silent=todo is not None):
-            _make(work, Shard(shard) if shard is not None else executor or Local())
-        after = _status(work)
-    return _outcome(work, after, is_shard=shard is not None)
+    checkpoint = provenance.checkpoint_files(config.model.pretrained, config.model.revision)
+    status = status_of(store, units, config.limit, checkpoint)
+    wanted = FAILED if retry_failed else None
+
+    def is_wanted(unit: WorkUnit) -> bool:
+        if todo is not None:
+            return unit.path in todo and status[unit] is None
+        return status[unit] == wanted or unit.run.run_id in again
+
+    chosen = [unit for unit in units if is_wanted(unit)]
+    return Work(config, store, runs, units, chosen, console, load, task_manager, checkpoint, status, command)
+
+
+def _make(work: Work, executor: str, processes: int | None, address: str | None) -> None:
+    """Let the units be made; if there are none, only the grid is written."""
+    if not work.todo:
+        work.store.begin(grid_of(work.config, work.runs))
+        return
+    if executor == "ray":
+        from vlm_pruner_eval.sweep.on_ray import work_on_ray
+
+        work.begin()
+        work_on_ray(work, address, processes)
+        return
+    own_model = work.load is not None or work.task_manager is not None
+    gpus = [] if own_model or work.config.model.device is not None else visible_gpus()
+    count = min(processes or max(1, len(gpus)), len(work.todo))
+    if count == 1:
+        work_here(work)
+        return
+    work.begin()
+    work_in_processes(work, [gpus[index % len(gpus)] if gpus else None for index in range(count)])
+
+
+def _check_options(executor: str, processes: int | None, address: str | None, *, has_own_model: bool) -> None:
+    """Refuse options that exclude each other."""
+    from vlm_pruner_eval.errors import closest
+
+    if executor not in EXECUTORS:
+        raise ConfigError(f"--executor: got {executor!r}, which is unknown; {closest(executor, EXECUTORS)}")
+    if address is not None and executor != "ray":
+        raise ConfigError("--address: got it without --executor ray, which alone has a meaning for it; leave it out.")
+    if processes is not None and processes < 1:
+        raise ConfigError(f"--processes: got {processes}, expected 1 or more.")
+    if has_own_model and (executor == "ray" or (processes or 1) > 1):
+        raise ConfigError("processes: a loader or a task index of your own can't be given to other processes; leave processes and ray out.")
 
 
 @contextmanager
-def _told_when_stopped(work: Work, *, is_silent: bool) -> Iterator[None]:
-    """Say what is kept when Ctrl-C or SIGTERM stops the sweep; `is_silent` of processes for which another one speaks."""
+def _told_when_stopped(work: Work) -> Iterator[None]:
+    """Say what is kept when Ctrl-C or SIGTERM stops the sweep."""
     try:
         yield
     except KeyboardInterrupt:
-        if not is_silent:
-            work.console.print(_stopped(work.store.root), markup=False, highlight=False, soft_wrap=True)
+        work.say(_stopped(work.store.root))
         raise
 
 
 def _stopped(root: Path) -> str:
     try:
-        found = read_status(root, lambda directory: None)
+        found = read_status(root)
     except ConfigError:  # the grid was not written yet
         return "Stopped before the first run; nothing is lost, the same command begins again."
     parts = [f"{found.counts[FINISHED]} of {len(found.runs)} runs finished"]
@@ -126,82 +209,19 @@ def _stopped(root: Path) -> str:
     return f"Stopped. {', '.join(parts)}; the same command goes on."
 
 
-def _status(work: Work) -> dict[str, str | None]:
-    """How the runs of the grid stand; records of other checkpoint files than are there now do not count."""
-    checkpoint = provenance.checkpoint_files(work.config.model.pretrained, work.config.model.revision)
-    return {run.run_id: work.store.status(run.run_id, checkpoint) for run in work.runs}
-
-
-def _say_what_differs(work: Work, status: dict[str, str | None]) -> None:
-    for notice in preflight.notices(work.store, work.runs, status):
-        work.console.print(notice, markup=False, highlight=False, soft_wrap=True)
-
-
-def _stamps(work: Work, status: dict[str, str | None], retry_failed: bool, again: Set[str]) -> dict[str, str | None]:
-    """Runs to be made, with the stamps of their records: those without one, or the failed ones; and those asked for again."""
-    asked = FAILED if retry_failed else None
-    return {run_id: work.store.stamp(run_id) for run_id, found in status.items() if found == asked or run_id in again}
-
-
-def _make(work: Work, executor: Executor) -> None:
-    """Let the executor make the runs that have a stamp; where there are none, only the grid is written, and order made."""
-    work = replace(work, todo=[run for run in work.runs if run.run_id in work.stamps])
-    if work.todo:
-        executor.run(work)
-    else:
-        work.begin()
-        work.tidy()
-
-
-def _run_rank(work: Work, part: Part, retry_failed: bool, again: Set[str]) -> Outcome:
-    """One rank of torchrun: the first one decides what is to be done."""
-    ranks = Ranks.join(part)
-    with _held_by_first(work.store.root, ranks) as check:
-        before = ranks.agree("view of the directory", _status(work) if ranks.is_first else None)
-        if ranks.is_first:
-            _say_what_differs(work, before)
-        stamps = ranks.agree("runs", _stamps(work, before, retry_failed, again) if ranks.is_first else None)
-        work = replace(work, console=ranks.console(work.console), status=before, stamps=stamps, check=check)
-        if ranks.is_first or stamps:
-            with _told_when_stopped(work, is_silent=not ranks.is_first):
-                _make(work, ranks)
-        ranks.part_company()
-        after = _status(work)
-    return _outcome(work, after)
-
-
-@contextmanager
-def _held_by_first(root: Path, ranks: Ranks) -> Iterator[Callable[[], None]]:
-    """The directory, held by the first rank for all; gives what checks that it still is."""
-    with ExitStack() as stack:
-        check = _nothing
-        if ranks.is_first:
-            try:
-                check = stack.enter_context(hold(root)).check
-            except (ConfigError, StoppedError):
-                ranks.agree("hold of the directory", False)
-                ranks.part_company()
-                raise
-        if not ranks.agree("hold of the directory", True):
-            ranks.part_company()
-            raise ConfigError("output: the first rank does not hold the directory, and says why.")
-        yield check
-
-
-def _nothing() -> None:
-    """The other ranks have no lock that could be lost."""
-
-
-def _outcome(work: Work, after: dict[str, str | None], *, is_shard: bool = False) -> Outcome:
-    """Counts, and a line where something is left to do."""
-    statuses, total = list(after.values()), len(work.runs)
-    skipped = sum(status == FINISHED and run_id not in work.stamps for run_id, status in work.status.items())
-    failed, left = statuses.count(FAILED), statuses.count(None)
-    if skipped == total:
-        work.console.print(f"All {total} runs are finished already.", highlight=False)
+def _outcome(work: Work) -> Outcome:
+    """Counts, and a line if something is left to do."""
+    after = status_of(work.store, work.units, work.config.limit, work.checkpoint)
+    states = [run_status(after, run) for run in work.runs]
+    made = {unit.run.run_id for unit in work.todo}
+    skipped = sum(run_status(work.status, run) == FINISHED and run.run_id not in made for run in work.runs)
+    failed = states.count(FAILED)
+    left = states.count(None)
+    if skipped == len(work.runs):
+        work.say(f"All {len(work.runs)} runs are finished already.")
     if failed:
-        work.console.print(f"{failed} of {total} runs failed; --retry-failed repeats only those.", highlight=False)
+        work.say(f"{failed} of {len(work.runs)} runs failed; --retry-failed repeats only what failed.")
     if left:
-        how = "other shards make them, or this command again" if is_shard else "without --retry-failed they are run"
-        work.console.print(f"{left} of {total} runs are left; {how}.", highlight=False)
-    return Outcome(total, skipped, failed, left)
+        work.say(f"{left} of {len(work.runs)} runs are left; other processes work on them, or this command makes them when it is given again.")
+    held = sum(state is None and holder_of(unit.stored(work.store).folder) is not None for unit, state in after.items())
+    return Outcome(len(work.runs), skipped, failed, left, held)

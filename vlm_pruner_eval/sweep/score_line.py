@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from vlm_pruner_eval.sweep.grid import UNPRUNED, Run, rate_percent
-from vlm_pruner_eval.sweep.speed import duration
-from vlm_pruner_eval.sweep.store import FINISHED
+from vlm_pruner_eval.store.schema import FINISHED, Tokens, UnitRecord
+from vlm_pruner_eval.sweep.grid import Run, rate_percent
+from vlm_pruner_eval.sweep.progress import duration
 
 NOTHING = "n/a"
 
@@ -49,37 +48,40 @@ def title(run: Run) -> str:
     return f"{run.label}{seed}" + ("" if percent is None else f", {percent:.1f} % removed")
 
 
-def score_line(record: Mapping[str, Any], unpruned: Mapping[str, Any] | None, took_s: float | None = None) -> str:
-    """Scores of a finished run, or why it failed.
+def score_line(
+    units: Sequence[UnitRecord], unpruned: Sequence[UnitRecord] | None, took_s: float | None = None, *, is_named: bool = True
+) -> str:
+    """Scores of finished units of a run, or why it failed.
 
     Parameters
     ----------
-    record
-        Of the run.
     unpruned
-        Record of the sweep's unpruned run, if that is finished.
+        The same units of the sweep's unpruned run, if they are finished.
     took_s
-        Seconds; not shown of a run that shared work with others, as they are no measure of anything.
+        Seconds; not shown of units that shared work with others, as they are no measure of anything.
     """
-    took = None if took_s is None or record.get("shared_prefix") else duration(took_s)
-    if record.get("status") != FINISHED:
-        others = f" Scores: {_listed(_scores(record))}" if record.get("unscored") else ""
-        return f"FAILED{'' if took is None else f' after {took}'}: {record.get('problem')}{others}"
-    scores = _scores(record)
-    line = _listed(scores)
-    average = None if unpruned is None or record["method"] == UNPRUNED else relative_average(scores, _scores(unpruned))
+    is_shared = any(unit.shared_prefix for unit in units)
+    took = None if took_s is None or is_shared else duration(took_s)
+    scores = main_scores(units)
+    if any(unit.status != FINISHED for unit in units):
+        problem = " ".join(unit.problem for unit in units if unit.problem)
+        others = f" Scores: {_listed(scores)}" if all(unit.is_usable for unit in units) else ""
+        return f"FAILED{'' if took is None else f' after {took}'}: {problem}{others}"
+    line = number(*scores.values()) if len(scores) == len(units) == 1 and not is_named else _listed(scores)
+    average = None if unpruned is None else relative_average(scores, main_scores(unpruned))
     if average is not None:
         line += f" ({number(average)} % of unpruned)"
-    kept, there = (record["tokens"][name] for name in ("kept", "n_visual"))
-    if kept is not None:
-        line += f", kept {kept['mean']:.4g} of {there['mean']:.4g}"
+    tokens = Tokens.merged([unit.tokens for unit in units])
+    if tokens.kept is not None:
+        line += f", kept {tokens.kept.mean:.4g} of {tokens.n_visual.mean:.4g}"
     return line if took is None else f"{line}, {took}"
+
+
+def main_scores(units: Sequence[UnitRecord]) -> dict[str, float | None]:
+    """By benchmark the score in the unit of papers; None if it has none."""
+    return {task: None if score.main is None else score.main.value for unit in units for task, score in unit.scores.items()}
 
 
 def _listed(scores: Mapping[str, float | None]) -> str:
     names = short_names(list(scores))
     return ", ".join(f"{names[task]} {number(score)}" for task, score in scores.items())
-
-
-def _scores(record: Mapping[str, Any]) -> dict[str, float | None]:
-    return {task: None if (main := found["main"]) is None else main["value"] for task, found in record["tasks"].items()}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.lmms.lines import read_entries
+from vlm_pruner_eval.store.answers import ANSWERS, count_answers
+from vlm_pruner_eval.store.claims import holder_of
+from vlm_pruner_eval.store.folder import Store, Unit
+from vlm_pruner_eval.store.schema import FAILED, FINISHED, RunLine, UnitRecord
+from vlm_pruner_eval.sweep.progress import duration
 from vlm_pruner_eval.sweep.score_line import score_line
-from vlm_pruner_eval.sweep.speed import duration
-from vlm_pruner_eval.sweep.store import FAILED, FINISHED, Store
 
 RUNNING, HALF_DONE, DAMAGED, NOT_BEGUN = "running", "half done", "damaged", "not begun"
 STATES = (FINISHED, FAILED, RUNNING, HALF_DONE, DAMAGED, NOT_BEGUN)
 _SHORT = 100  # characters of a problem
-
-Holders = Callable[[Path], Any]
-"""Who holds a directory, something that str() makes words of, or None (`lock.holder_of`)."""
-
 
 @dataclass(frozen=True)
 class RunStatus:
@@ -57,11 +55,11 @@ class RunStatus:
 
 @dataclass(frozen=True)
 class SweepStatus:
-    """All runs of a sweep, and who holds its directory ("process 12 on host node7"), if anyone does."""
+    """All runs of a sweep, and the processes that work on it ("process 12 on host node7")."""
 
     name: str
     runs: Sequence[RunStatus]
-    held_by: str | None
+    held_by: tuple[str, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -88,11 +86,11 @@ class SweepStatus:
             "answers": sum(run.answers for run in self.runs),
             "expected": None if None in expected else sum(expected),
             "seconds_left": self.seconds_left,
-            "held_by": self.held_by,
+            "held_by": list(self.held_by),
         }
 
 
-def read_status(directory: Path, holder_of: Holders) -> SweepStatus:
+def read_status(directory: Path) -> SweepStatus:
     """How far the sweep in `directory` is.
 
     Raises
@@ -100,79 +98,70 @@ def read_status(directory: Path, holder_of: Holders) -> SweepStatus:
     ConfigError
         The directory holds no sweep, or its grid can't be read.
     """
-    store, holder = Store(directory), holder_of(directory)
+    store = Store(directory)
     grid = store.read_grid()
-    try:
-        name, lines, is_shared = grid["name"], [(line["key"], line["run_id"]) for line in grid["runs"]], grid["config"]["share_prefix"]
-    except (KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{directory / 'sweep.json'}: is not the grid of a sweep ({error!r}); run the sweep again to rewrite it."
-        ) from error
-    runs = _with_expected([_read_run(store, key, run_id, holder_of, holder is not None) for key, run_id in lines])
-    if holder is not None and not any(run.state == RUNNING for run in runs):  # shards claim their runs, a sweep does not
-        runs = _with_running(store, runs, is_shared)
-    return SweepStatus(name, runs, None if holder is None else str(holder))
+    limit = grid.config.get("limit")
+    held: list[str] = []
+    runs = []
+    for line in grid.runs:
+        units = [_read_unit(store.unit(line.run_id, folder), limit, held) for folder in grid.units.values()]
+        runs.append((line, units))
+    expected = _expected([units for _, units in runs])
+    return SweepStatus(grid.name, [_of_run(line, units, expected) for line, units in runs], tuple(dict.fromkeys(held)))
 
 
-def _read_run(store: Store, key: str, run_id: str, holder_of: Holders, is_held: bool) -> RunStatus:
-    folder = store.run_dir(run_id)
-    done, asked, damage = 0, None, None
+@dataclass(frozen=True)
+class _UnitState:
+    state: str
+    answers: int = 0
+    asked: int | None = None
+    problem: str | None = None
+    record: UnitRecord | None = None
+
+
+def _read_unit(unit: Unit, limit: int | None, held: list[str]) -> _UnitState:
+    """How one unit stands; `held` collects the processes at work."""
+    done, asked = 0, None
     try:
-        with suppress(FileNotFoundError):  # it was recorded in this moment, and its journal removed
-            done, asked = _journaled(folder)
+        with suppress(FileNotFoundError):  # another process begins it anew in this moment
+            done, asked = count_answers(unit.folder)
+        record = unit.read()
     except ConfigError as error:
-        damage = str(error)
-    record, state = store.read(run_id), store.status(run_id)  # after the journal, which goes when the record is there
-    if state != FINISHED and folder.is_dir() and holder_of(folder) is not None:
-        return RunStatus(key, run_id, RUNNING, done, asked)
-    if state == FAILED and is_held and _written(folder, "journal*.jsonl") > _written(folder, "run.json"):
-        return RunStatus(key, run_id, HALF_DONE, done, asked)  # it is tried again; the record stays until it is replaced
-    if state is not None:
-        answers = record["n_answers"] or done
-        if state == FAILED:
-            return RunStatus(key, run_id, state, answers, None, record["problem"])
-        seconds = None if record.get("shared_prefix") else record["times"].get("answers_s")
-        return RunStatus(key, run_id, state, answers, answers, record["problem"], score_line(record, None), seconds)
-    if record is not None or (folder / "run.json").exists():
-        damage = "its record can't be read or its samples.jsonl is missing; the same command runs it again."
-    if damage is not None:
-        return RunStatus(key, run_id, DAMAGED, done, asked, damage)
-    return RunStatus(key, run_id, HALF_DONE if done else NOT_BEGUN, done, asked)
+        return _UnitState(DAMAGED, done, asked, str(error))
+    if (holder := holder_of(unit.folder)) is not None:
+        held.append(holder)
+        return _UnitState(RUNNING, done, asked)
+    if record is not None and record.limit == limit:
+        if not (unit.folder / ANSWERS).is_file():
+            return _UnitState(DAMAGED, 0, asked, f"its {ANSWERS} is missing; the same command runs it again.")
+        asked = record.n_answers if record.status == FINISHED else asked
+        return _UnitState(record.status, record.n_answers or done, asked, record.problem, record)
+    return _UnitState(HALF_DONE if done else NOT_BEGUN, done, asked)
 
 
-def _journaled(folder: Path) -> tuple[int, int | None]:
-    """Answers in the journals of all parts of a run, and how many requests it has as far as it asked them."""
-    done: set[tuple[str, int]] = set()
-    asked: dict[str, int] = {}
-    for path in folder.glob("journal*.jsonl"):
-        for _, entry in read_entries(path, answers=False):
-            done.update((entry["call"], index) for index in entry.get("requests", ()))
-            if "count" in entry:
-                asked[entry["call"]] = entry["count"]
-    return len(done), sum(asked.values()) if asked else None
+def _expected(runs: Sequence[Sequence[_UnitState]]) -> list[int | None]:
+    """Requests of each task: all runs are asked the same, so what any of them asked."""
+    of_tasks = zip(*runs, strict=True)
+    return [max((unit.asked for unit in units if unit.asked is not None), default=None) for units in of_tasks]
 
 
-def _with_expected(runs: Sequence[RunStatus]) -> list[RunStatus]:
-    """All runs of a sweep are asked the same: what a finished one answered, else what the furthest one asked."""
-    known = [run.expected for run in runs if run.state == FINISHED] or [run.expected for run in runs if run.expected is not None]
-    return [replace(run, expected=max(known)) if known else run for run in runs]
-
-
-def _with_running(store: Store, runs: Sequence[RunStatus], is_shared: bool) -> list[RunStatus]:
-    """Of a directory that a process holds: the run whose journal was written last goes on; where runs share answers, all of them do."""
-    begun = [run.run_id for run in runs if run.state == HALF_DONE]
-    if not is_shared and begun:
-        begun = [max(begun, key=lambda run_id: _written(store.run_dir(run_id), "journal*.jsonl"))]
-    return [replace(run, state=RUNNING) if run.run_id in begun else run for run in runs]
-
-
-def _written(folder: Path, pattern: str) -> float:
-    """When one of these files was last written; 0.0 where there is none (any more)."""
-    times = [0.0]
-    for path in folder.glob(pattern):
-        with suppress(FileNotFoundError):  # it has just been removed or replaced
-            times.append(path.stat().st_mtime)
-    return max(times)
+def _of_run(line: RunLine, units: Sequence[_UnitState], expected: Sequence[int | None]) -> RunStatus:
+    """A run by its units: the first state of this list that one of them is in, else half done."""
+    states = {unit.state for unit in units}
+    telling = (DAMAGED, RUNNING, FAILED)
+    state = next((state for state in telling if state in states), states.pop() if len(states) == 1 else HALF_DONE)
+    records = [unit.record for unit in units if unit.record is not None]
+    is_timed = state == FINISHED and None not in [record.times.answers_s for record in records]
+    return RunStatus(
+        key=line.key,
+        run_id=line.run_id,
+        state=state,
+        answers=sum(unit.answers for unit in units),
+        expected=None if None in expected else sum(expected),
+        problem=next((unit.problem for unit in units if unit.problem), None),
+        scores=score_line(records, None) if state == FINISHED else "",
+        seconds=sum(record.times.answers_s for record in records) if is_timed else None,
+    )
 
 
 def print_status(console: Console, status: SweepStatus) -> None:
@@ -183,7 +172,7 @@ def print_status(console: Console, status: SweepStatus) -> None:
         table.add_row(escape(run.key), run.state, answers, escape(_short(run.problem or run.scores)))
     console.print(table)
     counts = ", ".join(f"{count} {state}" for state, count in status.counts.items() if count)
-    held = f"held by {status.held_by}" if status.held_by else "no process holds it"
+    held = f"made by {'; '.join(status.held_by)}" if status.held_by else "no process works on it"
     left = "" if not status.seconds_left else f" About {duration(status.seconds_left)} left in one process."
     console.print(f"\n{status.name}: {len(status.runs)} runs: {counts}; {held}.{left}", markup=False, highlight=False, soft_wrap=True)
 

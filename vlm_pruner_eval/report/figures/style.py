@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlm_pruner_eval.report.rows import Cell, Row, is_plumbing
-from vlm_pruner_eval.sweep.files import write_atomic
+from vlm_pruner_eval.store.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -27,7 +27,7 @@ from vlm_pruner_eval.report.sheets.table import Table, of_facts
 from vlm_pruner_eval.report.show.gallery import Picture
 from vlm_pruner_eval.report.stats.comparisons import Comparisons
 from vlm_pruner_eval.report.stats.strata import Stratum
-from vlm_pruner_eval.sweep.files import write_atomic
+from vlm_pruner_eval.store.files import write_atomic
 
 _SIGNATURES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 

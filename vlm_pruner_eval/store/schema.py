@@ -1,0 +1,479 @@
+"""The records of a sweep as typed models: each is written and read by the same class, and unknown fields are refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.shown import short, spelled_out
+
+SCHEMA = 3  # the form of the files; raised when a field changes
+FINISHED, FAILED = "finished", "failed"
+
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
+Record = TypeVar("Record", bound="Model")
+Rate = str | float | None
+
+
+def _folder_name(text: str) -> str:
+    """Refuse a name that could lead elsewhere: names of runs become folders and pictures, and the file may be someone else's."""
+    if not _FOLDER_NAME.fullmatch(text):
+        raise ValueError(f"got {short(text)}, expected the name of a folder: letters, digits, '.', '_' and '-'")
+    return text
+
+
+def _plain_text(text: str) -> str:
+    if spelled_out(text) != text:
+        raise ValueError(f"got {short(text)}, expected text without control characters")
+    return text
+
+
+FolderName = Annotated[str, AfterValidator(_folder_name)]
+PlainText = Annotated[str, AfterValidator(_plain_text)]
+
+
+class Model(BaseModel):
+    """Base of all records."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# ---- scores
+class Score(Model):
+    """One metric: its value with the 95 % interval over `n` documents; `note` says why there is no interval."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int
+    metric: str | None = None
+    note: str | None = None
+
+
+class ClusterCount(Model):
+    """Number of clusters of a task's documents, and a digest of which document is in which."""
+
+    n: int
+    digest: str
+
+
+class TaskScore(Model):
+    """One benchmark of one run.
+
+    Attributes
+    ----------
+    metrics
+        By name in lmms-eval; of a group of tasks, the main metric by task.
+    main
+        The metric that stands for the benchmark, in the unit of papers; None if it has no score, and `note` says why.
+    remark
+        Documents that the score leaves out, in words.
+    """
+
+    metrics: dict[str, Score]
+    main: Score | None
+    clusters: ClusterCount | None = None
+    note: str | None = None
+    remark: str | None = None
+
+
+# ---- what the samples came to
+class Spread(Model):
+    """Mean, smallest and largest of `n` numbers."""
+
+    mean: float
+    min: float
+    max: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread | None:
+        """Summarise numbers; None if there are none."""
+        listed = list(values)
+        if not listed:
+            return None
+        return cls(mean=sum(listed) / len(listed), min=min(listed), max=max(listed), n=len(listed))
+
+    @classmethod
+    def merged(cls, spreads: Iterable[Spread | None]) -> Spread | None:
+        """Summarise several units as if their numbers were one list."""
+        known = [spread for spread in spreads if spread is not None]
+        if not known:
+            return None
+        n = sum(spread.n for spread in known)
+        mean = math.fsum(spread.mean * spread.n for spread in known) / n
+        return cls(mean=mean, min=min(spread.min for spread in known), max=max(spread.max for spread in known), n=n)
+
+
+class Median(Model):
+    """Median and interquartile range of `n` times."""
+
+    median: float
+    iqr: float
+    n: int
+
+    @classmethod
+    def merged(cls, medians: Iterable[Median | None]) -> Median | None:
+        """Average the medians and ranges of several units, each weighted by its `n`."""
+        known = [median for median in medians if median is not None]
+        if not known:
+            return None
+        n = sum(found.n for found in known)
+        weighted = {name: math.fsum(getattr(found, name) * found.n for found in known) / n for name in ("median", "iqr")}
+        return cls(**weighted, n=n)
+
+
+class Tokens(Model):
+    """Visual tokens over the samples with images: there, asked for, kept in the last layer, and averaged over layers."""
+
+    samples_with_images: int = 0
+    n_visual: Spread | None = None
+    asked: Spread | None = None
+    kept: Spread | None = None
+    layer_averaged: Spread | None = None
+    layers: list[int] = Field(default_factory=list)
+    quirks: dict[str, int] = Field(default_factory=dict)
+
+    @classmethod
+    def merged(cls, parts: Sequence[Tokens]) -> Tokens:
+        """Add up the samples of several units."""
+        spreads = {name: Spread.merged(getattr(part, name) for part in parts) for name in ("n_visual", "asked", "kept", "layer_averaged")}
+        quirks: dict[str, int] = {}
+        for name, count in (item for part in parts for item in part.quirks.items()):
+            quirks[name] = quirks.get(name, 0) + count
+        return cls(
+            samples_with_images=sum(part.samples_with_images for part in parts),
+            layers=sorted({layer for part in parts for layer in part.layers}),
+            quirks=dict(sorted(quirks.items())),
+            **spreads,
+        )
+
+
+class Times(Model):
+    """Times of the answers; medians in milliseconds: a batch's prefill, a decoding step, a sample's selection.
+
+    Attributes
+    ----------
+    decoded_tokens_per_s
+        Rows of the batch over the time of a decoding step.
+    batch_sizes
+        Rows of the batches.
+    total_s, answers_s
+        Seconds of the whole unit, and of its answers; None if it shared work with others.
+    """
+
+    prefill_ms: Median | None = None
+    decode_ms: Median | None = None
+    selection_ms: Median | None = None
+    decoded_tokens_per_s: Median | None = None
+    batch_sizes: list[int] = Field(default_factory=list)
+    total_s: float | None = None
+    answers_s: float | None = None
+
+    @classmethod
+    def merged(cls, parts: Sequence[Times]) -> Times:
+        """Join several units: medians are averaged over the units, seconds are added up."""
+        names = ("prefill_ms", "decode_ms", "selection_ms", "decoded_tokens_per_s")
+        medians = {name: Median.merged(getattr(part, name) for part in parts) for name in names}
+        return cls(
+            batch_sizes=sorted({size for part in parts for size in part.batch_sizes}),
+            total_s=_sum([part.total_s for part in parts]),
+            answers_s=_sum([part.answers_s for part in parts]),
+            **medians,
+        )
+
+
+class Memory(Model):
+    """Cost of a prompt with images in the language model, from the real length of every layer; bytes and operations.
+
+    Attributes
+    ----------
+    flops, literature_flops, kv_bytes_counted
+        Of the prefill with one position of logits; None if the model's shape is unknown.
+    kv_bytes_measured
+        A prompt's share of its batch's cache, padding included.
+    peak_bytes
+        The most that the GPU held while a batch was answered, weights included; None on the CPU.
+    """
+
+    flops: Spread | None = None
+    literature_flops: Spread | None = None
+    kv_bytes_counted: Spread | None = None
+    kv_bytes_measured: Spread | None = None
+    peak_bytes: int | None = None
+
+    @classmethod
+    def merged(cls, parts: Sequence[Memory]) -> Memory:
+        """Join several units."""
+        names = ("flops", "literature_flops", "kv_bytes_counted", "kv_bytes_measured")
+        peaks = [part.peak_bytes for part in parts if part.peak_bytes is not None]
+        return cls(peak_bytes=max(peaks, default=None), **{name: Spread.merged(getattr(part, name) for part in parts) for name in names})
+
+
+class Failure(Model):
+    """A sample that failed."""
+
+    task: str
+    doc_id: int
+    error: str
+
+
+class Provenance(Model):
+    """Surroundings of a unit: versions, machine, checkpoint files, commit, command; times are UTC."""
+
+    versions: dict[str, str]
+    platform: str
+    processor: str
+    host: dict[str, Any]
+    gpus: list[dict[str, Any]]
+    cuda: dict[str, Any]
+    threads: int
+    model: dict[str, Any]
+    checkpoint: dict[str, str]
+    git_commit: str | None
+    command: str
+    started: str | None
+    time: str
+
+
+# ---- files
+class UnitRecord(Model):
+    """record.json: one benchmark of one run, complete.
+
+    Attributes
+    ----------
+    limit
+        Documents of each task that it covers; None: all.
+    status
+        "finished", or "failed" with a `problem` in a sentence and perhaps a `traceback`.
+    unscored
+        Sentences about tasks whose aggregation failed though all was answered; the other scores count.
+    scores
+        By benchmark: the entry of the sweep file, or each of its tasks if that is a group of several benchmarks.
+    documents
+        By task, a digest of the content of its documents; `splits`: the split that they come from.
+    kept_digest
+        SHA-256 over the kept sets of all documents.
+    """
+
+    schema_: Literal[3] = Field(SCHEMA, alias="schema")
+    task: str
+    limit: int | None
+    status: Literal["finished", "failed"]
+    problem: str | None = None
+    traceback: str | None = None
+    unscored: list[str] = Field(default_factory=list)
+    scores: dict[str, TaskScore] = Field(default_factory=dict)
+    documents: dict[str, str] = Field(default_factory=dict)
+    splits: dict[str, str] = Field(default_factory=dict)
+    tokens: Tokens = Tokens()
+    times: Times = Times()
+    memory: Memory = Memory()
+    shared_prefix: bool = False
+    batch_size: int | None = None
+    exhausted: list[int] = Field(default_factory=list)
+    kept_digest: str | None = None
+    n_answers: int = 0
+    failures: list[Failure] = Field(default_factory=list)
+    provenance: Provenance
+
+    @property
+    def is_usable(self) -> bool:
+        """True if its scores may be shown: finished, or failed for tasks that could not be scored only."""
+        return self.status == FINISHED or bool(self.unscored)
+
+
+class RunLine(Model):
+    """One run of the grid, as the report lists it.
+
+    Attributes
+    ----------
+    parameters, changed
+        Every parameter of the method, and those that differ from its defaults.
+    asked_rate
+        The sweep file's rate under which tables list the run: `pruning_rate`, but for iso-compute rows.
+    iso_layer
+        Of an iso-compute row: the layer of the methods that it matches in compute.
+    """
+
+    key: FolderName
+    run_id: FolderName
+    label: PlainText
+    method: str
+    pruning_rate: Rate
+    seed: int | None
+    changed: dict[str, Any]
+    asked_rate: Rate
+    iso_layer: int | None
+    parameters: dict[str, Any]
+
+
+class RunHead(Model):
+    """run.json: the resolved configuration of a run, without tasks and limit."""
+
+    schema_: Literal[3] = Field(SCHEMA, alias="schema")
+    run: RunLine
+    config: dict[str, Any]
+
+
+class Grid(Model):
+    """sweep.json: the runs of a sweep, and the folder of every entry of its `tasks`."""
+
+    schema_: Literal[3] = Field(SCHEMA, alias="schema")
+    name: FolderName
+    config: dict[str, Any]
+    runs: list[RunLine]
+    units: dict[str, FolderName]
+
+
+class RunRecord(Model):
+    """A run as it stands on disk: its line of the grid, its configuration, and the records of its units by task."""
+
+    line: RunLine
+    config: dict[str, Any]
+    units: dict[str, UnitRecord]
+    expected: int  # units of the sweep
+
+    @property
+    def is_complete(self) -> bool:
+        """True if every unit has a record."""
+        return len(self.units) == self.expected
+
+    @property
+    def status(self) -> str | None:
+        """"finished" or "failed" of a complete run, "failed" of one with a failed unit, else None."""
+        if any(unit.status == FAILED for unit in self.units.values()):
+            return FAILED
+        return FINISHED if self.is_complete else None
+
+    @property
+    def is_usable(self) -> bool:
+        """True if there are scores, and none of the units failed as a whole."""
+        return bool(self.units) and self.is_complete and all(unit.is_usable for unit in self.units.values())
+
+    @property
+    def scores(self) -> dict[str, TaskScore]:
+        """Scores by benchmark."""
+        return {name: score for unit in self.units.values() for name, score in unit.scores.items()}
+
+    @property
+    def documents(self) -> dict[str, str]:
+        """Digests of documents by task."""
+        return {task: digest for unit in self.units.values() for task, digest in unit.documents.items()}
+
+    @property
+    def splits(self) -> dict[str, str]:
+        """Splits by task."""
+        return {task: split for unit in self.units.values() for task, split in unit.splits.items()}
+
+    @property
+    def problem(self) -> str | None:
+        """Why units failed, in sentences; None if none did."""
+        return " ".join(unit.problem for unit in self.units.values() if unit.problem) or None
+
+    @property
+    def unscored(self) -> list[str]:
+        """See `UnitRecord.unscored`."""
+        return [sentence for unit in self.units.values() for sentence in unit.unscored]
+
+    @property
+    def failures(self) -> list[Failure]:
+        """Samples that failed."""
+        return [failure for unit in self.units.values() for failure in unit.failures]
+
+    @property
+    def tokens(self) -> Tokens:
+        """Of all units."""
+        return Tokens.merged([unit.tokens for unit in self.units.values()])
+
+    @property
+    def times(self) -> Times:
+        """Of all units."""
+        return Times.merged([unit.times for unit in self.units.values()])
+
+    @property
+    def memory(self) -> Memory:
+        """Of all units."""
+        return Memory.merged([unit.memory for unit in self.units.values()])
+
+    @property
+    def shared_prefix(self) -> bool:
+        """True if any unit shared work with other runs."""
+        return any(unit.shared_prefix for unit in self.units.values())
+
+    @property
+    def n_answers(self) -> int:
+        """Answers of all units."""
+        return sum(unit.n_answers for unit in self.units.values())
+
+    @property
+    def provenance(self) -> Provenance:
+        """Of the unit that was recorded last."""
+        return max((unit.provenance for unit in self.units.values()), key=lambda found: found.time)
+
+    @property
+    def processors(self) -> list[str]:
+        """Processors that units were made on."""
+        return sorted({unit.provenance.processor for unit in self.units.values()})
+
+
+# ---- text
+def to_json(value: object, *, indent: int | None = 1) -> str:
+    """JSON text with Unicode kept; NaN and infinity become null, numpy numbers plain ones, other objects their text."""
+    return json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def plain(value: object) -> Any:
+    """Return what JSON can hold of a value."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(by_alias=True)
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(str(item) for item in value)
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # numpy and torch scalars
+        value = value.item()
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def read_model(kind: type[Record], path: Path, advice: str) -> Record:
+    """Read a file as a record.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no file.
+    ConfigError
+        It is no JSON, of another version of this package, or lacks a field: with the first fault and `advice`.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: can't be read ({error}); {advice}") from error
+    found = raw.get("schema") if isinstance(raw, dict) else None
+    if found != SCHEMA:
+        told = "no schema number" if found is None else f"schema {short(found)}"
+        raise ConfigError(f"{path}: got {told}, expected {SCHEMA}: the file is of another version of this package; {advice}")
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}; {advice}") from error
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    return None if None in values or not values else math.fsum(values)

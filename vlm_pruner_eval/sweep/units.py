@@ -1,0 +1,86 @@
+"""Units of work: one task of one run each; how they stand in a results directory, and which are answered together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlm_pruner_eval.store.folder import Store, Unit
+from vlm_pruner_eval.store.schema import FAILED, FINISHED
+from vlm_pruner_eval.sweep.config import SweepConfig
+from vlm_pruner_eval.sweep.grid import UNPRUNED, Run, rate_percent, unit_folders
+
+Status = dict["WorkUnit", str | None]
+
+
+@dataclass(frozen=True)
+class WorkUnit:
+    """One entry of the sweep file's `tasks` under one run; `folder` is the name of its folder in the run's."""
+
+    run: Run
+    task: str
+    folder: str
+
+    def __hash__(self) -> int:
+        return hash(self.path)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, WorkUnit) and self.path == other.path
+
+    @property
+    def path(self) -> str:
+        """The folder, below that of all runs."""
+        return f"{self.run.run_id}/{self.folder}"
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.run.key} {self.task}"
+
+    def stored(self, store: Store) -> Unit:
+        """The unit on disk."""
+        return store.unit(self.run.run_id, self.folder)
+
+
+def units_of(config: SweepConfig, runs: Sequence[Run]) -> list[WorkUnit]:
+    """All units of a sweep, run by run."""
+    folders = unit_folders(config)
+    return [WorkUnit(run, task, folder) for run in runs for task, folder in folders.items()]
+
+
+def status_of(store: Store, units: Sequence[WorkUnit], limit: int | None, checkpoint: Mapping[str, Any] | None = None) -> Status:
+    """`FINISHED`, `FAILED` or None of every unit; records of other checkpoint files than are there now do not count."""
+    return {unit: unit.stored(store).status(limit, checkpoint) for unit in units}
+
+
+def run_status(status: Status, run: Run) -> str | None:
+    """The status of a run: failed if a unit is, finished if all are, else None."""
+    found = {state for unit, state in status.items() if unit.run.run_id == run.run_id}
+    if FAILED in found:
+        return FAILED
+    return FINISHED if found == {FINISHED} else None
+
+
+def groups(units: Sequence[WorkUnit], *, shared: bool) -> list[list[WorkUnit]]:
+    """Split units into groups that are answered together; every unit is in one of them.
+
+    Without a shared prefix every unit is a group. With one, the units of a task are: the unpruned run and the first pruned method
+    at the largest rate, whose scores are there long before all others, then the rest. If the unpruned run is not among `units`,
+    or fewer than two would be left for the second group, all of the task are one group.
+    """
+    if not shared:
+        return [[unit] for unit in units]
+    by_task: dict[str, list[WorkUnit]] = {}
+    for unit in units:
+        by_task.setdefault(unit.task, []).append(unit)
+    return [group for of_task in by_task.values() for group in _split(of_task)]
+
+
+def _split(units: list[WorkUnit]) -> list[list[WorkUnit]]:
+    unpruned = [unit for unit in units if unit.run.method == UNPRUNED]
+    pruned = [unit for unit in units if unit.run.pruning_rate is not None]
+    if not unpruned or not pruned or len(units) < 4:
+        return [units]
+    first = [*unpruned, max(pruned, key=lambda unit: rate_percent(unit.run.pruning_rate))]  # of equal ones the first
+    return [first, [unit for unit in units if unit not in first]]
