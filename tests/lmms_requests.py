@@ -63,9 +63,11 @@ def to_messages(document: dict) -> list[dict]:
     return [{"role": "user", "content": [*images, {"type": "text", "text": document["question"]}]}]
 
 
-def request(task: str, doc_id: int, split: str = "test", options: dict | None = None, messages=to_messages, **metadata: object) -> Instance:
+def request(
+    task: str, doc_id: int, split: str = "test", options: dict | None = None, messages=to_messages, context=None, **metadata: object
+) -> Instance:
     options = dict(GREEDY) if options is None else options
-    arguments = ("x" * (doc_id % 3), messages, options, doc_id, task, split)
+    arguments = ("x" * (doc_id % 3) if context is None else context, messages, options, doc_id, task, split)
     return Instance("generate_until", arguments, 0, metadata={"task": task, "doc_id": doc_id, "repeats": 1, **metadata})
 
 

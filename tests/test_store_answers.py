@@ -1,10 +1,9 @@
-"""The journal: what was answered is not asked again, whatever a crash leaves; what was changed is refused; parts make a whole."""
+"""The answer log: what was answered is not asked again, whatever a crash leaves; what was changed is refused."""
 
 from __future__ import annotations
 
 import json
 import math
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +15,13 @@ from lmms_requests import documents, fresh_model, request, set_batch_size
 
 from vlm_pruner_eval.errors import ConfigError, PruningError
 from vlm_pruner_eval.ledger import SampleRecord
-from vlm_pruner_eval.lmms import PrunedModel, journal
-from vlm_pruner_eval.lmms.journal import Journal, encode, read_entries
-from vlm_pruner_eval.lmms.log import Answer
-from vlm_pruner_eval.lmms.plan import Part
+from vlm_pruner_eval.lmms import PrunedModel
+from vlm_pruner_eval.lmms.prompts import Request
+from vlm_pruner_eval.store import answers as answer_log
+from vlm_pruner_eval.store.answers import Answer, AnswerLog, BatchSize, read_answers, read_lines
+from vlm_pruner_eval.store.kept import Kept
 
-HEAD = {"run_id": "fastv-1of2", "checkpoint": "abc"}
+HEAD = {"unit": "fastv-1of2/first", "checkpoint": "abc"}
 
 
 class Killed(BaseException):
@@ -72,15 +72,15 @@ def counted(model: PrunedModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def kill_after(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Die when batch number n + 1 is about to be written."""
-    append, left = Journal.append, [n]
+    append, left = AnswerLog.append, [n]
 
-    def dying(self: Journal, *args: Any) -> None:
+    def dying(self: AnswerLog, *args: Any) -> None:
         if not left[0]:
             raise Killed
         left[0] -= 1
         append(self, *args)
 
-    monkeypatch.setattr(Journal, "append", dying)
+    monkeypatch.setattr(AnswerLog, "append", dying)
 
 
 @pytest.mark.parametrize("n_before", [0, 1, 7, 8, 9, 34, 35])
@@ -89,7 +89,7 @@ def test_a_killed_run_goes_on_and_repeats_no_batch(
 ) -> None:
     expected = run(model, None, requests())
     assert len(counted) == 35
-    with monkeypatch.context() as patch, Journal(tmp_path, HEAD) as first:
+    with monkeypatch.context() as patch, AnswerLog(tmp_path, HEAD) as first:
         kill_after(n_before, patch)
         if n_before < 35:
             with pytest.raises(Killed):
@@ -97,23 +97,20 @@ def test_a_killed_run_goes_on_and_repeats_no_batch(
         else:
             run(model, first, requests())
     counted.clear()
-    with Journal(tmp_path, HEAD) as second:
+    with AnswerLog(tmp_path, HEAD) as second:
         assert run(model, second, requests()) == expected
-        assert second.replayed == 2 * n_before
     assert len(counted) == 35 - n_before
-    entries = [entry for _, entry in read_entries(tmp_path / "journal.jsonl")]
-    answered = [index for entry in entries for index in entry.get("requests", ())]
-    assert sorted(answered) == list(range(70)), "an answer is lost or doubled"
+    assert sorted(answer.doc_id for answer in read_answers(tmp_path)) == list(range(70)), "an answer is lost or doubled"
 
 
 def test_pictures_of_answered_windows_are_not_read_again(model: PrunedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch, Journal(tmp_path, HEAD) as first:
+    with monkeypatch.context() as patch, AnswerLog(tmp_path, HEAD) as first:
         kill_after(8, patch)  # one window
         with pytest.raises(Killed):
             run(model, first, requests())
     seen: list[int] = []
     model.on_prompt = lambda prompt: seen.append(prompt.request.index)
-    with Journal(tmp_path, HEAD) as second:
+    with AnswerLog(tmp_path, HEAD) as second:
         run(model, second, requests())
     model.on_prompt = None
     assert len(seen) == 70 - 16
@@ -130,63 +127,70 @@ def test_failed_prompts_stay_failed_and_leave_the_other_batches_as_they_were(
     sizes = sorted(counted)
     counted.clear()
     for n in (1, 2, 3, 9):
-        with monkeypatch.context() as patch, Journal(tmp_path, HEAD) as one:
+        with monkeypatch.context() as patch, AnswerLog(tmp_path, HEAD) as one:
             kill_after(n, patch)
             with pytest.raises(Killed):
                 run(model, one, asked)
         counted.pop()  # answered, but not written
-    with Journal(tmp_path, HEAD) as last:
+    with AnswerLog(tmp_path, HEAD) as last:
         assert run(model, last, asked) == expected
         assert last.has_failures()
     assert sorted(counted) == sizes
-    assert [i for i, sample in enumerate(expected) if sample["error"]] == [3, 4, 40]
+    assert [i for i, sample in enumerate(expected) if "error" in sample] == [3, 4, 40]
 
 
-def test_what_a_crash_leaves_of_the_last_line_is_dropped_at_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal.time, "monotonic", lambda: 0.0)
-    whole = write_answers(tmp_path / "whole", 3)
+@pytest.mark.parametrize("size", [1, 3])
+def test_what_a_crash_leaves_of_the_last_batch_is_dropped_at_every_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(answer_log.time, "monotonic", lambda: 0.0)
+    whole = write_answers(tmp_path / "whole", 6, size)
     content = whole.read_bytes()
-    starts = [0, *(offset for offset, _ in read_entries(whole))]
-    asked, answers = made(3)
-    for cut in range(len(content) - 300, len(content)):
+    ends = [batch[-1].end for batch in read_lines(whole)]
+    asked, answers = made(6)
+    for cut in range(len(content) - 600, len(content)):
         folder = tmp_path / str(cut)
         folder.mkdir()
-        (folder / "journal.jsonl").write_bytes(content[:cut])
-        with Journal(folder, HEAD) as again:
-            found = list(again("generate_until", asked, lambda done, part: iter(rest(asked, answers, done)), SIZE))
-        assert sorted(answer.doc_id for batch in found for _, answer in batch) == [0, 1, 2]
-        assert (folder / "journal.jsonl").read_bytes() == content, f"cut at {cut}"
-    assert starts[-1] == len(content)
+        (folder / "plan.json").write_bytes((whole.parent / "plan.json").read_bytes())
+        (folder / "answers.jsonl").write_bytes(content[:cut])
+        n_whole = sum(end <= cut for end in ends) * size
+        with AnswerLog(folder, HEAD) as again:
+            begun = again.begin("generate_until", asked, BatchSize(1))
+            assert len(begun.found) == n_whole, "whole batches count, and nothing else"
+            for batch in batches(asked, answers, begun.done, size):
+                again.append("generate_until", batch, 0.0)
+        assert (folder / "answers.jsonl").read_bytes() == content, f"cut at {cut}"
 
 
 @pytest.mark.parametrize("damage", ["flip", "remove", "foreign", "empty"])
 def test_a_damaged_line_is_refused_with_file_and_line(tmp_path: Path, damage: str) -> None:
-    path = write_answers(tmp_path, 3)
+    path = write_answers(tmp_path, 6)
     lines = path.read_bytes().splitlines(keepends=True)
     changed = {"flip": lines[3].replace(b"yesyes", b"yesyea"), "remove": lines[3][:40] + lines[3][60:], "foreign": b"{}\n", "empty": b"\n"}
     path.write_bytes(b"".join([*lines[:3], changed[damage], *lines[4:]]))
-    with pytest.raises(ConfigError, match=r"journal\.jsonl, line 4: got a line that does not fit its checksum"):
-        Journal(tmp_path, HEAD).has_failures()
-    asked, answers = made(3)
-    with Journal(tmp_path, HEAD) as again, pytest.raises(ConfigError, match="line 4"):
-        list(again("generate_until", asked, lambda done, part: iter(rest(asked, answers, done)), SIZE))
+    with pytest.raises(ConfigError, match=r"answers\.jsonl, line 4: got a line that does not fit its checksum"):
+        AnswerLog(tmp_path, HEAD).has_failures()
+    asked, _ = made(6)
+    with AnswerLog(tmp_path, HEAD) as again, pytest.raises(ConfigError, match="line 4"):
+        again.begin("generate_until", asked, BatchSize(1))
     assert path.read_bytes().splitlines(keepends=True)[3] == changed[damage], "bad input loses nothing"
 
 
 @pytest.mark.parametrize("change", ["head", "checkpoint", "batch size", "questions", "options"])
 def test_answers_of_something_else_are_not_used(model: PrunedModel, counted: list[int], tmp_path: Path, change: str) -> None:
-    with Journal(tmp_path, HEAD) as first:
+    with AnswerLog(tmp_path, HEAD) as first:
         run(model, first, requests(8))
     counted.clear()
-    head = HEAD | ({"run_id": "other"} if change == "head" else {"checkpoint": "new"} if change == "checkpoint" else {})
-    asked = requests(9) if change == "questions" else requests(8)
+    head = HEAD | ({"unit": "other"} if change == "head" else {"checkpoint": "new"} if change == "checkpoint" else {})
+    asked = requests(8)
+    if change == "questions":
+        asked[0] = request("first", 0, context="another question?")
     if change == "options":
         asked[0] = request("first", 0, options={"max_new_tokens": 2})
     if change == "batch size":
         set_batch_size(model, 4)
-    with Journal(tmp_path, head) as second:
+    with AnswerLog(tmp_path, head) as second:
         run(model, second, asked)
-        assert second.replayed == 0
     assert sum(counted) == len(asked)
 
 
@@ -197,15 +201,14 @@ def test_every_field_comes_back(tmp_path: Path) -> None:
     )
     answer = Answer(
         *("task", "test", 3, "line\n\u2028\ud800 ünï"),
-        record=record,
+        record=Kept.of(record),
         prefill_ms=0.1 + 0.2,
         loglikelihood=-math.inf,
         choice=0,
         is_greedy=False,
         images=("ab", "cd"),
     )
-    written = json.loads(encode({"answers": [answer.as_json()]}))["entry"]["answers"][0]
-    assert Answer.from_json(written) == answer
+    assert Answer.from_json(json.loads(json.dumps(answer.as_json()))) == answer
 
 
 # ---- memory
@@ -217,11 +220,11 @@ def test_too_little_memory_begins_the_run_anew_at_half_the_batch(
     set_batch_size(model, 4)
     limit_memory(model, monkeypatch, 1)
     counted.clear()
-    with Journal(tmp_path, HEAD) as first:
+    with AnswerLog(tmp_path, HEAD) as first:
         assert run(model, first, requests(9)) == alone
     assert {answer.batch_size for answer in model.answers} == {1}
     assert (model.working_size.size, model.working_size.exhausted) == (1, (4, 2))
-    size = Journal(tmp_path, HEAD).batch_size()
+    size = AnswerLog(tmp_path, HEAD).batch_size()
     assert (size.size, size.exhausted) == (1, (4, 2))
     model.configure("fastv", "1/2")
     assert model.batch_size == 4, "the next run begins with what was asked for"
@@ -232,17 +235,16 @@ def test_a_run_is_resumed_with_the_batches_that_fitted(
 ) -> None:
     set_batch_size(model, 4)
     limit_memory(model, monkeypatch, 2)
-    with monkeypatch.context() as patch, Journal(tmp_path, HEAD) as first:
+    with monkeypatch.context() as patch, AnswerLog(tmp_path, HEAD) as first:
         kill_after(3, patch)
         with pytest.raises(Killed):
             run(model, first, requests(12))
     counted.clear()
-    with Journal(tmp_path, HEAD) as second:
+    with AnswerLog(tmp_path, HEAD) as second:
         model.configure("fastv", "1/2")
         model.resume_at(second.batch_size())
         model.source = second
         model.generate_until(requests(12))
-        assert second.replayed == 6
     assert counted == [2, 2, 2]
 
 
@@ -263,7 +265,7 @@ def test_one_sample_that_never_fits_is_a_failed_sample(model: PrunedModel, monke
 
 
 def longest(model: PrunedModel) -> int:
-    return max(model.prepare([model.prompt_of(journal.Request.of(i, r))]).inputs["input_ids"].shape[1] for i, r in enumerate(requests(3)))
+    return max(model.prepare([model.prompt_of(Request.of(i, r))]).inputs["input_ids"].shape[1] for i, r in enumerate(requests(3)))
 
 
 def limit_memory(
@@ -280,65 +282,76 @@ def limit_memory(
     monkeypatch.setattr(model.model, "generate", limited)
 
 
-# ---- parts
-@pytest.mark.parametrize("count", [2, 3])
-def test_parts_answer_a_run_together(tmp_path: Path, count: int) -> None:
-    asked, answers = made(11)
-    found: dict[int, list[int]] = {}
-    own: dict[int, list[int]] = {}
-
-    def work(part: Part) -> None:
-        def compute(done: Any, share: Part) -> Iterator[Any]:
-            assert share == part
-            mine = [batch for batch in rest(asked, answers, done) if part.has(batch[0][0].index)]
-            own[part.index] = [request.index for batch in mine for request, _ in batch]
-            yield from mine
-
-        with Journal(tmp_path, HEAD, part) as journal:
-            got = list(journal("generate_until", asked, compute, SIZE))
-        found[part.index] = sorted(request.index for batch in got for request, _ in batch)
-
-    threads = [threading.Thread(target=work, args=(part,)) for part in Part(0, count).all()]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert found == {index: list(range(11)) for index in range(count)}, "every part ends with all answers"
-    assert sorted(index for part in own.values() for index in part) == list(range(11))
-    with Journal(tmp_path, HEAD) as whole:
-        list(whole("generate_until", asked, lambda done, part: iter(rest(asked, answers, done)), SIZE))
-        assert whole.replayed == 11, "a later process uses what parts left"
-
-
-def test_a_part_that_stands_still_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal, "_PATIENCE_S", 0.3)
-    asked, answers = made(4)
-    with Journal(tmp_path, HEAD, Part(0, 2)) as first, pytest.raises(PruningError, match=r"journal\.2of2\.jsonl: this part of the run has"):
-        list(first("generate_until", asked, lambda done, part: iter(rest(asked, answers, done)), SIZE))
-
-
-@pytest.mark.parametrize("text", ["", "1", "0/2", "3/2", "a/b", "1/2/3", "-1/2", "1/", "²/3"])
-def test_shares_that_are_none(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"--shard: got .*, expected a share such as 2/4"):
-        Part.parse(text)
-    assert Part.parse("2/4") == Part(1, 4) and str(Part(1, 4)) == "2/4"
-
-
 # ---- without a model
-SIZE = journal.BatchSize(1)
-
-
-def made(n: int) -> tuple[list[journal.Request], list[Answer]]:
-    asked = [journal.Request.of(i, request("first", i)) for i in range(n)]
+def made(n: int) -> tuple[list[Request], list[Answer]]:
+    asked = [Request.of(i, request("first", i)) for i in range(n)]
     return asked, [Answer("first", "test", i, "yes" * 20, question="?" * 60) for i in range(n)]
 
 
-def rest(asked: list, answers: list[Answer], done: Any) -> list[list[tuple]]:
-    return [[(one, answer)] for one, answer in zip(asked, answers, strict=True) if one.index not in done.indices]
+def batches(asked: list[Request], answers: list[Answer], done: Any, size: int) -> Iterator[list[tuple]]:
+    pairs = list(zip(asked, answers, strict=True))
+    for start in range(0, len(pairs), size):
+        batch = pairs[start : start + size]
+        if not done.has([one.index for one, _ in batch]):
+            yield batch
 
 
-def write_answers(folder: Path, n: int) -> Path:
+def write_answers(folder: Path, n: int, size: int = 1) -> Path:
     asked, answers = made(n)
-    with Journal(folder, HEAD) as one:
-        list(one("generate_until", asked, lambda done, part: iter(rest(asked, answers, done)), SIZE))
-    return folder / "journal.jsonl"
+    with AnswerLog(folder, HEAD) as one:
+        begun = one.begin("generate_until", asked, BatchSize(1))
+        for batch in batches(asked, answers, begun.done, size):
+            one.append("generate_until", batch, 0.0)
+    return folder / "answers.jsonl"
+
+
+# ---- limits
+def ask(folder: Path, n: int, size: int = 2) -> list[list[int]]:
+    """Documents of the batches that are computed where `n` documents are asked, by a log of that limit."""
+    asked, answers = made(n)
+    computed = []
+
+    def compute(part: list[Request], done: Any) -> Iterator[list[tuple]]:
+        for batch in batches(part, [answers[one.doc_id] for one in part], done, size):
+            left = [(one, answer) for one, answer in batch if one.index not in done.indices]
+            computed.append([one.doc_id for one, _ in left])
+            yield left
+
+    with AnswerLog(folder, HEAD, n) as log:
+        found = [answer.doc_id for batch in log("generate_until", asked, compute, BatchSize(size)) for _, answer in batch]
+    assert sorted(found) == list(range(n)), "an answer is lost or doubled"
+    return computed
+
+
+def test_a_larger_limit_answers_only_what_is_new_and_a_smaller_one_nothing(tmp_path: Path) -> None:
+    assert ask(tmp_path, 5) == [[0, 1], [2, 3], [4]]
+    assert ask(tmp_path, 8) == [[5, 6], [7]], "planned by itself, so that a crash leaves the same batches"
+    assert ask(tmp_path, 3) == []
+    assert ask(tmp_path, 8) == []
+    assert sorted(answer.doc_id for answer in read_answers(tmp_path)) == list(range(8))
+
+
+def test_a_limit_between_others_repeats_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        kill_after(1, patch)
+        with pytest.raises(Killed):
+            ask(tmp_path, 8)
+    assert ask(tmp_path, 5) == [[2, 3], [4]]
+    assert ask(tmp_path, 8) == [[5, 6], [7]]
+
+
+def test_an_answer_that_cut_nothing_takes_less_than_two_kilobytes(tmp_path: Path) -> None:
+    """Of LLaVA-Video: 64 frames of 210 tokens."""
+    everything = list(range(13440))
+    record = SampleRecord(
+        **{"row": 0, "n_visual": 13440, "n_asked": 13440, "n_kept": 13440, "n_images": 1, "layer": None, "order": everything},
+        **{"kept_positions": [14 + i for i in everything], "kv_lengths": [13500] * 28, "visual_lengths": [13440] * 28},
+    )
+    asked, _ = made(1)
+    answer = Answer("first", "test", 0, "yes", record=Kept.of(record), prefill_ms=1234.5678, images=("0" * 16,), question="?" * 1000)
+    with AnswerLog(tmp_path, HEAD) as log:
+        log.begin("generate_until", asked, BatchSize(1))
+        log.append("generate_until", [(asked[0], answer)], 1.0)
+    assert (tmp_path / "answers.jsonl").stat().st_size <= 2000
+    (found,) = read_answers(tmp_path)
+    assert (found.record.order, found.record.kept_positions) == (record.order, record.kept_positions)
