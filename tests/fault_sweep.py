@@ -41,15 +41,16 @@ from vlm_pruner_eval.lmms.journal import Journal
 from vlm_pruner_eval.lmms.log import Answer
 from vlm_pruner_eval.lmms.prompts import Defaults, Prompt, Request, image_digest
 from vlm_pruner_eval.lmms.wrapper import PrunedModel
-from vlm_pruner_eval.report import build, printing, terminal
+from vlm_pruner_eval.report import build, printing
 from vlm_pruner_eval.report.figures import style
+from vlm_pruner_eval.report.writers import screen
 from vlm_pruner_eval.sweep import runner
 from vlm_pruner_eval.sweep.config import SweepConfig, load
 from vlm_pruner_eval.sweep.grid import method_problems
 
 # what a fork must not spend its life on
 IMPORTED = (
-    *(build, terminal, style, runner),
+    *(build, screen, style, runner),
     *(matplotlib.backends.backend_agg, matplotlib.backends.backend_svg, matplotlib.figure),
 )
 _POLL_S, _DEAF_S = 0.002, 60.0
