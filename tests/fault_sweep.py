@@ -39,8 +39,9 @@ from vlm_pruner_eval import cli
 from vlm_pruner_eval.lmms import wrapper
 from vlm_pruner_eval.lmms.prompts import Defaults, Prompt, Request, image_digest
 from vlm_pruner_eval.lmms.wrapper import PrunedModel
-from vlm_pruner_eval.report import build, printing, terminal
+from vlm_pruner_eval.report import build, printing
 from vlm_pruner_eval.report.figures import style
+from vlm_pruner_eval.report.writers import screen
 from vlm_pruner_eval.store.answers import Answer, AnswerLog
 from vlm_pruner_eval.sweep import runner
 from vlm_pruner_eval.sweep.config import SweepConfig, load
@@ -48,7 +49,7 @@ from vlm_pruner_eval.sweep.grid import method_problems
 
 # what a fork must not spend its life on
 IMPORTED = (
-    *(build, terminal, style, runner),
+    *(build, screen, style, runner),
     *(matplotlib.backends.backend_agg, matplotlib.backends.backend_svg, matplotlib.figure),
 )
 _POLL_S, _DEAF_S = 0.002, 60.0

@@ -80,7 +80,7 @@ def test_a_sweep_ends_with_table_and_paths_or_with_json(tmp_path: Path, behaviou
     result = call("sweep", write(tmp_path), "--output", "again")
     assert result.exit_code == 0 and "{" not in result.stdout
     assert "66.7 %" in result.stdout
-    for kind in ("report.json", "report.csv", "accuracy_vs_rate.png", "accuracy_vs_rate.svg"):
+    for kind in ("report.json", "tables", "accuracy_vs_rate.png", "accuracy_vs_rate.svg"):
         assert f"again/{kind}" in result.stdout
     shown = call("sweep", write(tmp_path))
     assert shown.exit_code == 0 and "3 finished" in shown.stdout and "output/tiny/report.md" in shown.stdout

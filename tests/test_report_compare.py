@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 from sweep_standin import Behaviour, StandIn, make_config, task_manager, write_tasks
+from vlm_pruner_eval.report.sheets.scores import differences
 
 from vlm_pruner_eval.report.load import Results, load_results
 from vlm_pruner_eval.report.rows import rows_of
-from vlm_pruner_eval.report.sheets.scores import differences
 from vlm_pruner_eval.report.stats import paired
 from vlm_pruner_eval.report.stats.answers import DocumentAnswer, document_answer, flips
 from vlm_pruner_eval.report.stats.compare import compare

@@ -13,13 +13,13 @@ from rich.console import Console
 from sweep_standin import N_LAYERS, N_VISUAL, StandIn, make_config, task_manager, write_tasks
 from test_hook_exact import MIXED, ONE
 from tiny_models import generate, prompts
+from vlm_pruner_eval.report.efficiency import EfficiencyRow, efficiency
 
 from vlm_pruner_eval import get_pruner, prune
 from vlm_pruner_eval.cost import DecoderShape, kv_bytes, literature_flops, prefill_flops
 from vlm_pruner_eval.hf_compat import cache_of
 from vlm_pruner_eval.ledger import SampleRecord
 from vlm_pruner_eval.lmms.log import Answer
-from vlm_pruner_eval.report.efficiency import EfficiencyRow, efficiency
 from vlm_pruner_eval.report.load import load_results
 from vlm_pruner_eval.report.rows import rows_of
 from vlm_pruner_eval.sweep import records

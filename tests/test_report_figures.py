@@ -10,11 +10,11 @@ from xml.etree import ElementTree as ET
 
 import pytest
 from PIL import Image
+from vlm_pruner_eval.report.figures.all import WORDS, costs, draw_all
+from vlm_pruner_eval.report.html.svg import inline
 
 from vlm_pruner_eval.report.figures import pareto, radar, rates, style
-from vlm_pruner_eval.report.figures.all import WORDS, costs, draw_all
 from vlm_pruner_eval.report.figures.pareto import Cost, front, points_of
-from vlm_pruner_eval.report.html.svg import inline
 from vlm_pruner_eval.report.load import Results
 from vlm_pruner_eval.report.rows import Cell, Row
 from vlm_pruner_eval.report.stats.comparisons import AVERAGE, Comparison, Comparisons

@@ -17,18 +17,18 @@ from html_reader import Reader
 from PIL import Image
 from rich.console import Console
 from sweep_standin import Behaviour, StandIn, make_config, task_manager, write_tasks
+from vlm_pruner_eval.report.figures.all import draw_all
+from vlm_pruner_eval.report.html.page import data_uri, write_html
+from vlm_pruner_eval.report.sheets import scores
+from vlm_pruner_eval.report.sheets.table import NO_NUMBER, Entry, Group, Line, Table, without_empty_columns
 
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.build import build, report_of
-from vlm_pruner_eval.report.figures.all import draw_all
-from vlm_pruner_eval.report.html.page import data_uri, write_html
 from vlm_pruner_eval.report.load import Results, load_results
 from vlm_pruner_eval.report.paper import printed
-from vlm_pruner_eval.report.paper.beside import paper_for
+from vlm_pruner_eval.report.paper.paper_comparison import paper_for
 from vlm_pruner_eval.report.paper.printed import Erratum, Number, PrintedNumbers
 from vlm_pruner_eval.report.rows import rows_of
-from vlm_pruner_eval.report.sheets import scores
-from vlm_pruner_eval.report.sheets.table import NO_NUMBER, Entry, Group, Line, Table, without_empty_columns
 from vlm_pruner_eval.report.show.gallery import Picture
 from vlm_pruner_eval.report.stats.comparisons import Comparison, Comparisons, Contest
 from vlm_pruner_eval.report.stats.paired import Estimate

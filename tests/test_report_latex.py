@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from vlm_pruner_eval.report.latex import latex
 from vlm_pruner_eval.report.sheets.table import Entry, Group, Line, Table
+
+from vlm_pruner_eval.report.writers.latex import latex
 
 HOSTILE = Table(
     "t",

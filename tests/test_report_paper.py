@@ -20,13 +20,13 @@ from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.build import build, report_of
 from vlm_pruner_eval.report.load import load_results
 from vlm_pruner_eval.report.paper import printed
-from vlm_pruner_eval.report.paper.beside import EQUIVALENT, NO_CLAIM, NOT_RUN, OUTSIDE, Compared, PaperTable, paper_for
 from vlm_pruner_eval.report.paper.differences import OF_TASK, differences
 from vlm_pruner_eval.report.paper.gate import FAILS, INCOMPARABLE, REPRODUCES
+from vlm_pruner_eval.report.paper.paper_comparison import EQUIVALENT, NO_CLAIM, NOT_RUN, OUTSIDE, Compared, PaperTable, paper_for
 from vlm_pruner_eval.report.paper.printed import Erratum, Number, PrintedNumbers, read_printed
 from vlm_pruner_eval.report.paper.recompute import recompute_averages, recompute_lines
 from vlm_pruner_eval.report.rows import rows_of
-from vlm_pruner_eval.report.terminal import print_paper
+from vlm_pruner_eval.report.writers.screen import print_paper
 from vlm_pruner_eval.sweep.runner import run_sweep
 from vlm_pruner_eval.sweep.scores import MAIN_METRICS, Main
 

@@ -16,14 +16,14 @@ import pytest
 from PIL import Image
 from rich.console import Console
 from sweep_standin import Behaviour, StandIn, make_config, task_manager, write_tasks
+from vlm_pruner_eval.report.efficiency import efficiency
 
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report import text as words
 from vlm_pruner_eval.report.build import build, report_of
-from vlm_pruner_eval.report.efficiency import efficiency
 from vlm_pruner_eval.report.load import load_results
 from vlm_pruner_eval.report.rows import PLUMBING, Cell, is_plumbing, relative_average, rows_of
-from vlm_pruner_eval.report.terminal import WIDTH, print_tables
+from vlm_pruner_eval.report.writers.screen import WIDTH, print_tables
 from vlm_pruner_eval.sweep.runner import run_sweep
 
 PAPER = Path(__file__).parent.parent / "results" / "paper" / "vlm_pruner.csv"

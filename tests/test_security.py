@@ -29,8 +29,8 @@ from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.lmms import load
 from vlm_pruner_eval.lmms.plugin import exit_with
 from vlm_pruner_eval.report.build import build
-from vlm_pruner_eval.report.latex import escape as latex_escape
-from vlm_pruner_eval.report.markdown import inert, table
+from vlm_pruner_eval.report.writers.latex import escape as latex_escape
+from vlm_pruner_eval.report.writers.markdown import inert, table
 from vlm_pruner_eval.shown import HIDDEN, sentence, spelled_out, without_secrets
 from vlm_pruner_eval.sweep import grid, hub_code, opening
 from vlm_pruner_eval.sweep.provenance import command_line
@@ -264,7 +264,7 @@ def test_latex_is_text(hostile: Path) -> None:
 
 
 def test_spreadsheets_find_no_formula(hostile: Path) -> None:
-    files = [hostile / "report.csv", *hostile.glob("tables/*.csv")]
+    files = [*hostile.glob("tables/*.csv")]
     cells = [cell for path in files for line in csv.reader(path.open(encoding="utf-8", newline="")) for cell in line]
     assert "'=HYPERLINK(1)" in cells
     assert "'@SUM(1)" in cells

@@ -178,7 +178,7 @@ def test_an_average_with_mmbench_has_an_interval_and_its_questions_are_counted_o
     assert {sample["doc_id"]: sample["score"] for sample in samples if sample["score"] is not None} == expected
     wrong = list(expected.values()).count(0.0)
     assert 0 < wrong < 12 and pruned.record["tasks"]["tiny_mmbench"]["clusters"]["n"] == 12
-    comparisons = compare(results)
+    comparisons = compare(results, table_rows(results))
     average, task = (comparisons.of("vlmpruner", "2/3", name) for name in (AVERAGE, "tiny_mmbench"))
     assert average.difference.low < average.difference.value < average.difference.high
     assert average.p is not None and average.p_holm is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import json
 import os
 import subprocess
@@ -111,7 +110,7 @@ def test_a_report_that_does_not_fit_is_a_sentence(tmp_path: Path, monkeypatch: p
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(importlib.import_module("vlm_pruner_eval.report.build"), "write_atomic", full)
+        patch.setattr(Path, "write_text", full)
         result = call("report", tmp_path / "out")
     assert result.exit_code == 1
     assert "vlm-pruner-eval: The disk is full ([Errno 28] No space left on device)" in result.stderr

@@ -119,7 +119,8 @@ class Rehearsal:
 
 def report(folder: Path, *, whole: bool) -> dict[str, Any]:
     """Report a sweep; `whole` draws the figures, too. Gives the contents of report.json."""
-    from vlm_pruner_eval.report.build import as_json, report_of, write
+    from vlm_pruner_eval.report.build import as_json, write
+    from vlm_pruner_eval.report.contents import report_of
     from vlm_pruner_eval.report.load import load_results
 
     made = report_of(load_results(folder))

@@ -163,7 +163,7 @@ def _digests(results: Results) -> dict[str, dict[str, dict[str, str]]]:
         if not run.finished:
             continue
         tasks = digests.setdefault(run.key, {})
-        for answer in results.each_answer(run):
+        for answer in results.each_answer(run.run_id):
             kept = answer.record.digest if answer.record else "0" * _DIGITS
             text = answer_digest(answer.answer)
             tasks.setdefault(answer.task, {})[str(answer.doc_id)] = f"{kept[:_DIGITS]}:{text[:_DIGITS]}"

@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
-_LAST_WRITTEN = ("report.md", "report.json", "report.csv", "report.html", "tables/scores.csv")
+_LAST_WRITTEN = ("report.md", "report.json", "report.html", "tables/scores.csv")
 
 
 def current_report(results_dir: Path) -> Path | None:

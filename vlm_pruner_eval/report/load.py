@@ -6,13 +6,14 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.report.stats.answers import Answers, answers_of
 from vlm_pruner_eval.store.answers import ANSWERS, Answer
 from vlm_pruner_eval.store.folder import DocumentScore, Store, Unit
 from vlm_pruner_eval.store.schema import FINISHED, Grid, RunLine, RunRecord
@@ -100,6 +101,7 @@ class Results:
     grid: Grid
     runs: tuple[RunResult, ...]
     notes: tuple[str, ...]
+    _answers: dict[str, Answers] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -131,24 +133,30 @@ class Results:
         """The split of every task."""
         return self.records[0].splits if self.records else {}
 
-    def units(self, run: RunResult) -> list[Unit]:
+    def units(self, run_id: str) -> list[Unit]:
         """The folders of a run's tasks."""
-        return [self.store.unit(run.run_id, folder) for folder in self.grid.units.values()]
+        return [self.store.unit(run_id, folder) for folder in self.grid.units.values()]
 
-    def each_score(self, run: RunResult) -> Iterator[DocumentScore]:
+    def each_score(self, run_id: str) -> Iterator[DocumentScore]:
         """Scores of a run by document."""
-        return itertools.chain.from_iterable(unit.each_score() for unit in self.units(run))
+        return itertools.chain.from_iterable(unit.each_score() for unit in self.units(run_id))
 
-    def each_answer(self, run: RunResult) -> Iterator[Answer]:
+    def answers(self, run_id: str) -> Answers:
+        """Answers and scores of a run in arrays; read once."""
+        if run_id not in self._answers:
+            self._answers[run_id] = answers_of(self.each_score(run_id))
+        return self._answers[run_id]
+
+    def each_answer(self, run_id: str) -> Iterator[Answer]:
         """Answers of a run in the order of documents, those beyond the present limit left out."""
         limit = self.config["limit"]
-        for unit in self.units(run):
+        for unit in self.units(run_id):
             known = (answer for answer in unit.answers() if limit is None or answer.doc_id < limit)
             yield from sorted(known, key=lambda answer: (answer.task, answer.doc_id, answer.choice or 0))
 
-    def read_draws(self, run: RunResult) -> dict[str, np.ndarray]:
+    def read_draws(self, run_id: str) -> dict[str, np.ndarray]:
         """Task -> bootstrap replicates of its score."""
-        return {task: draws for unit in self.units(run) for task, draws in unit.read_draws().items()}
+        return {task: draws for unit in self.units(run_id) for task, draws in unit.read_draws().items()}
 
 
 def load_sweep(root: Path | str) -> Results:

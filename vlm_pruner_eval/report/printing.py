@@ -10,14 +10,15 @@ from vlm_pruner_eval.stdout import Stdout
 
 def write_and_print(directory: Path, out: Stdout) -> dict[str, Path]:
     """Write the report, print its tables and where it is, and return its files, see `build.write`."""
-    from vlm_pruner_eval.report.build import report_of, write
-    from vlm_pruner_eval.report.load import load_results
-    from vlm_pruner_eval.report.terminal import WIDTH, print_paper, print_tables
+    from vlm_pruner_eval.report.build import write
+    from vlm_pruner_eval.report.contents import report_of
+    from vlm_pruner_eval.report.load import load_sweep
+    from vlm_pruner_eval.report.writers.screen import WIDTH, print_paper, print_tables
 
-    made = report_of(load_results(directory))
+    made = report_of(load_sweep(directory))
     paths = write(made)
     console = out.console(WIDTH)
-    print_tables(console, made.results, made.rows, made.efficiency)
+    print_tables(console, made.results, made.rows)
     print_paper(console, made.paper)
     for kind, path in paths.items():
         out.line(f"{kind.rpartition('.')[2]:7s}{path}")

@@ -1,4 +1,4 @@
-"""From runs to table rows: scores with intervals, the paper's relative average, tokens, times, quirks."""
+"""From runs to table rows: scores with intervals, the paper's relative average, tokens, times, costs, quirks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlm_pruner_eval.report.load import Results, RunResult
+from vlm_pruner_eval.store.schema import FAILED, FINISHED, Score, Spread
 from vlm_pruner_eval.sweep.grid import RATELESS, UNPRUNED, rate_percent
 from vlm_pruner_eval.sweep.score_line import relative_average
-from vlm_pruner_eval.sweep.store import FAILED, FINISHED
 
 PLUMBING = "The embedded benchmark (digitscenes) checks the plumbing; it is no evidence about which method is better. No winner is marked."
+LITERATURE_FORMULA = "4nd² + 2n²d + 2ndm per layer (FastV, arXiv 2403.06764)"
+OUR_FORMULA = "every matrix of the language model's prefill, 2 per multiply-add, full attention matrix, one position of logits"
 
 Key = tuple[str, str | float | None]  # label and rate
 
@@ -29,6 +31,44 @@ class Cell:
     sd: float | None = None
     n: int | None = None
     seeds: int = 1
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Arithmetic, memory and time of a row over its finished seeds. What was not measured or can't be known is None.
+
+    Attributes
+    ----------
+    flops, literature_flops
+        Of one prompt's prefill in the language model (mean), without vision tower and projector: by `OUR_FORMULA`, and by
+        `LITERATURE_FORMULA`.
+    flops_share
+        `flops` as a share of the unpruned row's, 0 to 1 (above 1 if a method makes prompts longer).
+    kv_bytes_counted, kv_bytes_measured
+        Keys and values after the prefill, a prompt (mean): from the lengths of the layers, and from the cache's tensors, in which a
+        prompt's share of its batch holds padding too.
+    peak_bytes
+        The most that the GPU held at a time, weights included; None on a CPU.
+    decode_ms
+        `median` and `iqr` of a decoding step.
+    decoded_tokens_per_s
+        `median` and `iqr` of the rows of a batch over the time of a decoding step.
+    prefill_speedup
+        Median prefill of the unpruned row over this row's; None if either ran in other batches or on another processor.
+    batch_sizes
+        Rows of the batches behind the times.
+    """
+
+    flops: float | None = None
+    literature_flops: float | None = None
+    flops_share: float | None = None
+    kv_bytes_counted: float | None = None
+    kv_bytes_measured: float | None = None
+    peak_bytes: int | None = None
+    decode_ms: dict[str, float] | None = None
+    decoded_tokens_per_s: dict[str, float] | None = None
+    prefill_speedup: float | None = None
+    batch_sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,10 +87,12 @@ class Row:
         Relative average in percent.
     asked, kept, layer_averaged
         Visual tokens a prompt: asked for, measured, measured and averaged over the decoder layers.
+    prefill_ms, selection_ms
+        `median` and `iqr` of a batch's prefill, and of a sample's selection (part of the prefill).
     params
-        Every parameter of the method, without the seed where there are several.
+        Every parameter of the method, without the seed if there are several.
     changed
-        Those that differ from the method's defaults; None where an older version did not record them.
+        Those that differ from the method's defaults.
     runs
         Ids of its runs, finished or not.
     asked_rate
@@ -59,6 +101,8 @@ class Row:
         Of an iso-compute row: the layer of the methods that it matches in compute.
     n_samples
         Samples with images, of all its finished runs: those that `quirks` counts of.
+    costs
+        None without a finished run.
     """
 
     label: str
@@ -75,20 +119,21 @@ class Row:
     quirks: dict[str, int]
     problems: tuple[str, ...]
     params: dict[str, Any] = field(default_factory=dict)
-    changed: dict[str, Any] | None = None
+    changed: dict[str, Any] = field(default_factory=dict)
     runs: tuple[str, ...] = ()
     asked_rate: str | float | None = None
     iso_layer: int | None = None
     n_samples: int = 0
+    costs: Costs | None = None
 
     @property
     def key(self) -> Key:
-        """What tells it from the other rows of its table."""
+        """Label and rate, which tell it from the other rows of its table."""
         return self.label, self.pruning_rate
 
     @property
     def release(self) -> bool:
-        """Whether it runs with the misbehaviours of the authors' release."""
+        """True if it runs with the misbehaviours of the authors' release."""
         return bool(self.params.get("official_quirks"))
 
     @property
@@ -125,52 +170,76 @@ class Row:
 
 def rows_of(results: Results) -> list[Row]:
     """All rows, unpruned first, then by rate in the order of the grid."""
-    unpruned = next((run for run in results.runs if run.method == UNPRUNED and run.finished), None)
-    groups: dict[tuple, list[RunResult]] = {}
+    groups: dict[Key, list[RunResult]] = {}
     for run in results.runs:
         groups.setdefault((run.label, run.pruning_rate), []).append(run)
-    rows = [_row(runs, results.tasks, unpruned) for runs in groups.values()]
-    return sorted(rows, key=lambda row: row.group)
-
-
-def time_over_seeds(records: Sequence[dict[str, Any]], name: str) -> dict[str, float] | None:
-    """Median over the records of their `median` and of their `iqr`, in their unit; None where none of them has such a time."""
-    known = [found for record in records if (found := record["times"].get(name)) is not None]
-    return {key: statistics.median(found[key] for found in known) for key in ("median", "iqr")} if known else None
+    unpruned = [run for run in results.runs if run.method == UNPRUNED and run.finished]
+    return sorted((_row(runs, results.tasks, unpruned) for runs in groups.values()), key=lambda row: row.group)
 
 
 def is_plumbing(tasks: Sequence[str]) -> bool:
-    """Whether a table shows the embedded benchmark."""
+    """Return True if a table shows the embedded benchmark."""
     return any(task.startswith("digitscenes") for task in tasks)
 
 
-def _row(runs: list[RunResult], tasks: list[str], unpruned: RunResult | None) -> Row:
-    finished = [run for run in runs if run.finished]
+def has_one_condition(runs: Sequence[RunResult]) -> bool:
+    """Return True if the times of these finished runs (one or more) may be compared: one processor, the same batch sizes."""
+    return len({(*run.record.processors, str(run.record.times.batch_sizes)) for run in runs}) == 1
+
+
+def _row(runs: list[RunResult], tasks: list[str], unpruned: list[RunResult]) -> Row:
+    first, finished = runs[0], [run for run in runs if run.finished]
     records = [run.record for run in finished]
-    averages = [_average(run, unpruned) for run in finished]
-    known = [value for value in averages if value is not None]
-    complete = len(known) == len(averages) and bool(known)
+    tokens = [record.tokens for record in records]
     return Row(
-        label=runs[0].label,
-        method=runs[0].method,
-        pruning_rate=runs[0].pruning_rate,
+        label=first.label,
+        method=first.method,
+        pruning_rate=first.pruning_rate,
         status=_status(runs),
-        cells={task: _cell([record["tasks"][task]["main"] for record in records]) for task in tasks if records},
-        relative=Cell(statistics.fmean(known), sd=_sd(known), seeds=len(known)) if complete else Cell(None),
-        asked=_merged([record["tokens"]["asked"] for record in records]),
-        kept=_merged([record["tokens"]["kept"] for record in records]),
-        layer_averaged=_mean([(record["tokens"]["layer_averaged"] or {}).get("mean") for record in records]),
-        prefill_ms=time_over_seeds(records, "prefill_ms"),
-        selection_ms=time_over_seeds(records, "selection_ms"),
-        quirks=dict(sum((Counter(record["tokens"]["quirks"]) for record in records), Counter())),
-        problems=tuple(f"{run.key}: {run.record['problem']}" for run in runs if run.status == FAILED),
-        params={name: value for name, value in runs[0].params.items() if name != "seed" or len(runs) == 1},
-        changed=runs[0].changed,
+        cells={task: _cell([record.scores[task].main for record in records]) for task in tasks if records},
+        relative=_relative(finished, unpruned),
+        asked=_merged([found.asked for found in tokens]),
+        kept=_merged([found.kept for found in tokens]),
+        layer_averaged=_mean([found.layer_averaged for found in tokens]),
+        prefill_ms=_time(finished, "prefill_ms"),
+        selection_ms=_time(finished, "selection_ms"),
+        quirks=dict(sum((Counter(found.quirks) for found in tokens), Counter())),
+        problems=tuple(f"{run.key}: {run.record.problem}" for run in runs if run.status == FAILED),
+        params={name: value for name, value in first.params.items() if name != "seed" or len(runs) == 1},
+        changed=first.changed,
         runs=tuple(run.run_id for run in runs),
-        asked_rate=runs[0].asked_rate,
-        iso_layer=runs[0].iso_layer,
-        n_samples=sum(record["tokens"].get("samples_with_images", 0) for record in records),
+        asked_rate=first.asked_rate,
+        iso_layer=first.iso_layer,
+        n_samples=sum(found.samples_with_images for found in tokens),
+        costs=_costs(finished, unpruned) if finished else None,
     )
+
+
+def _costs(runs: list[RunResult], unpruned: list[RunResult]) -> Costs:
+    memory = [run.record.memory for run in runs]
+    flops, full_flops = (_mean([run.record.memory.flops for run in listed]) for listed in (runs, unpruned))
+    prefill, full_prefill = _time(runs, "prefill_ms"), _time(unpruned, "prefill_ms")
+    comparable = prefill and full_prefill and has_one_condition([*runs, *unpruned])
+    means = {
+        name: _mean([getattr(held, name) for held in memory])
+        for name in ("literature_flops", "kv_bytes_counted", "kv_bytes_measured")
+    }
+    return Costs(
+        flops=flops,
+        flops_share=flops / full_flops if flops is not None and full_flops else None,
+        **means,
+        peak_bytes=max((held.peak_bytes for held in memory if held.peak_bytes is not None), default=None),
+        decode_ms=_time(runs, "decode_ms"),
+        decoded_tokens_per_s=_time(runs, "decoded_tokens_per_s"),
+        prefill_speedup=full_prefill["median"] / prefill["median"] if comparable and prefill["median"] > 0 else None,
+        batch_sizes=tuple(sorted({size for run in runs for size in run.record.times.batch_sizes})),
+    )
+
+
+def _time(runs: Sequence[RunResult], name: str) -> dict[str, float] | None:
+    """Median over the runs of their `median` and of their `iqr`, in their unit; None if none of them has such a time."""
+    known = [found for run in runs if (found := getattr(run.record.times, name)) is not None]
+    return {key: statistics.median(getattr(found, key) for found in known) for key in ("median", "iqr")} if known else None
 
 
 def _status(runs: list[RunResult]) -> str:
@@ -178,33 +247,31 @@ def _status(runs: list[RunResult]) -> str:
     return runs[0].status if len(kinds) == 1 else f"{[run.status for run in runs].count(FINISHED)} of {len(runs)} seeds {FINISHED}"
 
 
-def _average(run: RunResult, unpruned: RunResult | None) -> float | None:
-    if unpruned is None:
-        return None
-    return relative_average(run.scores, unpruned.scores)
+def _relative(finished: list[RunResult], unpruned: list[RunResult]) -> Cell:
+    averages = [relative_average(run.scores, unpruned[0].scores) if unpruned else None for run in finished]
+    if not averages or None in averages:
+        return Cell(None)
+    return Cell(statistics.fmean(averages), sd=_sd(averages), seeds=len(averages))
 
 
-def _cell(mains: list[dict[str, Any] | None]) -> Cell:
+def _cell(mains: list[Score | None]) -> Cell:
     if any(main is None for main in mains):
         return Cell(None)
     if len(mains) == 1:
-        return Cell(**{name: mains[0][name] for name in ("value", "low", "high", "n")})
-    values = [main["value"] for main in mains]
-    return Cell(statistics.fmean(values), sd=_sd(values), n=mains[0]["n"], seeds=len(values))
+        return Cell(mains[0].value, mains[0].low, mains[0].high, n=mains[0].n)
+    values = [main.value for main in mains]
+    return Cell(statistics.fmean(values), sd=_sd(values), n=mains[0].n, seeds=len(values))
 
 
 def _sd(values: list[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
+def _mean(spreads: Sequence[Spread | None]) -> float | None:
+    known = [spread.mean for spread in spreads if spread is not None]
     return math.fsum(known) / len(known) if known else None
 
 
-def _merged(spreads: list[dict[str, float] | None]) -> dict[str, float] | None:
-    known = [spread for spread in spreads if spread is not None]
-    if not known:
-        return None
-    low, high = min(spread["min"] for spread in known), max(spread["max"] for spread in known)
-    return {"mean": statistics.fmean(spread["mean"] for spread in known), "min": low, "max": high}
+def _merged(spreads: list[Spread | None]) -> dict[str, float] | None:
+    found = Spread.merged(spreads)
+    return None if found is None else {"mean": found.mean, "min": found.min, "max": found.max}

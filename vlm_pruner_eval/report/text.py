@@ -13,14 +13,15 @@ __all__ = [
     "cell_lines",
     "cell_short",
     "exact",
+    "interval",
     "number",
+    "p_value",
     "quirk_names",
     "quirks",
     "short_names",
     "significant",
     "spread",
 ]
-
 
 _ALIKE = 0.25  # of an interval's width: by so much its two sides may differ and still be written as one
 
@@ -35,41 +36,54 @@ def exact(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.2f}"
 
 
+def p_value(value: float) -> str:
+    """Three decimals."""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """Both ends; "to" if a dash would run into a minus sign; empty if they are not known."""
+    if low is None or high is None:
+        return ""
+    between = " to " if min(low, high) < 0 else "–"
+    return f"{number(low)}{between}{number(high)}"
+
+
 def cell_lines(row: Row, cell: Cell | None) -> tuple[str, str]:
-    """A score and the line under it: its interval, or the deviation over seeds; the row's status where there is no score."""
+    """A score and the line under it: its interval, or the deviation over seeds; the row's status if there is no score."""
     if cell is None:
         return row.status, ""
     if cell.sd is not None:
         return number(cell.value), f"± {number(cell.sd)}"
-    return number(cell.value), "" if cell.low is None else f"{number(cell.low)}–{number(cell.high)}"
+    return number(cell.value), interval(cell.low, cell.high)
 
 
-def cell_short(row: Row, cell: Cell | None) -> tuple[str, tuple[str, str]]:
-    """A score and, dimmed, its interval (or the deviation over seeds), on one line.
+def cell_short(row: Row, cell: Cell | None) -> tuple[str, str]:
+    """A score and its interval (or the deviation over seeds) for one line.
 
-    An interval is ± half of it where both sides are alike, else its ends.
+    An interval is ± half of it if both sides are alike, else its ends.
     """
     if cell is None:
-        return row.status, ("", "dim")
+        return row.status, ""
     if cell.sd is not None:
-        return number(cell.value), (f" sd {cell.sd:.1f}", "dim")
+        return number(cell.value), f" sd {cell.sd:.1f}"
     if cell.low is None:
-        return number(cell.value), ("", "dim")
+        return number(cell.value), ""
     sides = cell.value - cell.low, cell.high - cell.value
     if abs(sides[0] - sides[1]) <= _ALIKE * sum(sides):
-        return number(cell.value), (f" ±{sum(sides) / 2:.0f}", "dim")
-    return number(cell.value), (f" {cell.low:.0f}–{cell.high:.0f}", "dim")
+        return number(cell.value), f" ±{sum(sides) / 2:.0f}"
+    return number(cell.value), f" {cell.low:.0f}–{cell.high:.0f}"
 
 
 def spread(values: dict[str, float] | None) -> str:
-    """A mean token count, with its range where it varies."""
+    """A mean token count, with its range if it varies."""
     if values is None:
         return NOTHING
     mean = f"{values['mean']:.0f}" if float(values["mean"]).is_integer() else f"{values['mean']:.1f}"
     return mean if values["min"] == values["max"] else f"{mean} ({values['min']:.0f}–{values['max']:.0f})"
 
 
-# What the authors' releases do, by the name under which methods count it.
+# Behaviour of the authors' releases, by the name under which methods count it.
 QUIRKS = {
     "count": "DART keeps another number of tokens than asked",
     "set_order": "DART takes its pivots in the order of a Python set, which depends on the length of the prompt",

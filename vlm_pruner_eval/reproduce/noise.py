@@ -93,7 +93,7 @@ def measure_noise(plan: Plan) -> Noise:
     reference = plan.variants[0].name
     if reference in problems:
         return Noise(plan.variants, problems, None, {}, None)
-    documents = {name: {(score.task, score.doc_id): score for score in loaded[name].each_score(run)} for name, run in runs.items() if run.status == FINISHED}
+    documents = {name: {(score.task, score.doc_id): score for score in loaded[name].each_score(run.run_id)} for name, run in runs.items() if run.status == FINISHED}
     records = {name: runs[name].record for name in documents}
     tasks = {task: _task_noise(task, list(runs), records, documents, reference) for task in loaded[reference].tasks}
     return Noise(plan.variants, problems, records[reference], tasks, _average_spread(tasks, documents, reference))

@@ -11,9 +11,9 @@ import vlm_pruner_eval
 from vlm_pruner_eval.errors import ConfigError, closest
 from vlm_pruner_eval.report.paper.printed import PAPER_MODELS, incomparable, paper_model
 from vlm_pruner_eval.shown import sentence, short
+from vlm_pruner_eval.store.folder import Store
 from vlm_pruner_eval.sweep import config as sweep_config
 from vlm_pruner_eval.sweep.config import SweepConfig
-from vlm_pruner_eval.store.folder import Store
 
 REPOSITORY = Path(vlm_pruner_eval.__file__).parent.parent
 BATCH_SIZES, ATTENTION = "1,16", "sdpa,eager"

@@ -13,20 +13,20 @@ from rich.table import Table
 from rich.text import Text
 
 from vlm_pruner_eval.report import text
-from vlm_pruner_eval.report.load import load_results
-from vlm_pruner_eval.report.markdown import inert, table
-from vlm_pruner_eval.report.paper.beside import Compared, said
+from vlm_pruner_eval.report.load import load_sweep
 from vlm_pruner_eval.report.paper.gate import RULE, TaskVerdict
+from vlm_pruner_eval.report.paper.paper_comparison import Compared, said
 from vlm_pruner_eval.report.rows import PLUMBING, is_plumbing
-from vlm_pruner_eval.report.sheets.facts import facts
-from vlm_pruner_eval.report.terminal import WIDTH, print_tables, print_verdicts
+from vlm_pruner_eval.report.tables.layout import facts
 from vlm_pruner_eval.report.text import exact
+from vlm_pruner_eval.report.writers.markdown import inert, lines, table
+from vlm_pruner_eval.report.writers.screen import WIDTH, print_tables, print_verdicts
 from vlm_pruner_eval.reproduce.noise import Flips, Noise
 from vlm_pruner_eval.reproduce.rows import ReproducedRow, as_json
 from vlm_pruner_eval.reproduce.run import Reproduction
 from vlm_pruner_eval.shown import spelled_out
 from vlm_pruner_eval.store.files import write_atomic
-from vlm_pruner_eval.sweep.store import to_json
+from vlm_pruner_eval.store.schema import to_json
 
 _NOISE_LEGEND = (
     "The unpruned model answered the same questions under every variant. Spread: largest minus smallest score. Answers flipped: "
@@ -58,8 +58,8 @@ def reproduction_json(done: Reproduction) -> dict[str, Any]:
         "name": plan.name,
         "config": plan.rows.model_dump(),
         "vlm": plan.vlm,
-        "provenance": noise.record["provenance"] if noise.record else None,
-        "results_version": noise.record["config"]["results_version"] if noise.record else None,
+        "provenance": noise.record.provenance if noise.record else None,
+        "results_version": noise.record.config["results_version"] if noise.record else None,
         "noise": {
             "reference": noise.variants[0].name,
             "variants": {item.name: dataclasses.asdict(item) | {"problem": noise.problems.get(item.name)} for item in noise.variants},
@@ -97,7 +97,7 @@ def markdown(done: Reproduction) -> str:
         parts += ["## Gate: the unpruned row", table(_gate_lines(done.gate.tasks)), RULE]
     parts += ["## Rows", *_rows_parts(done)]
     if noise.record is not None:
-        parts += ["## Where these numbers come from", table(facts(load_results(plan.noise_dir(plan.variants[0]))))]
+        parts += ["## Where these numbers come from", table(lines(facts(load_sweep(plan.noise_dir(plan.variants[0])))))]
     return inert("\n\n".join(parts)) + "\n"
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_pruner_eval.report.load import Results
-from vlm_pruner_eval.report.paper.beside import Compared, PaperRow, Reference
+from vlm_pruner_eval.report.paper.paper_comparison import Compared, PaperRow, Reference
 from vlm_pruner_eval.report.paper.printed import AVERAGE
 from vlm_pruner_eval.report.rows import Row, rows_of
 from vlm_pruner_eval.reproduce.noise import Noise

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from vlm_pruner_eval.report.load import Results, load_sweep
-from vlm_pruner_eval.report.paper.beside import Reference
 from vlm_pruner_eval.report.paper.gate import Gate
+from vlm_pruner_eval.report.paper.paper_comparison import Reference
 from vlm_pruner_eval.report.paper.printed import read_printed
 from vlm_pruner_eval.reproduce.gate import judge
 from vlm_pruner_eval.reproduce.noise import Noise, measure_noise

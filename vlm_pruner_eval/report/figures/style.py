@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlm_pruner_eval.report.rows import Cell, Row, is_plumbing
-from vlm_pruner_eval.store.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -114,5 +113,5 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     for path, options in zip(paths, ({"dpi": 150}, {"metadata": {"Date": None}}), strict=True):
         content = io.BytesIO()
         figure.savefig(content, format=path.suffix.removeprefix("."), **options)
-        write_atomic(path, content.getvalue())
+        path.write_bytes(content.getvalue())
     return paths

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.report.load import Results, load_results
+from vlm_pruner_eval.report.load import Results, load_sweep
 from vlm_pruner_eval.report.show.draw import draw
 from vlm_pruner_eval.report.show.flips import Flips, drawable_first, find_flips
 from vlm_pruner_eval.report.show.records import Document, find_place, label_of, pick_runs, read_documents
@@ -33,7 +33,7 @@ def show_document(
     ConfigError
         No such document, method or rate, or nothing to draw.
     """
-    results = load_results(directory)
+    results = load_sweep(directory)
     place = find_place(results, doc, task)
     runs = pick_runs(results, methods, rate)
     found = read_documents(results, runs, {(place.task, place.doc_id)}, place.doc_id)
@@ -59,7 +59,7 @@ def show_flips(
     ConfigError
         As of `find_flips`.
     """
-    results = load_results(directory)
+    results = load_sweep(directory)
     flips = find_flips(results, first, second, rate, task)
     folder = out or results.store.root / "show" / f"flips-{flips.first.key}-{flips.second.key}"
     listed = [dataclasses.asdict(flip) | {"place": str(flip.place)} for flip in flips.flips]

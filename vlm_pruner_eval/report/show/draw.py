@@ -93,7 +93,7 @@ def geometry_of(results: Results) -> Mapping[str, Any]:
         The records don't say: they are of an older version.
     """
     for record in results.records:
-        found = record["provenance"]["model"].get("geometry")
+        found = record.provenance.model.get("geometry")
         if found:
             return found
     raise ConfigError(f"{results.store.root}: the records do not say how images became tokens; run the sweep again with this version.")

@@ -82,11 +82,12 @@ def _run(results: Results, name: str, rate: str | None) -> RunResult:
 
 
 def _scores(results: Results, run: RunResult) -> dict[Place, tuple[str, float]]:
-    """Answer and score by document; choices of a document share its score, so the last of them stands for it."""
+    """Answer and score by document."""
+    splits = results.splits
     return {
-        Place.of(sample): (sample["answer"], sample["score"])
-        for sample in results.store.each_sample(run.run_id, positions=False)
-        if sample.get("score") is not None
+        Place(one.task, splits.get(one.task, ""), one.doc_id): (str(one.answer), one.score)
+        for one in results.each_score(run.run_id)
+        if one.score is not None
     }
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 from vlm_pruner_eval.budget import parse_rate
 from vlm_pruner_eval.errors import ConfigError, closest
 from vlm_pruner_eval.report.load import Results, RunResult
-from vlm_pruner_eval.report.stats.answers import RIGHT, document_answer
+from vlm_pruner_eval.report.stats.answers import RIGHT
 from vlm_pruner_eval.shown import short
+from vlm_pruner_eval.store.answers import Answer
+from vlm_pruner_eval.store.folder import DocumentScore
 from vlm_pruner_eval.sweep.grid import RATELESS, UNPRUNED, rate_percent
 
-_DOC_ID = re.compile(rb'"doc_id": (\d+), ')
 _MOST_DIGITS = 18
 _SAME_RATE = 5e-4  # 0.889 means 8/9
 
@@ -27,11 +25,6 @@ class Place:
     task: str
     split: str
     doc_id: int
-
-    @classmethod
-    def of(cls, sample: Mapping[str, Any]) -> Place:
-        """Where the document of a logged sample is."""
-        return cls(sample["task"], sample.get("split") or "", sample["doc_id"])
 
     def __str__(self) -> str:
         return f"{self.task}/{self.split}/{self.doc_id}"
@@ -180,16 +173,17 @@ def read_documents(results: Results, runs: Sequence[RunResult], wanted: Collecti
     """
     found: dict[tuple[str, int], Document] = {}
     for run in runs:
-        samples: dict[tuple[str, int], list[dict[str, Any]]] = {}
-        for sample in _samples(results, run, last):
-            key = sample["task"], sample["doc_id"]
-            if wanted is None or key in wanted:
-                samples.setdefault(key, []).append(sample)
-        for key, listed in samples.items():
-            document = found.setdefault(key, _document(listed[0]))
-            if not document.question and listed[0].get("question"):  # the run before failed here
-                found[key] = document = Document(**vars(_document(listed[0])) | {"replies": document.replies})
-            document.replies[run.key] = _reply(run, listed)
+        scores = {(one.task, one.doc_id): one for one in results.each_score(run.run_id) if one.doc_id <= last}
+        answers: dict[tuple[str, int], list[Answer]] = {}
+        for answer in results.each_answer(run.run_id):
+            key = answer.task, answer.doc_id
+            if answer.doc_id <= last and (wanted is None or key in wanted):
+                answers.setdefault(key, []).append(answer)
+        for key, listed in answers.items():
+            document = found.setdefault(key, _document(listed[0], scores[key]))
+            if not document.question and listed[0].question:  # the run before failed here
+                found[key] = document = replace(_document(listed[0], scores[key]), replies=document.replies)
+            document.replies[run.key] = _reply(run, listed, scores[key])
     order = task_order(results)
     return [found[key] for key in sorted(found, key=lambda key: (order(key[0]), key))]
 
@@ -200,30 +194,19 @@ def task_order(results: Results) -> Callable[[str], int]:
     return lambda task: order.get(task, len(order))
 
 
-def _samples(results: Results, run: RunResult, last: int) -> Iterator[dict[str, Any]]:
-    path = results.store.run_dir(run.run_id) / "samples.jsonl"
-    with path.open("rb") as file:
-        for line in file:
-            match = _DOC_ID.search(line)
-            if match and int(match[1]) <= last:
-                yield json.loads(line)
+def _document(answer: Answer, score: DocumentScore) -> Document:
+    return Document(Place(answer.task, answer.split, answer.doc_id), answer.question, _text(score.target), answer.images)
 
 
-def _document(sample: dict[str, Any]) -> Document:
-    return Document(Place.of(sample), sample.get("question") or "", _text(sample.get("target")), tuple(sample.get("images") or ()))
-
-
-def _reply(run: RunResult, samples: list[dict[str, Any]]) -> Reply:
-    """One answer of possibly several samples, which are choices of one document and share its prefill."""
-    first = samples[0]
-    if error := next((sample["error"] for sample in samples if sample["error"]), None):
+def _reply(run: RunResult, answers: list[Answer], score: DocumentScore) -> Reply:
+    """One answer of possibly several choices of one document, which share its prefill."""
+    if error := next((answer.error for answer in answers if answer.error), None):
         return Reply(label_of(run), f"failed: {error}", None)
-    answer = document_answer(samples)
-    if isinstance(answer, int):
-        answer = next(sample["answer"] for sample in samples if sample["choice"] == answer)
-    record = first["record"] or {}
-    layouts = tuple(tuple(layout) for layout in record.get("layouts", ()))
-    return Reply(label_of(run), answer, first.get("score"), tuple(record.get("order", ())), layouts, record.get("n_visual", 0))
+    text = next((answer.answer for answer in answers if answer.choice == score.answer), score.answer)
+    record = answers[0].record
+    if record is None:
+        return Reply(label_of(run), text, score.score)
+    return Reply(label_of(run), text, score.score, tuple(record.order), record.layouts, record.n_visual)
 
 
 def _text(target: object) -> str:

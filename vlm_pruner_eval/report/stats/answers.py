@@ -1,44 +1,51 @@
-"""What every run answered, document by document: enough to count flips, without the kept positions."""
+"""Answers and scores of a run by document, in arrays: a table of the paper has two million of them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
+
+import numpy as np
 
 from vlm_pruner_eval.report.stats.paired import mcnemar
-from vlm_pruner_eval.sweep.store import Store
+from vlm_pruner_eval.store.folder import DocumentScore
 
 RIGHT = 0.5  # a document counts as right from this score on; most scores are 0 or 1
 
 
-@dataclass(frozen=True)
-class DocumentAnswer:
-    """The answer to one document, and its score in [0, 1]; None where the task gives none, or an older version did not record it."""
+class TaskAnswers(NamedTuple):
+    """Documents of one task, ascending.
 
-    answer: str | int
-    score: float | None
+    Attributes
+    ----------
+    doc_ids
+        [n] int64.
+    answers
+        [n] int64: equal for equal answers (of one process).
+    scores
+        [n] float64 in [0, 1]; NaN if the task gives a document none.
+    """
 
-
-Answers = dict[str, dict[int, DocumentAnswer]]  # by task and document
-
-
-def read_answers(store: Store, run_id: str) -> Answers:
-    """The answers of a run."""
-    grouped: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for sample in store.each_sample(run_id, positions=False):
-        kept = {name: sample.get(name) for name in ("answer", "choice", "loglikelihood", "n_new_tokens", "score")}
-        grouped.setdefault((sample["task"], sample["doc_id"]), []).append(kept)
-    answers: Answers = {}
-    for (task, doc_id), samples in grouped.items():
-        answers.setdefault(task, {})[doc_id] = DocumentAnswer(document_answer(samples), samples[0]["score"])
-    return answers
+    doc_ids: np.ndarray
+    answers: np.ndarray
+    scores: np.ndarray
 
 
-def document_answer(samples: list[dict[str, Any]]) -> str | int:
-    """What was answered to one document: the text, or, of choices that were scored, the likeliest one by mean over its tokens."""
-    if samples[0].get("choice") is None:
-        return samples[0]["answer"]
-    return max(samples, key=lambda sample: sample["loglikelihood"] / (sample["n_new_tokens"] or 1))["choice"]
+Answers = dict[str, TaskAnswers]  # by task
+
+
+def answers_of(scores: Iterable[DocumentScore]) -> Answers:
+    """Collect what a run answered."""
+    grouped: dict[str, list[tuple[int, int, float]]] = {}
+    for one in scores:
+        value = np.nan if one.score is None else one.score
+        grouped.setdefault(one.task, []).append((one.doc_id, hash(one.answer), value))
+    found = {}
+    for task, rows in grouped.items():
+        doc_ids, answers, values = zip(*sorted(rows), strict=True)
+        found[task] = TaskAnswers(np.array(doc_ids, np.int64), np.array(answers, np.int64), np.array(values, np.float64))
+    return found
 
 
 @dataclass(frozen=True)
@@ -59,12 +66,15 @@ class Flips:
 
 def flips(ours: Answers, theirs: Answers, tasks: list[str]) -> Flips | None:
     """Compare two runs on the documents of `tasks`; None when they did not answer the same documents, or none at all."""
-    keys = [(task, doc_id) for task in tasks for doc_id in theirs.get(task, {})]
-    if not keys or any(ours.get(task, {}).keys() != theirs.get(task, {}).keys() for task in tasks):
+    shared = [task for task in tasks if task in theirs]
+    if not shared or any(task not in ours or not np.array_equal(ours[task].doc_ids, theirs[task].doc_ids) for task in shared):
         return None
-    pairs = [(ours[task][doc_id], theirs[task][doc_id]) for task, doc_id in keys]
-    rate = sum(mine.answer != other.answer for mine, other in pairs) / len(pairs)
-    counted = [pair for pair in pairs if any(answer.score is not None for answer in pair)]
-    if not counted or not all(answer.score in (0, 1) for pair in counted for answer in pair):
+    answers, scores = (
+        [np.concatenate([getattr(side[task], name) for task in shared]) for side in (ours, theirs)] for name in ("answers", "scores")
+    )
+    rate = float(np.mean(answers[0] != answers[1]))
+    counted = ~(np.isnan(scores[0]) & np.isnan(scores[1]))
+    mine, other = (side[counted] for side in scores)
+    if not counted.any() or not (np.isin(mine, (0, 1)).all() and np.isin(other, (0, 1)).all()):
         return Flips(rate, None)
-    return Flips(rate, mcnemar([mine.score for mine, _ in counted], [other.score for _, other in counted]))
+    return Flips(rate, mcnemar(mine, other))

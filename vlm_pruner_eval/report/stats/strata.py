@@ -1,7 +1,8 @@
-"""Scores by what a question asks for, OCR first, and on the documents that a coarser image alone gets wrong."""
+"""Scores by the capability that a question asks for, OCR first, and on the documents that a coarser image alone gets wrong."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from vlm_pruner_eval.report.load import Results
-from vlm_pruner_eval.report.rows import Row, rows_of
-from vlm_pruner_eval.report.stats.answers import RIGHT
+from vlm_pruner_eval.report.rows import Row
+from vlm_pruner_eval.report.stats.answers import RIGHT, Answers
 from vlm_pruner_eval.report.stats.paired import Estimate, estimate
 from vlm_pruner_eval.sweep.clusters import Clusters, connected
 from vlm_pruner_eval.sweep.grid import RATELESS, UNPRUNED
@@ -114,20 +115,20 @@ class Stratum:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What the unpruned run says of a document: the capability and part that it belongs to, if any, and its images."""
+    """Capability and part that a document belongs to, if any, and its images."""
 
     capability: str | None
     part: str
     images: tuple[str, ...]
 
 
-def strata(results: Results) -> list[Stratum]:
-    """Capabilities (`CAPABILITIES`, in that order), then one hard subset for every row of a control; in each the rows of the table.
+def strata(results: Results, rows: Sequence[Row]) -> list[Stratum]:
+    """Compute capabilities (`CAPABILITIES`, in that order), then one hard subset for every row of a control; in each the given rows.
 
-    Empty where the unpruned run is not finished, or its answers carry no scores (runs of an older version).
+    Empty if the unpruned run is not finished, or no document has a score.
     """
     finished = {run.run_id for run in results.runs if run.finished}
-    rows = [row for row in rows_of(results) if finished & set(row.runs)]
+    rows = [row for row in rows if finished & set(row.runs)]
     unpruned = next((row for row in rows if row.method == UNPRUNED), None)
     if unpruned is None:
         return []
@@ -138,8 +139,30 @@ def strata(results: Results) -> list[Stratum]:
     return found + [stratum for control in controls for stratum in _hard(control, rows, unpruned, scores, facts)]
 
 
+def _facts(results: Results, run_id: str) -> dict[Document, _Facts]:
+    return {
+        (one.task, one.doc_id): _Facts(*capability_of(one.task, one.items), tuple(one.images)) for one in results.each_score(run_id)
+    }
+
+
+def _of_run(answers: Answers) -> dict[Document, float]:
+    return {
+        (task, doc_id): score
+        for task, held in answers.items()
+        for doc_id, score in zip(held.doc_ids.tolist(), held.scores.tolist(), strict=True)
+        if not math.isnan(score)
+    }
+
+
+def _scores(results: Results, run_ids: Sequence[str]) -> dict[Document, float]:
+    """Score of every document that every run (seed) scored, averaged over the runs."""
+    of_runs = [_of_run(results.answers(run_id)) for run_id in run_ids]
+    shared = set.intersection(*map(set, of_runs))
+    return {document: statistics.fmean(scores[document] for scores in of_runs) for document in shared}
+
+
 def capability_of(task: str, items: Mapping[str, Any]) -> tuple[str | None, str]:
-    """What a document asks for (None where that is unknown or none of ours), and the part of the benchmark that it belongs to.
+    """Return the capability that a document asks for (None if unknown or none of ours), and the part of the benchmark that it belongs to.
 
     Parameters
     ----------
@@ -163,24 +186,6 @@ def _of_prefix(table: Mapping[str, Any], task: str) -> Any:
     return table[max(names, key=len)] if names else None
 
 
-def _facts(results: Results, run_id: str) -> dict[Document, _Facts]:
-    facts = {}
-    for sample in results.store.each_sample(run_id, positions=False):
-        capability, part = capability_of(sample["task"], sample.get("metrics") or {})
-        facts[sample["task"], sample["doc_id"]] = _Facts(capability, part, tuple(sample.get("images") or ()))
-    return facts
-
-
-def _scores(results: Results, run_ids: Sequence[str]) -> dict[Document, float]:
-    """Score of every document that every run (seed) scored, averaged over the runs."""
-    of_runs = []
-    for run_id in run_ids:
-        samples = results.store.each_sample(run_id, positions=False)
-        of_runs.append({(s["task"], s["doc_id"]): s["score"] for s in samples if s.get("score") is not None})
-    shared = set.intersection(*(set(scores) for scores in of_runs))
-    return {document: statistics.fmean(scores[document] for scores in of_runs) for document in shared}
-
-
 def _clusters(name: str, documents: Sequence[Document], facts: Mapping[Document, _Facts]) -> Clusters:
     return Clusters(name, connected({document: facts[document].images for document in documents}))
 
@@ -192,11 +197,13 @@ def _capability(
     for row in rows:
         own = scores[row.key]
         documents = sorted(document for document in full.keys() & own.keys() if facts[document].capability == name)
+        # parts on which the unpruned model has a score above 0, of which others can be a share
         parts = sorted({facts[document].part for document in documents})
         parts = [part for part in parts if sum(full[document] for document in documents if facts[document].part == part) > 0]
         documents = [document for document in documents if facts[document].part in parts]
         if not documents:
             continue
+        # columns [documents, 2 parts]: our score in the column of the part, then the unpruned one
         member = np.array([[facts[document].part == part for part in parts] for document in documents], dtype=np.float64)
         both = np.array([[own[document], full[document]] for document in documents])
         columns = np.concatenate([member * both[:, :1], member * both[:, 1:]], axis=1)
@@ -211,12 +218,11 @@ def _hard(
     hard = sorted(document for document in full.keys() & coarse.keys() if full[document] >= RIGHT > coarse[document])
     name = f"hard: {control.label} fails"
     for row in rows:
-        own = scores[row.key]
-        documents = [document for document in hard if document in own]
+        documents = [document for document in hard if document in scores[row.key]]
         is_rival = row.group == control.group and row.key != control.key
         if not documents or not (is_rival or row.method in RATELESS):
             continue
-        columns = np.array([[own[document], 1.0] for document in documents])
+        columns = np.array([[scores[row.key][document], 1.0] for document in documents])
         clusters = _clusters(f"{name} {control.pruning_rate}", documents, facts)
         score = _estimate(clusters, documents, columns, 1)
         if score.value in (0, 100):  # resampling what is the same everywhere shows no spread

@@ -1,4 +1,4 @@
-"""The paper beside ours: every cell with the printed number, the difference, and, on release rows, whether the two are equivalent."""
+"""The paper beside ours: every cell with the printed number, the difference, and, on release rows, a verdict on their equivalence."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from vlm_pruner_eval.report.paper.printed import (
     read_printed,
 )
 from vlm_pruner_eval.report.paper.recompute import recompute_averages
-from vlm_pruner_eval.report.rows import Cell, Row, rows_of
+from vlm_pruner_eval.report.rows import Cell, Row
+from vlm_pruner_eval.store.schema import FINISHED
 from vlm_pruner_eval.sweep.grid import UNPRUNED
-from vlm_pruner_eval.sweep.store import FINISHED
 
 EQUIVALENT, OUTSIDE, NOT_RUN, INCOMPARABLE, NO_CLAIM = "equivalent", "outside", "not run", "not comparable", "no claim"
 NO_NUMBER = "no printed number"
@@ -127,10 +127,6 @@ class PaperTable:
         """Whether the unpruned row reproduces the paper, and what is not claimed if it doesn't."""
         return f"{self.gate.sentence} Nothing is claimed about pruned rows." if self.gate.stops else self.gate.sentence
 
-    def of(self, row: Row) -> PaperRow | None:
-        """The comparison of one row."""
-        return next((item for item in self.rows if item.row.runs == row.runs), None)
-
 
 @dataclass(frozen=True)
 class Reference:
@@ -186,16 +182,16 @@ def said(compared: Compared) -> str:
 
 def is_as_published(row: Row) -> bool:
     """Whether a row has the method's default settings, which are the paper's: an ablation has no printed number here."""
-    return row.iso_layer is None and row.changed is not None and row.changed.keys() <= _FREE
+    return row.iso_layer is None and row.changed.keys() <= _FREE
 
 
-def paper_for(results: Results, rows: list[Row] | None = None, printed: PrintedNumbers | None = None) -> PaperTable | None:
+def paper_for(results: Results, rows: list[Row], printed: PrintedNumbers | None = None) -> PaperTable | None:
     """The paper's numbers for a sweep; None when its checkpoint is none of the paper's.
 
     Parameters
     ----------
     rows
-        ``rows_of(results)``, where they are there already.
+        Of `rows_of`.
     printed
         Other printed numbers than the package's.
 
@@ -208,7 +204,6 @@ def paper_for(results: Results, rows: list[Row] | None = None, printed: PrintedN
     paper = paper_model(model["pretrained"])
     if paper is None:
         return None
-    rows = rows_of(results) if rows is None else rows
     printed = read_printed() if printed is None else printed
     spreads, noise = _noise(results)
     reference = Reference(paper.vlm, printed, _gate(results, rows, paper, printed, spreads), spreads)
@@ -253,7 +248,7 @@ def _noise(results: Results) -> tuple[dict[str, float | None], str]:
 
 def _setting(results: Results, paper: PaperModel) -> str:
     record = next(iter(results.records), None)
-    version = f"lmms-eval {record['provenance']['versions']['lmms_eval']}" if record else "lmms-eval"
+    version = f"lmms-eval {record.provenance.versions['lmms_eval']}" if record else "lmms-eval"
     splits = ", ".join(f"{task}: {results.splits[task]}" for task in results.tasks if task in results.splits)
     sentence = f"Ours: {version}, protocol {results.config['model']['protocol']}" + (f", splits {splits}." if splits else ".")
     if paper.has_script:

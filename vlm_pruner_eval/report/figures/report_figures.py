@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vlm_pruner_eval.report.efficiency import efficiency, has_one_condition
-from vlm_pruner_eval.report.figures import pareto, radar, rates
+from vlm_pruner_eval.report.figures import pareto, rates
 from vlm_pruner_eval.report.figures.pareto import Cost
 from vlm_pruner_eval.report.load import Results
-from vlm_pruner_eval.report.rows import Row
+from vlm_pruner_eval.report.rows import Row, has_one_condition
 from vlm_pruner_eval.report.stats.comparisons import AVERAGE, Comparisons
 
 
@@ -38,13 +37,6 @@ WORDS = {
         "Rings: rows that no other row beats in cost and score together, labelled with the share of tokens removed. The row without "
         "visual tokens is left out: nothing is cheaper, so it would always stand on the front.",
     ),
-    "radar": Words(
-        "Benchmarks at each pruning rate",
-        "One panel a rate: an axis for each benchmark, an outline for each method, scores in percent of the unpruned model. The same "
-        "scores are in the table of scores.",
-        "As Figure 1 of arXiv 2512.02700, but every axis has the same scale. The centre need not be 0: read the rings. Rows that lack a "
-        "score on one of the benchmarks are left out.",
-    ),
 }
 
 
@@ -67,8 +59,7 @@ def draw_all(rows: Sequence[Row], results: Results, folder: Path, comparisons: C
     rows = [_with_interval(row, comparisons) for row in rows]
     drawn = {
         "accuracy_vs_rate": rates.draw(rows, tasks, folder / "accuracy_vs_rate"),
-        "pareto": pareto.draw(rows, costs(results), tasks, folder / "pareto"),
-        "radar": radar.draw(rows, tasks, folder / "radar"),
+        "pareto": pareto.draw(rows, costs(rows, results), tasks, folder / "pareto"),
     }
     for name, paths in drawn.items():
         if not paths:
@@ -77,12 +68,12 @@ def draw_all(rows: Sequence[Row], results: Results, folder: Path, comparisons: C
     return {name: paths for name, paths in drawn.items() if paths}
 
 
-def costs(results: Results) -> list[Cost]:
+def costs(rows: Sequence[Row], results: Results) -> list[Cost]:
     """Prefill time and FLOPs of every row; times of different processors or batch sizes are no common axis, and left out."""
-    found = efficiency(results)
-    times = {row.key: row.prefill_ms["median"] for row in found if row.prefill_ms is not None}
-    flops = {row.key: row.flops / 1e9 for row in found if row.flops is not None}
-    axes = [Cost("prefill of a batch, ms (median)", times)] if has_one_condition(results.records) else []
+    times = {row.key: row.prefill_ms["median"] for row in rows if row.prefill_ms is not None}
+    flops = {row.key: row.costs.flops / 1e9 for row in rows if row.costs is not None and row.costs.flops is not None}
+    comparable = has_one_condition([run for run in results.runs if run.finished])
+    axes = [Cost("prefill of a batch, ms (median)", times)] if comparable else []
     return [*axes, Cost("prefill of a prompt, GFLOPs (mean)", flops)]
 
 

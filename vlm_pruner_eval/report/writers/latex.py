@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from vlm_pruner_eval.report.sheets.table import Entry, Line, Table
+from vlm_pruner_eval.report.tables.table import Entry, Table
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -39,8 +39,8 @@ def latex(table: Table, *, caption: str) -> str:
     caption
         What the reader must know besides the table's own caption: model, protocol, number of documents.
     """
-    words = [column in table.words for column in table.columns]
-    columns = "l" + "".join("l" if is_words else "r" for is_words in words[1:])
+    heads = [escape(head) for head, _ in table.heads]
+    columns = "l" + "".join("l" if is_words else "r" for _, is_words in table.heads[1:])
     lines = [
         r"% Made by `vlm-pruner-eval report`. Needs \usepackage{booktabs}.",
         r"\begin{table*}",
@@ -49,7 +49,7 @@ def latex(table: Table, *, caption: str) -> str:
         rf"\label{{tab:{table.id}}}",
         rf"\begin{{tabular}}{{{columns}}}",
         r"\toprule",
-        _row(escape(column) for column in table.columns),
+        _row(heads),
         *_body(table),
         r"\bottomrule",
         r"\end{tabular}",
@@ -68,15 +68,9 @@ def _body(table: Table) -> Iterator[str]:
     for group in table.groups:
         yield r"\midrule"
         if group.heading:
-            yield rf"\multicolumn{{{len(table.columns)}}}{{l}}{{\emph{{{escape(group.heading)}}}}} \\"
+            yield rf"\multicolumn{{{len(table.heads)}}}{{l}}{{\emph{{{escape(group.heading)}}}}} \\"
         for line in group.lines:
-            yield _row(_cells(line))
-
-
-def _cells(line: Line) -> Iterator[str]:
-    yield escape(line.head)
-    for entry in line.entries:
-        yield _entry(entry)
+            yield _row([escape(line.head), *map(_entry, table.cells(line))])
 
 
 def _entry(entry: Entry) -> str:
@@ -89,5 +83,5 @@ def _entry(entry: Entry) -> str:
     return rf"{shown} {{\scriptsize {small}}}" if small.startswith(r"$\pm$") else rf"{shown} {{\scriptsize [{small}]}}"
 
 
-def _row(cells: Iterator[str]) -> str:
+def _row(cells: Iterable[str]) -> str:
     return " & ".join(cells) + r" \\"

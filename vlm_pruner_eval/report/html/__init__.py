@@ -1,1 +1,0 @@
-"""report.html: its page, and figures as parts of it."""

@@ -1,1 +1,0 @@
-"""The tables of a report, laid out for readers in any format."""
