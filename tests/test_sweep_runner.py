@@ -69,7 +69,7 @@ def test_a_sweep_loads_once_runs_everything_and_records_it(sweep: Sweep) -> None
     (model,) = sweep.loaded
     assert model.evaluated == [method for method in ("none", "vlmpruner", "random", "random", "random", "blind") for _ in range(2)]
     assert model.cleaned == 12
-    record = sweep.record(config, "vlmpruner-2of3")
+    record = sweep.record("vlmpruner-2of3")
     assert record.status == "finished"
     assert record.tokens.kept == Spread(mean=12.0, min=12, max=12, n=24)
     assert record.tokens.asked.mean == 12.0

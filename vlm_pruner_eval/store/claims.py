@@ -18,6 +18,10 @@ LOCK, HOLDER = ".lock", ".holder"
 _PATIENCE_S, _POLL_S = 0.1, 0.02  # a look at the lock by somebody else takes less
 
 
+class UnitLock(FileLock):
+    """A lock of its own for every object: lmms-eval makes all `FileLock` of a path in a process one and the same."""
+
+
 class Claim:
     """The right to work on one unit; use as a context manager, or release it.
 
@@ -29,7 +33,7 @@ class Claim:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._lock = FileLock(folder / LOCK)
+        self._lock = UnitLock(folder / LOCK)
 
     def acquire(self) -> bool:
         """Take the claim; False if another process holds it."""
@@ -58,7 +62,7 @@ def holder_of(folder: Path) -> str | None:
     """Who works on a unit, in words; None if nobody does."""
     if not (folder / LOCK).is_file():
         return None
-    lock = FileLock(folder / LOCK)
+    lock = UnitLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -108,7 +112,7 @@ def check_locks(root: Path) -> None:
 
 def _lock_problem(name: str) -> str | None:
     """Take a lock twice: the second one must be refused."""
-    first, second = FileLock(name), FileLock(name)
+    first, second = UnitLock(name), UnitLock(name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # of a lock that is none, see filelock's SoftFileLock

@@ -119,7 +119,7 @@ class Kept:
         held |= {"quirks": sorted(self.quirks)} if self.quirks else {}
         held |= {"layouts": self.layouts} if self.layouts else {}
         held |= {"selection_ms": self.selection_ms} if self.selection_ms != 0.0 else {}
-        defaults = {"row": 0, "scope": "per_image", "kv_bytes": None, "n_full": None, "sample_id": None}
+        defaults = {"row": 0, "scope": "per_image", "kv_bytes": None, "n_full": None}
         return held | {name: value for name, default in defaults.items() if (value := getattr(self, name)) != default}
 
     @classmethod

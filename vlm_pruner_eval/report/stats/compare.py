@@ -178,7 +178,7 @@ class _Table:
 
     def _n_clusters(self, task: str) -> int:
         """Of an average, those of the task with the fewest."""
-        return min(held["n"] for held in self.clusters.values()) if task == AVERAGE else self.clusters[task]["n"]
+        return min(held.n for held in self.clusters.values()) if task == AVERAGE else self.clusters[task].n
 
     def _flip_rate(self, line: _Line, task: str) -> float | None:
         tasks = self.results.tasks if task == AVERAGE else [task]
@@ -223,7 +223,7 @@ class _Table:
         """None if no pruned row differs from the unpruned one on any replicate: of such data the spread is not known."""
         if self.unpruned is None or task not in self.unpruned.draws:
             return None
-        n, pruned = self.clusters[task]["n"], [line for line in lines if line.row.group[0] == 1 and task in line.draws]
+        n, pruned = self.clusters[task].n, [line for line in lines if line.row.group[0] == 1 and task in line.draws]
         errors = [paired.standard_error(line.draws[task] - self.unpruned.draws[task], n) for line in pruned]
         spread = [error for error in errors if error > 0]
         if not spread:
