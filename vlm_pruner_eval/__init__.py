@@ -18,6 +18,8 @@ _PUBLIC = {
     "Stage": "types",
     "Ledger": "ledger",
     "SampleRecord": "ledger",
+    "run_sweep": "sweep.runner",
+    "load_results": "sweep.frames",
     "ConfigError": "errors",
     "PruningError": "errors",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,10 @@ from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.store.claims import check_locks, holder_of
 from vlm_pruner_eval.store.folder import Store
 from vlm_pruner_eval.store.schema import FAILED, FINISHED
+from vlm_pruner_eval.sweep import config as sweep_config
 from vlm_pruner_eval.sweep import preflight, provenance
 from vlm_pruner_eval.sweep.config import SweepConfig
-from vlm_pruner_eval.sweep.grid import expand, grid_of
+from vlm_pruner_eval.sweep.grid import expand, grid_of, method_problems
 from vlm_pruner_eval.sweep.opening import Loader
 from vlm_pruner_eval.sweep.status import HALF_DONE, read_status
 from vlm_pruner_eval.sweep.units import WorkUnit, run_status, status_of, units_of
@@ -38,7 +39,7 @@ class Outcome:
 
 
 def run_sweep(
-    config: SweepConfig,
+    config: SweepConfig | Path | str | Mapping[str, Any],
     output: Path | str | None = None,
     *,
     retry_failed: bool = False,
@@ -50,14 +51,14 @@ def run_sweep(
     load: Loader | None = None,
     task_manager: Any = None,
 ) -> Outcome:
-    """Make every unit of the grid that is neither finished nor failed, from its last whole batch on.
+    """Make every unit of the grid that is neither finished nor failed, from its last whole batch on: the command `sweep` as a function.
 
     Any number of processes may run the same sweep over one folder at the same time: each takes units that no other one holds.
 
     Parameters
     ----------
     config
-        A validated sweep file, see `config.load`.
+        A sweep file: its path, its content as a mapping, or what `config.load` made of it.
     output
         Results directory, by default the file's; nothing stays there of a sweep that is refused.
     retry_failed
@@ -82,6 +83,8 @@ def run_sweep(
     StoppedError
         Nothing can go on, for example because the disk is full.
     """
+    if not isinstance(config, SweepConfig):
+        config = sweep_config.validate(dict(config)) if isinstance(config, Mapping) else sweep_config.load(config, check=method_problems)
     _check_options(executor, processes, address, has_own_model=load is not None or task_manager is not None)
     root = Path(output or config.output or Path("output") / config.name)
     work = work_of(
