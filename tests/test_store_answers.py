@@ -140,9 +140,7 @@ def test_failed_prompts_stay_failed_and_leave_the_other_batches_as_they_were(
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_what_a_crash_leaves_of_the_last_batch_is_dropped_at_every_byte(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
-) -> None:
+def test_what_a_crash_leaves_of_the_last_batch_is_dropped_at_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(answer_log.time, "monotonic", lambda: 0.0)
     whole = write_answers(tmp_path / "whole", 6, size)
     content = whole.read_bytes()

@@ -27,11 +27,7 @@ class Scorer:
 
     def batches(self, targets: Sequence[Target], done: Done) -> Iterator[Batch]:
         """Targets with their answers, those in `done` left out."""
-        left = (
-            same_prompt
-            for same_prompt in by_prompt(targets)
-            if not done.has([target.request.index for target in same_prompt])
-        )
+        left = (same_prompt for same_prompt in by_prompt(targets) if not done.has([target.request.index for target in same_prompt]))
         groups = iter(lambda: list(itertools.islice(left, prompts.WINDOW_BATCHES)), [])
         with Ahead(self._model.settings.workers) as ahead:
             yield from ahead.batches(((None, group) for group in groups), self._prompt_of, self._steps)

@@ -162,11 +162,12 @@ def _digests(results: Results) -> dict[str, dict[str, dict[str, str]]]:
     for run in results.runs:
         if not run.finished:
             continue
-        tasks = digests.setdefault(run.key, {})
+        tasks: dict[str, dict[str, str]] = {}
         for answer in results.each_answer(run.run_id):
             kept = answer.record.digest if answer.record else "0" * _DIGITS
             text = answer_digest(answer.answer)
             tasks.setdefault(answer.task, {})[str(answer.doc_id)] = f"{kept[:_DIGITS]}:{text[:_DIGITS]}"
+        digests[run.key] = dict(sorted(tasks.items()))
     return digests
 
 

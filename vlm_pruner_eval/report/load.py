@@ -250,7 +250,9 @@ def _other_documents(runs: tuple[RunResult, ...]) -> Iterator[str]:
                 yield f"{run.key}: {task} has {n}; run one of them again, or report them apart."
         changed = {task for task, digest in ours.documents.items() if theirs.documents.get(task, digest) != digest}
         clusters = {task: found.clusters.digest for task, found in theirs.scores.items() if found.clusters}
-        pictures = {task for task, found in ours.scores.items() if found.clusters and clusters.get(task) not in (None, found.clusters.digest)}
+        pictures = {
+            task for task, found in ours.scores.items() if found.clusters and clusters.get(task) not in (None, found.clusters.digest)
+        }
         for task in sorted(changed | pictures):
             what = "documents" if task in changed else "images"
             yield (

@@ -221,8 +221,7 @@ def _costs(runs: list[RunResult], unpruned: list[RunResult]) -> Costs:
     prefill, full_prefill = _time(runs, "prefill_ms"), _time(unpruned, "prefill_ms")
     comparable = prefill and full_prefill and has_one_condition([*runs, *unpruned])
     means = {
-        name: _mean([getattr(held, name) for held in memory])
-        for name in ("literature_flops", "kv_bytes_counted", "kv_bytes_measured")
+        name: _mean([getattr(held, name) for held in memory]) for name in ("literature_flops", "kv_bytes_counted", "kv_bytes_measured")
     }
     return Costs(
         flops=flops,

@@ -93,7 +93,11 @@ def measure_noise(plan: Plan) -> Noise:
     reference = plan.variants[0].name
     if reference in problems:
         return Noise(plan.variants, problems, None, {}, None)
-    documents = {name: {(score.task, score.doc_id): score for score in loaded[name].each_score(run.run_id)} for name, run in runs.items() if run.status == FINISHED}
+    documents = {
+        name: {(score.task, score.doc_id): score for score in loaded[name].each_score(run.run_id)}
+        for name, run in runs.items()
+        if run.status == FINISHED
+    }
     records = {name: runs[name].record for name in documents}
     tasks = {task: _task_noise(task, list(runs), records, documents, reference) for task in loaded[reference].tasks}
     return Noise(plan.variants, problems, records[reference], tasks, _average_spread(tasks, documents, reference))
@@ -103,9 +107,7 @@ def _problem(run: RunResult) -> str:
     return run.record.problem if run.record is not None and run.record.problem else "was not run"
 
 
-def _task_noise(
-    task: str, names: list[str], records: dict[str, RunRecord], documents: dict[str, Documents], reference: str
-) -> TaskNoise:
+def _task_noise(task: str, names: list[str], records: dict[str, RunRecord], documents: dict[str, Documents], reference: str) -> TaskNoise:
     leaves = _leaves(task, records[reference].scores[task])
     mine = {name: {key: held[key] for key in held if key[0] in leaves} for name, held in documents.items()}
     others = [name for name in mine if name != reference]

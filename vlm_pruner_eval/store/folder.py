@@ -253,7 +253,9 @@ class Store:
         except FileNotFoundError:
             return None
         if head.run.run_id != run_id:
-            raise ConfigError(f"{path}: holds the record of {head.run.run_id!r}: two runs with the same id; delete the copy, or move it away.")
+            raise ConfigError(
+                f"{path}: holds the record of {head.run.run_id!r}: two runs with the same id; delete the copy, or move it away."
+            )
         return head
 
     def read(self, line: RunLine, units: Mapping[str, str], limit: int | None) -> RunRecord | None:

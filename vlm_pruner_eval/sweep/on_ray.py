@@ -85,7 +85,9 @@ def _result(ray: ModuleType, task: Any) -> None:
         cause = error.cause if isinstance(error.cause, (ConfigError, StoppedError)) else None
         raise cause or StoppedError(f"A Ray worker can't go on: {error}") from error
     except ray.exceptions.RayError as error:  # its node died once too often
-        raise StoppedError(f"A Ray worker was lost {MOST_DEATHS + 1} times ({type(error).__name__}); give the same command again.") from error
+        raise StoppedError(
+            f"A Ray worker was lost {MOST_DEATHS + 1} times ({type(error).__name__}); give the same command again."
+        ) from error
 
 
 def _resources(ray: ModuleType, device: str | None) -> tuple[dict[str, int], int]:

@@ -225,6 +225,8 @@ def _outcome(work: Work) -> Outcome:
     if failed:
         work.say(f"{failed} of {len(work.runs)} runs failed; --retry-failed repeats only what failed.")
     if left:
-        work.say(f"{left} of {len(work.runs)} runs are left; other processes work on them, or this command makes them when it is given again.")
+        work.say(
+            f"{left} of {len(work.runs)} runs are left; other processes work on them, or this command makes them when it is given again."
+        )
     held = sum(state is None and holder_of(unit.stored(work.store).folder) is not None for unit, state in after.items())
     return Outcome(len(work.runs), skipped, failed, left, held)

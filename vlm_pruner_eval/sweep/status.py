@@ -25,6 +25,7 @@ RUNNING, HALF_DONE, DAMAGED, NOT_BEGUN = "running", "half done", "damaged", "not
 STATES = (FINISHED, FAILED, RUNNING, HALF_DONE, DAMAGED, NOT_BEGUN)
 _SHORT = 100  # characters of a problem
 
+
 @dataclass(frozen=True)
 class RunStatus:
     """One run of the grid.

@@ -140,9 +140,7 @@ def strata(results: Results, rows: Sequence[Row]) -> list[Stratum]:
 
 
 def _facts(results: Results, run_id: str) -> dict[Document, _Facts]:
-    return {
-        (one.task, one.doc_id): _Facts(*capability_of(one.task, one.items), tuple(one.images)) for one in results.each_score(run_id)
-    }
+    return {(one.task, one.doc_id): _Facts(*capability_of(one.task, one.items), tuple(one.images)) for one in results.each_score(run_id)}
 
 
 def _of_run(answers: Answers) -> dict[Document, float]:
