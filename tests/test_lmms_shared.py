@@ -20,9 +20,9 @@ from tiny_checkpoints import PROCESSORS, checkpoint
 
 from vlm_pruner_eval import ConfigError, PruningError, list_pruners
 from vlm_pruner_eval.lmms import PrunedModel, load
-from vlm_pruner_eval.lmms.journal import Journal
 from vlm_pruner_eval.lmms.shared import Configuration, SharedRuns
 from vlm_pruner_eval.prefix import SharedPrefix
+from vlm_pruner_eval.store.answers import AnswerLog
 
 FAMILIES = sorted(["llava", *PROCESSORS, "llava_video"])
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -69,11 +69,11 @@ def separately(model: PrunedModel, chosen: Mapping[str, Configuration], requests
 
 @contextmanager
 def shared(model: PrunedModel, chosen: Mapping[str, Configuration]) -> Iterator[SharedRuns]:
-    """Shared runs with journals in a folder that is gone afterwards."""
+    """Shared runs with logs in a folder that is gone afterwards."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        journals = {key: stack.enter_context(Journal(Path(folder) / str(i), {"run_id": key})) for i, key in enumerate(chosen)}
+        logs = {key: stack.enter_context(AnswerLog(Path(folder) / str(i), {"unit": key})) for i, key in enumerate(chosen)}
         stack.callback(setattr, model, "source", None)
-        yield SharedRuns(model, chosen, journals)
+        yield SharedRuns(model, chosen, logs)
 
 
 def together(model: PrunedModel, chosen: Mapping[str, Configuration], requests: list) -> dict[str, tuple[list, list[dict]]]:
@@ -89,7 +89,7 @@ def timeless(samples: list[dict]) -> list[dict]:
     """Samples without times, whatever these are."""
     return [
         {name: value for name, value in sample.items() if name not in TIMES}
-        | {"record": sample["record"] and {name: value for name, value in sample["record"].items() if name != "selection_ms"}}
+        | {"record": {name: value for name, value in sample.get("record", {}).items() if name != "selection_ms"}}
         for sample in samples
     ]
 
@@ -99,8 +99,8 @@ def assert_same(found: dict[str, tuple[list, list[dict]]], expected: dict[str, t
     for key, (results, samples) in found.items():
         assert results == expected[key][0], key
         assert timeless(samples) == timeless(expected[key][1]), key
-        assert all(sample[name] is None for sample in samples for name in TIMES)
-        assert all(sample["record"] is None or sample["record"]["selection_ms"] is None for sample in samples)
+        assert not any(name in sample for sample in samples for name in TIMES)
+        assert all("record" not in sample or sample["record"]["selection_ms"] is None for sample in samples)
 
 
 # ---- answers and records
@@ -229,7 +229,7 @@ def test_a_method_that_fails_on_a_sample_harms_no_other(model: PrunedModel, fail
     expected = separately(model, failing, requests)
     found = together(model, failing, requests)
     assert_same(found, expected)
-    errors = {key: [i for i, sample in enumerate(samples) if sample["error"]] for key, (_, samples) in found.items()}
+    errors = {key: [i for i, sample in enumerate(samples) if sample.get("error")] for key, (_, samples) in found.items()}
     assert errors == {"none": [], "sabotage": [2], "fastv": []}
     assert "distinct" in found["sabotage"][1][2]["error"]
 
