@@ -178,7 +178,7 @@ def test_the_tasks_code_runs_in_the_order_of_the_requests_one_at_a_time(model: P
 
 def test_prompts_are_shown_in_order_in_the_callers_thread(model: PrunedModel) -> None:
     seen: list[tuple[int, str]] = []
-    model.on_prompt = lambda prompt: seen.append((prompt.request.index, threading.current_thread().name))
+    model.context.on_prompt = lambda prompt: seen.append((prompt.request.index, threading.current_thread().name))
     model.task_dict["first"]["test"] = Lookups(documents(20, seed=0), lambda index: time.sleep(0.004 * (3 - index % 4)))
     texts(model, asked())
     order = [index for index, _ in seen]

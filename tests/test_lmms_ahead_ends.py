@@ -59,7 +59,7 @@ def test_what_is_told_of_prompts_may_fail(model: PrunedModel) -> None:
         if prompt.request.index in (3, 11):
             raise OSError("no space left on the device")
 
-    model.on_prompt = told
+    model.context.on_prompt = told
     set_batch_size(model, 2)
     records = assert_same_with_threads(model, lambda: texts(model, asked()))
     assert [i for i, record in enumerate(records) if record.get("error")] == [3, 11]
@@ -88,7 +88,7 @@ def stopped_by(model: PrunedModel, monkeypatch: pytest.MonkeyPatch, how: str) ->
         sabotage(model, "first")
         return PruningError
     if how == "callback":
-        model.on_answers = lambda n, is_new: [][n]
+        model.context.on_answers = lambda n, is_new: [][n]
         return IndexError
     if how == "generate":
         on_generate(model, monkeypatch, interrupt)
@@ -153,7 +153,7 @@ def test_nothing_runs_on_after_a_log_that_can_not_be_written(
 
     monkeypatch.setattr(AnswerLog, "append", full)
     with AnswerLog(tmp_path, {"unit": "a"}) as log, pytest.raises(OSError, match="no space left") as caught:
-        model.source = log
+        model.context.source = log
         model.generate_until(asked())
     assert our_threads() == []
     del caught
@@ -222,14 +222,14 @@ def test_a_killed_run_goes_on_with_other_threads(
 
     with monkeypatch.context() as patch, AnswerLog(tmp_path, {"unit": "a"}) as log:
         on_generate(model, patch, killed)
-        model.source = log
+        model.context.source = log
         set_workers(model, first)
         with pytest.raises(KeyboardInterrupt):
             model.generate_until(asked())
     generated.clear()
     with AnswerLog(tmp_path, {"unit": "a"}) as log:
         on_generate(model, monkeypatch, generated.append)
-        model.source = log
+        model.context.source = log
         assert run(model, second, lambda: texts(model, asked())) == expected
     assert len(generated) == 4
 

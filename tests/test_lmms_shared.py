@@ -41,7 +41,7 @@ def configurations(*rates: str, skip: tuple[str, ...] = ()) -> dict[str, Configu
 def _loaded(family: str) -> PrunedModel:
     videos = {} if family in ("llava", "llava_next") else {"max_frames_num": 6}
     model = load(f"vlmpruner_{family}", pretrained=tiny_llava() if family == "llava" else checkpoint(family), **videos)
-    model.keep_loaded = True
+    model.context.keep_loaded = True
     return model
 
 
@@ -63,7 +63,7 @@ def answer(model: PrunedModel, key: str, chosen: Configuration, requests: list) 
 
 
 def separately(model: PrunedModel, chosen: Mapping[str, Configuration], requests: list) -> dict[str, tuple[list, list[dict]]]:
-    assert model.source is None
+    assert model.context.source is None
     return {key: answer(model, key, one, requests) for key, one in chosen.items()}
 
 
@@ -72,7 +72,7 @@ def shared(model: PrunedModel, chosen: Mapping[str, Configuration]) -> Iterator[
     """Shared runs with logs in a folder that is gone afterwards."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         logs = {key: stack.enter_context(AnswerLog(Path(folder) / str(i), {"unit": key})) for i, key in enumerate(chosen)}
-        stack.callback(setattr, model, "source", None)
+        stack.callback(setattr, model.context, "source", None)
         yield SharedRuns(model, chosen, logs)
 
 
@@ -80,7 +80,7 @@ def together(model: PrunedModel, chosen: Mapping[str, Configuration], requests: 
     found = {}
     with shared(model, chosen) as runs:
         for key, one in chosen.items():
-            model.source = runs.source(key)
+            model.context.source = runs.source(key)
             found[key] = answer(model, key, one, requests)
     return found
 
@@ -197,7 +197,7 @@ def test_sampled_answers_are_drawn_by_every_run_itself(model: PrunedModel) -> No
     found = {}
     with shared(model, chosen) as runs:
         for key, one in chosen.items():
-            model.source = runs.source(key)
+            model.context.source = runs.source(key)
             torch.manual_seed(3)
             found[key] = answer(model, key, one, requests)
     assert found["fastv"][0] == expected["fastv"][0]
@@ -209,10 +209,10 @@ def test_other_requests_than_the_first_runs_are_refused(model: PrunedModel) -> N
     chosen = {name: Configuration(name, "1/2") for name in ("fastv", "uniform")}
     requests = [request("first", i) for i in range(4)]
     with shared(model, chosen) as runs:
-        model.source = runs.source("fastv")
+        model.context.source = runs.source("fastv")
         answer(model, "fastv", chosen["fastv"], requests)
         for other in (requests[:3], requests[::-1], [*requests[:3], request("first", 3, options=GREEDY | {"max_new_tokens": 4})]):
-            model.source = runs.source("uniform")
+            model.context.source = runs.source("uniform")
             with pytest.raises(PruningError, match=r"run 'uniform' got . requests that are not those which were answered for all"):
                 answer(model, "uniform", chosen["uniform"], other)
 
@@ -240,11 +240,11 @@ def test_a_method_that_always_fails_ends_its_own_run_only(model: PrunedModel) ->
     chosen = {"sabotage": Configuration("toy_pruners:Sabotage", "1/2", {"on": "first"}), "fastv": Configuration("fastv", "1/2")}
     expected = separately(model, {"fastv": chosen["fastv"]}, requests)
     with shared(model, chosen) as runs:
-        model.source = runs.source("sabotage")
+        model.context.source = runs.source("sabotage")
         with pytest.raises(PruningError, match="16 of 16 samples failed"):
             answer(model, "sabotage", chosen["sabotage"], requests)
         assert len(model.answers) == 16
-        model.source = runs.source("fastv")
+        model.context.source = runs.source("fastv")
         assert_same({"fastv": answer(model, "fastv", chosen["fastv"], requests)}, expected)
 
 
@@ -273,9 +273,9 @@ def test_a_rate_that_removes_nothing_is_refused_for_its_run(model: PrunedModel) 
     chosen = {"fastv": Configuration("fastv", "1/2"), "nothing": Configuration("uniform", 0.01)}
     requests = [request("first", i) for i in range(3)]
     with shared(model, chosen) as runs:
-        model.source = runs.source("fastv")
+        model.context.source = runs.source("fastv")
         answer(model, "fastv", chosen["fastv"], requests)
-        model.source = runs.source("nothing")
+        model.context.source = runs.source("nothing")
         with pytest.raises(PruningError, match="none of the 3 samples with images lost a visual token"):
             answer(model, "nothing", chosen["nothing"], requests)
 
@@ -289,14 +289,14 @@ def test_an_interrupt_passes_and_leaves_nothing(model: PrunedModel, monkeypatch:
         raise KeyboardInterrupt
 
     with shared(model, chosen) as runs:
-        model.source = runs.source("fastv")
+        model.context.source = runs.source("fastv")
         with monkeypatch.context() as patch:
             patch.setattr(model.model, "generate", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 answer(model, "fastv", chosen["fastv"], [request("first", 0)])
         assert set(model.model.model.__dict__) == before
         assert_same({"fastv": answer(model, "fastv", chosen["fastv"], [request("first", 0)])}, {"fastv": expected["fastv"]})
-    assert model.source is None
+    assert model.context.source is None
     assert separately(model, chosen, [request("first", 0)])["uniform"][0] == expected["uniform"][0]
 
 
