@@ -96,15 +96,13 @@ def _paper_json(paper: PaperTable) -> dict[str, Any]:
         {
             "label": item.row.label,
             "pruning_rate": item.row.pruning_rate,
-            "release": item.release,
+            "release": item.row.release,
             "cells": {task: _compared_json(compared) for task, compared in item.cells.items()},
             "average": _compared_json(item.average),
         }
         for item in paper.rows
     ]
-    held = {name: getattr(paper, name) for name in ("vlm", "setting", "noise", "rule", "differences")}
-    footnotes = [dataclasses.asdict(note) for note in paper.footnotes]
-    return held | {"gate": dataclasses.asdict(paper.gate), "rows": rows, "footnotes": footnotes}
+    return dataclasses.asdict(paper) | {"rows": rows}
 
 
 def _compared_json(compared: Compared) -> dict[str, Any]:

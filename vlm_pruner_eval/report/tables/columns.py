@@ -43,7 +43,7 @@ class OfTask(OfRow):
     @property
     def cell(self) -> Cell:
         """The score, without a value if the row has none."""
-        return self.row.cells.get(self.key, Cell(None))
+        return self.row.cells.get(self.key, Cell(None, seeds=0))
 
 
 @dataclass(frozen=True)
