@@ -43,7 +43,11 @@ SWEEPS: dict[str, tuple[int, Behaviour, dict[str, Any]]] = {
     "plain": (96, Behaviour(), {"limit": None, "methods": ["vlmpruner", "fastv", "uniform", SEEDS, "blind"]}),
     "images": (96, Behaviour(questions_an_image=8), {"limit": None, "methods": ["vlmpruner"]}),
     "state": (96, Behaviour(), {"limit": None, "methods": ["vlmpruner"], "tasks": ["tiny_mean", "tiny_state"]}),
-    "paper": (24, Behaviour(), {"limit": None, "model": LLAVA, "pruning_rates": ["2/3", "8/9"], "methods": OF_PAPER}),
+    "paper": (
+        24,
+        Behaviour(fail={("blind", 3)}, questions_an_image=2),
+        {"limit": None, "model": LLAVA, "pruning_rates": ["2/3", "8/9"], "methods": OF_PAPER},
+    ),
 }
 
 
