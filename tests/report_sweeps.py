@@ -27,7 +27,13 @@ PREFILL_MS = {"none": 20.0, "vlmpruner": 8.0, "fastv": 6.0, "uniform": 6.0, "ran
 SEEDS = {"name": "random", "seeds": [0, 1, 2]}
 RELEASE = {"name": "vlmpruner", "official_quirks": True, "label": "VLM-Pruner (release)"}
 HOSTILE = "<script>alert('x')</script>\"&$y_{"
-LLAVA = {"id": "vlmpruner_llava", "pretrained": "llava-hf/llava-1.5-7b-hf", "protocol": "paper", "visual_tokens": N_VISUAL, "layers": 4}
+LLAVA = {
+    "id": "vlmpruner_llava",
+    "pretrained": "llava-hf/llava-1.5-7b-hf",
+    "protocol": "paper",
+    "visual_tokens": N_VISUAL,
+    "layers": 4,
+}
 OF_PAPER = [
     RELEASE,
     {"name": "vlmpruner", "label": "VLM-Pruner"},
@@ -39,7 +45,11 @@ OF_PAPER = [
 # by name: documents a task, behaviour, changes of the configuration
 SWEEPS: dict[str, tuple[int, Behaviour, dict[str, Any]]] = {
     "good": (24, Behaviour(), {"pruning_rates": ["8/9", "2/3"], "methods": ["vlmpruner", SEEDS, "blind"]}),
-    "bad": (24, Behaviour(fail={("vlmpruner", 3)}), {"pruning_rates": ["8/9", "2/3"], "methods": ["vlmpruner", SEEDS, "blind"]}),
+    "bad": (
+        24,
+        Behaviour(fail={("vlmpruner", 3)}),
+        {"pruning_rates": ["8/9", "2/3"], "methods": ["vlmpruner", SEEDS, "blind"]},
+    ),
     "plain": (96, Behaviour(), {"limit": None, "methods": ["vlmpruner", "fastv", "uniform", SEEDS, "blind"]}),
     "images": (96, Behaviour(questions_an_image=8), {"limit": None, "methods": ["vlmpruner"]}),
     "state": (96, Behaviour(), {"limit": None, "methods": ["vlmpruner"], "tasks": ["tiny_mean", "tiny_state"]}),

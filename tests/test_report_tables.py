@@ -110,7 +110,10 @@ def test_a_missing_run_is_not_run_and_a_missing_seed_is_named(changed: Path) -> 
         next(changed.glob(f"runs/{key}-*/run.json")).unlink()
     found = rows(changed)
     assert (found["vlmpruner", "8/9"].status, found["vlmpruner", "8/9"].cells) == ("not run", {})
-    assert (found["random", "8/9"].status, found["random", "8/9"].cells["tiny_mean"].seeds) == ("2 of 3 seeds finished", 2)
+    assert (found["random", "8/9"].status, found["random", "8/9"].cells["tiny_mean"].seeds) == (
+        "2 of 3 seeds finished",
+        2,
+    )
     text = build(changed)["md"].read_text()
     assert "Not run yet: vlmpruner-8of9, random-8of9-seed1." in text
     assert "| vlmpruner | not run | not run | n/a |" in text
@@ -240,7 +243,11 @@ def test_the_tables_as_numbers_hold_the_comparisons(built: dict[str, Path], good
         held = read[name]
         (line,) = held[(held.label == "vlmpruner") & (held.asked_rate == "8/9") & (held.task == task)].to_dict("records")
         cell = good.comparisons.of("vlmpruner", "8/9", task)
-        assert (line["difference"], line["difference_low_95"], line["p_holm"]) == (cell.difference.value, cell.difference.low, cell.p_holm)
+        assert (line["difference"], line["difference_low_95"], line["p_holm"]) == (
+            cell.difference.value,
+            cell.difference.low,
+            cell.p_holm,
+        )
         assert (line["flip_rate"], line["gain_kept"]) == (cell.flip_rate, cell.gain_kept.value)
     assert list(read["power"].smallest) == [power.smallest for power in good.comparisons.power]
     assert list(read["pairs"].difference) == [pair.difference.value for pair in good.comparisons.pairs]

@@ -191,7 +191,10 @@ class _Table:
         """None if no pruned row differs from the unpruned one on any replicate: of such data the spread is not known."""
         if self.unpruned is None or task not in self.unpruned.draws:
             return None
-        n, pruned = self._n_clusters(task), [line for line in self.lines if line.row.group[0] == 1 and task in line.draws]
+        n, pruned = (
+            self._n_clusters(task),
+            [line for line in self.lines if line.row.group[0] == 1 and task in line.draws],
+        )
         errors = [paired.standard_error(line.draws[task] - self.unpruned.draws[task], n) for line in pruned]
         spread = [error for error in errors if error > 0]
         if not spread:

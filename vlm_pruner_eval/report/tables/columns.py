@@ -189,7 +189,15 @@ _ROW = (
 )
 _TASK = (Column("status", "row.status"), Column("task", "key"))
 _KEPT = (
-    Column("tokens_kept", "row.kept", "tokens kept", _spread, parts={"tokens_kept": "mean"}, screen="kept", brief=_brief_kept),
+    Column(
+        "tokens_kept",
+        "row.kept",
+        "tokens kept",
+        _spread,
+        parts={"tokens_kept": "mean"},
+        screen="kept",
+        brief=_brief_kept,
+    ),
     Column("tokens_layer_averaged", "row.layer_averaged", "layer-averaged", screen="layers"),
 )
 _TESTS = (
@@ -278,7 +286,13 @@ COSTS = (
     Column("prefill_speedup", "row.costs.prefill_speedup"),
     Column("selection_ms", "row.selection_ms", "selection, ms", _time(), parts=_times("selection_ms")),
     Column("decode_ms", "row.costs.decode_ms", "decode, ms a step", _time(), parts=_times("decode_ms")),
-    Column("tokens_per_s", "row.costs.decoded_tokens_per_s", "tokens a second", _time(), parts=_times("decoded_tokens_per_s")),
+    Column(
+        "tokens_per_s",
+        "row.costs.decoded_tokens_per_s",
+        "tokens a second",
+        _time(),
+        parts=_times("decoded_tokens_per_s"),
+    ),
     Column("peak_bytes", "row.costs.peak_bytes", "peak memory, MiB", _scaled(_MIB)),
     Column("batch_sizes", "row.costs.batch_sizes"),
 )

@@ -91,7 +91,7 @@ def beside_the_paper(paper: PaperTable, tasks: Sequence[str]) -> Table | None:
         "verdict; on the unpruned row it is the gate's.",
         paper.rule,
         paper.noise,
-        *map(str, paper.footnotes),
+        *paper.footnotes,
     )
     caption = f"Our scores beside the paper's for {paper.vlm}"
     groups = _grouped([item.row for item in shown.values()], items)
