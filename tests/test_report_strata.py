@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from vlm_pruner_eval.report.load import load_results
@@ -220,11 +219,3 @@ def test_a_control_that_fails_nowhere_has_no_subset(tmp_path: Path) -> None:
 def test_without_scores_or_without_the_unpruned_run_there_is_nothing(tmp_path: Path) -> None:
     assert found_in(write(tmp_path / "old", dict.fromkeys(HARD, lambda task, doc: None))) == []
     assert found_in(write(tmp_path / "none", {("pool", "8/9", None): right})) == []
-
-
-def test_the_same_every_time(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    table = rng.random((3, N)).round()
-    runs = HARD | {("uniform", "8/9", None): lambda task, doc: float(table[TASKS.index(task), doc])}
-    root = write(tmp_path, runs)
-    assert found_in(root) == found_in(root)

@@ -60,7 +60,7 @@ def _write_tables(report: Report, folder: Path) -> None:
     """Write the tables as LaTeX and as numbers, and remove those of an earlier report."""
     folder.mkdir(exist_ok=True)
     for path in [*folder.glob("*.tex"), *folder.glob("*.csv")]:
-        path.unlink()
+        path.unlink(missing_ok=True)  # another process may be writing the same report
     model, tasks = report.results.config["model"], report.results.tasks
     documents = {task: cell.n for row in report.rows[:1] for task, cell in row.cells.items()}
     counted = ", ".join(f"{task} {documents[task]}" for task in tasks if documents.get(task))

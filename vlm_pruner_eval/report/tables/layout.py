@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -224,23 +224,20 @@ def hard_subsets(strata: Sequence[Stratum]) -> Table | None:
     return Table("hard", "Documents that a coarser image gets wrong", columns.HARD, listed, (HARD_NOTE,))
 
 
-def _grouped(rows: Sequence[Row], items: Any) -> tuple[Group, ...]:
+def _grouped(rows: Sequence[Row], items: Callable[[Row], Iterable[Item]]) -> tuple[Group, ...]:
     """Rows under the headings of their rates; `items` makes those of a row."""
-    return tuple(
-        Group(heading, tuple(_line(row, items) for row in group), brief=_brief(heading, group))
-        for heading, group in ((heading, list(listed)) for heading, listed in groupby(rows, key=lambda row: row.heading))
-    )
+    groups = []
+    for heading, listed in groupby(rows, key=lambda row: row.heading):
+        group = list(listed)
+        lines = tuple(Line(row.label, tuple(items(row)), "" if row.status == FINISHED else row.status) for row in group)
+        groups.append(Group(heading, lines, _brief(group[0])))
+    return tuple(groups)
 
 
-def _line(row: Row, items: Any) -> Line:
-    return Line(row.label, tuple(items(row)), "" if row.status == FINISHED else row.status)
-
-
-def _brief(heading: str, group: Sequence[Row]) -> str:
-    first = group[0]
-    if first.percent is None:
-        return "none" if first.method == UNPRUNED else "all"
-    return f"{first.percent:.1f} %"
+def _brief(row: Row) -> str:
+    if row.percent is None:
+        return "none" if row.method == UNPRUNED else "all"
+    return f"{row.percent:.1f} %"
 
 
 def _removed(rate: str | float | None) -> str:
