@@ -14,8 +14,8 @@ from tiny_checkpoints import PROCESSORS, checkpoint
 
 from vlm_pruner_eval import ConfigError, keep_count
 from vlm_pruner_eval.lmms import PrunedModel, load, plugin, wrapper
-from vlm_pruner_eval.lmms.resolve import family_class
 from vlm_pruner_eval.pruners.uniform import Uniform
+from vlm_pruner_eval.vlms import family_named
 
 FAMILIES = sorted([*PROCESSORS, "llava_video"])
 PROMPTS = {
@@ -220,7 +220,7 @@ def test_a_placeholder_in_a_question_is_a_sentence(model: PrunedModel) -> None:
 
 
 def test_all_but_the_families_of_images_take_videos(family: str) -> None:
-    assert family_class(f"vlmpruner_{family}").kinds == (("image",) if family == "llava_next" else ("image", "video"))
+    assert family_named(f"vlmpruner_{family}").spec.media == (("image",) if family == "llava_next" else ("image", "video"))
 
 
 def test_another_familys_checkpoint_is_refused(family: str) -> None:

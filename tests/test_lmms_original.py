@@ -28,8 +28,8 @@ from torch import nn
 from vlm_pruner_eval import ConfigError, get_pruner, keep_count, prune
 from vlm_pruner_eval.lmms import load
 from vlm_pruner_eval.lmms.checkpoint import Checkpoint
-from vlm_pruner_eval.lmms.original import pinpoints
-from vlm_pruner_eval.lmms.protocols import vicuna_v1
+from vlm_pruner_eval.lmms.original_format.conversion import pinpoints
+from vlm_pruner_eval.vlms.parts.vicuna import vicuna_v1
 
 CHAT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in it?"}]}]
 N_FRAMES = 3

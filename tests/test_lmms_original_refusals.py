@@ -27,7 +27,7 @@ from tiny_checkpoints import write_tiny_llava
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from vlm_pruner_eval import ConfigError
-from vlm_pruner_eval.lmms.original import is_original
+from vlm_pruner_eval.lmms.original_format.conversion import is_original
 
 # ---- tokenizers
 

@@ -19,7 +19,8 @@ from transformers import LlavaNextConfig, LlavaNextImageProcessor
 from vlm_pruner_eval import ConfigError, keep_count
 from vlm_pruner_eval.lmms import PrunedModel, load, prompts
 from vlm_pruner_eval.lmms.prompts import Request
-from vlm_pruner_eval.lmms.protocols import at_most_tiles, pad_to_square, vicuna_v1
+from vlm_pruner_eval.vlms.llava_next import at_most_tiles
+from vlm_pruner_eval.vlms.parts.vicuna import pad_to_square, vicuna_v1
 
 QUESTION = {"role": "user", "content": [{"type": "text", "text": "What is it?\n"}, {"type": "image"}]}
 SYSTEM = (

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from vlm_pruner_eval.vlms import llava_video
+from vlm_pruner_eval.lmms.original_format import llava_video_model
 
 VOCAB, IMAGE, VIDEO, VISION_START, VISION_END, PAD = 120, 100, 101, 102, 103, 0
 N_LAYERS = 5
@@ -214,7 +214,7 @@ FAMILIES = {
     ),
     "llava_video": TinyFamily(
         "LlavaVideoForConditionalGeneration",
-        lambda: _onevision_config(llava_video.LlavaVideoConfig),
+        lambda: _onevision_config(llava_video_model.LlavaVideoConfig),
         lambda kind, k: [_anyres_tokens(SIZES[k]) if kind == "i" else 2 * (2 + 1) * (k + 2)],
         _anyres_features,
         videos=True,
@@ -233,7 +233,7 @@ FAMILIES = {
 
 def _class_named(name: str) -> type:
     """A class of transformers, or the one of ours that it does not have."""
-    return getattr(llava_video, name) if hasattr(llava_video, name) else getattr(transformers, name)
+    return getattr(llava_video_model, name) if hasattr(llava_video_model, name) else getattr(transformers, name)
 
 
 def build(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> nn.Module:

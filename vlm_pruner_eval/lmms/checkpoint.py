@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.lmms.original import is_original, load_original, model_type_of
-from vlm_pruner_eval.lmms.original_weights import Source
+from vlm_pruner_eval.lmms.original_format.conversion import is_original, load_original, model_type_of
+from vlm_pruner_eval.lmms.original_format.original_weights import Source
 from vlm_pruner_eval.lmms.settings import Settings
 
 

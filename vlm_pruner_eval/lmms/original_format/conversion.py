@@ -30,9 +30,9 @@ from transformers import (
 )
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.lmms import original_processor
-from vlm_pruner_eval.lmms.original_weights import Source, fill
-from vlm_pruner_eval.vlms.llava_video import POOL_MODES, LlavaVideoConfig, LlavaVideoForConditionalGeneration
+from vlm_pruner_eval.lmms.original_format import original_processor
+from vlm_pruner_eval.lmms.original_format.llava_video_model import POOL_MODES, LlavaVideoConfig, LlavaVideoForConditionalGeneration
+from vlm_pruner_eval.lmms.original_format.original_weights import Source, fill
 
 MODEL_TYPES = {"LlavaLlamaForCausalLM": "llava", "LlavaQwenForCausalLM": "llava_video"}
 TOWERS = {"llava": "clip_vision_model", "llava_video": "siglip_vision_model"}

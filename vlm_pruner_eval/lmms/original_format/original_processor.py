@@ -15,9 +15,10 @@ from transformers import (
 )
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.lmms.original_weights import Source
-from vlm_pruner_eval.lmms.protocols import VICUNA_SYSTEM, splits_like_llava
-from vlm_pruner_eval.vlms.llava_video import LlavaVideoProcessor, pooled_side
+from vlm_pruner_eval.lmms.original_format.llava_video_model import LlavaVideoProcessor
+from vlm_pruner_eval.lmms.original_format.original_weights import Source
+from vlm_pruner_eval.vlms.llava_video import pooled_side
+from vlm_pruner_eval.vlms.parts.vicuna import VICUNA_SYSTEM, splits_like_llava
 
 IMAGE, VIDEO = "<image>", "<video>"
 PLACEHOLDERS = {"llava": (IMAGE,), "llava_video": (IMAGE, VIDEO)}
@@ -27,7 +28,7 @@ _TEXTS = (
     "{%- if message['content'] is string %}{%- set text = message['content'] %}{%- else %}"
     "{%- set text = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('\\n') %}{%- endif %}"
 )
-# conversation "vicuna_v1" of LLaVA-1.5, as `protocols.vicuna_v1` has it: images first, each on a line of its own
+# conversation "vicuna_v1" of LLaVA-1.5, as `vicuna.vicuna_v1` has it: images first, each on a line of its own
 VICUNA_TEMPLATE = (
     f"{{{{- {(VICUNA_SYSTEM + ' ')!r} }}}}"
     "{%- for message in messages %}" + _TEXTS + "{%- set text = text | trim %}{%- if message['content'] is not string %}"
