@@ -9,11 +9,25 @@ from dataclasses import dataclass
 
 import torch
 import transformers
+from tiny_processors import (
+    IMAGE,
+    PAD,
+    PINPOINTS,
+    TURN_ENDS,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    VOCAB,
+    internvl_processor,
+    next_processor,
+    onevision_processor,
+    qwen_processor,
+)
 from torch import Tensor, nn
+from transformers import ProcessorMixin
 
 from vlm_pruner_eval.lmms.original_format import llava_video_model
 
-VOCAB, IMAGE, VIDEO, VISION_START, VISION_END, PAD = 120, 100, 101, 102, 103, 0
 N_LAYERS = 5
 TEXT = {
     "vocab_size": VOCAB,
@@ -35,7 +49,6 @@ IMAGE_IDS = {"image_token_id": IMAGE, "image_token_index": IMAGE}
 VIDEO_IDS = {"video_token_id": VIDEO, "video_token_index": VIDEO}
 
 SIZES = [(50, 100), (112, 80), (40, 140), (100, 100)]  # (height, width) of anyres images
-PINPOINTS = [[56, 112], [112, 56], [112, 112], [56, 168]]
 GRIDS = [(1, 4, 6), (1, 8, 4), (1, 6, 6), (1, 4, 4)]  # (frames, rows, cols) in patches, before the 2 x 2 merge
 VIDEO_GRIDS = [(2, 4, 4), (3, 4, 6)]
 
@@ -44,9 +57,10 @@ Segments = Sequence[int | str]  # a number of text tokens, "i<k>" for image k, "
 
 @dataclass(frozen=True)
 class TinyFamily:
-    """How to make a tiny model of a family, and a prompt for it. One entry in FAMILIES puts it into every behaviour test.
+    """A recipe for a tiny model of a family, and for a prompt. One entry in FAMILIES puts it into every behaviour test.
 
     `scopes(kind, k)`: tokens of each budget scope that image or video k makes. `features(kind, ks, dtype)`: its tensors.
+    `processor`: of its checkpoint on disk, whose answers end in the token `ends`; None if tiny_checkpoints.py writes another one.
     `framed`: how the placeholder tokens of one image or video stand in the prompt.
     """
 
@@ -54,6 +68,8 @@ class TinyFamily:
     config: Callable[[], object]
     scopes: Callable[[str, int], list[int]]
     features: Callable[[str, list[int], torch.dtype], dict[str, Tensor]]
+    processor: Callable[[], ProcessorMixin] | None = None
+    ends: str = TURN_ENDS
     framed: Callable[[str, int, list[int]], list[int]] = lambda kind, k, tokens: tokens
     videos: bool = False
     mrope: bool = False
@@ -73,7 +89,7 @@ def _llava_config() -> object:
     return transformers.LlavaConfig(vision_config=dict(CLIP), text_config=text, vision_feature_layer=-2, image_seq_length=16, **IMAGE_IDS)
 
 
-def _llava_features(kind: str, ks: list[int], dtype: torch.dtype) -> dict[str, Tensor]:
+def llava_features(kind: str, ks: list[int], dtype: torch.dtype) -> dict[str, Tensor]:
     return {"pixel_values": torch.stack([_random(f"i{k}", 3, 56, 56) for k in ks]).to(dtype)}
 
 
@@ -199,17 +215,28 @@ def _internvl_features(kind: str, ks: list[int], dtype: torch.dtype) -> dict[str
 
 FAMILIES = {
     "internvl": TinyFamily(
-        "InternVLForConditionalGeneration", _internvl_config, lambda kind, k: [4] * (k + 1), _internvl_features, _qwen_framed
+        "InternVLForConditionalGeneration",
+        _internvl_config,
+        lambda kind, k: [4] * (k + 1),
+        _internvl_features,
+        internvl_processor,
+        framed=_qwen_framed,
     ),
-    "llava": TinyFamily("LlavaForConditionalGeneration", _llava_config, lambda kind, k: [16], _llava_features),
+    "llava": TinyFamily("LlavaForConditionalGeneration", _llava_config, lambda kind, k: [16], llava_features),
     "llava_next": TinyFamily(
-        "LlavaNextForConditionalGeneration", _next_config, lambda kind, k: [_anyres_tokens(SIZES[k])], _anyres_features
+        "LlavaNextForConditionalGeneration",
+        _next_config,
+        lambda kind, k: [_anyres_tokens(SIZES[k])],
+        _anyres_features,
+        next_processor,
+        "</s>",
     ),
     "llava_onevision": TinyFamily(
         "LlavaOnevisionForConditionalGeneration",
         _onevision_config,
         lambda kind, k: [_anyres_tokens(SIZES[k]) if kind == "i" else 4 * (k + 2) + 1],
         _anyres_features,
+        onevision_processor,
         videos=True,
     ),
     "llava_video": TinyFamily(
@@ -220,13 +247,34 @@ FAMILIES = {
         videos=True,
     ),
     "qwen2_vl": TinyFamily(
-        "Qwen2VLForConditionalGeneration", _qwen2_config, _qwen_scopes, _qwen_features(14), _qwen_framed, videos=True, mrope=True
+        "Qwen2VLForConditionalGeneration",
+        _qwen2_config,
+        _qwen_scopes,
+        _qwen_features(14),
+        qwen_processor("Qwen2VLProcessor", "Qwen2VLVideoProcessor", 14),
+        framed=_qwen_framed,
+        videos=True,
+        mrope=True,
     ),
     "qwen2_5_vl": TinyFamily(
-        "Qwen2_5_VLForConditionalGeneration", _qwen25_config, _qwen_scopes, _qwen_features(14), _qwen_framed, videos=True, mrope=True
+        "Qwen2_5_VLForConditionalGeneration",
+        _qwen25_config,
+        _qwen_scopes,
+        _qwen_features(14),
+        qwen_processor("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor", 14),
+        framed=_qwen_framed,
+        videos=True,
+        mrope=True,
     ),
     "qwen3_vl": TinyFamily(
-        "Qwen3VLForConditionalGeneration", _qwen3_config, _qwen_scopes, _qwen_features(16), _qwen3_framed, videos=True, mrope=True
+        "Qwen3VLForConditionalGeneration",
+        _qwen3_config,
+        _qwen_scopes,
+        _qwen_features(16),
+        qwen_processor("Qwen3VLProcessor", "Qwen3VLVideoProcessor", 16),
+        framed=_qwen3_framed,
+        videos=True,
+        mrope=True,
     ),
 }
 
