@@ -101,7 +101,7 @@ def eyes(name: str) -> Eyes:
     return Eyes(local(tiny_models.build(name)), PROCESSORS[name]())
 
 
-FAMILIES = ["llava_crop", "llava_pad", "llava_next", "llava_onevision", "onevision_62", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"]
+FAMILIES = sorted([*PROCESSORS, "llava_crop", "llava_pad", "onevision_62"])
 
 
 def black(size: tuple[int, int]) -> Image.Image:

@@ -30,6 +30,6 @@ class VipLlava(Family):
 
     def pictures(self, geometry: Mapping[str, Any], medium: Medium, layouts: Sequence[Shape]) -> tuple[int, list[Picture]]:
         """The image in equal parts."""
-        n_tokens, rows, cols, _ = layouts[0]
+        _, rows, cols, _ = layouts[0]
         expect_tokens(layouts[0], rows * cols, "an image")
         return 1, [("", 0, whole_box(medium), even_boxes(medium, rows, cols))]
