@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from lmms_requests import GREEDY, plain, request, set_batch_size, texts, to_messages
 from PIL import Image
-from test_lmms_families import documents
+from test_lmms_families import NO_IMAGE, ask, documents, loaded
 from test_lmms_loglikelihood import choices
 from tiny_checkpoints import checkpoint
 from tiny_videos import pictures
@@ -18,31 +16,15 @@ from vlm_pruner_eval.lmms import PrunedModel, downsampling, load
 from vlm_pruner_eval.pruners.downsample import smaller_grid
 
 QWEN = ["qwen2_5_vl", "qwen2_vl", "qwen3_vl"]
-TWO_IMAGES, NO_IMAGE = 4, 5
-
-
-@functools.cache
-def _loaded(family: str) -> PrunedModel:
-    model = load(f"vlmpruner_{family}", pretrained=checkpoint(family))
-    model.keep_loaded = True
-    return model
 
 
 @pytest.fixture(params=QWEN)
 def model(request: pytest.FixtureRequest) -> PrunedModel:
-    model = _loaded(request.param)
+    model = loaded(request.param)
     model.task_dict = {"first": {"test": documents()}}
     model.configure("none")
     set_batch_size(model, 1)
     return model
-
-
-def ask(model: PrunedModel, batch_size: int = 1) -> list[str]:
-    set_batch_size(model, batch_size)
-    model.answers = []
-    answers = texts(model, [request("first", i) for i in range(len(documents()))])
-    assert [answer.error for answer in model.answers] == [None] * len(documents())
-    return answers
 
 
 def side(model: PrunedModel) -> int:
@@ -143,7 +125,7 @@ def test_scored_continuations_see_the_smaller_image(model: PrunedModel) -> None:
 
 @pytest.mark.parametrize("family", ["internvl", "llava_onevision"])
 def test_families_without_dynamic_resolution_are_refused_and_keep_their_method(family: str) -> None:
-    model = _loaded(family)
+    model = loaded(family)
     model.configure("uniform", "1/2")
     with pytest.raises(ConfigError, match=rf"method: got downsample for vlmpruner_{family}, whose images make whole views or tiles"):
         model.configure("downsample", "1/2")

@@ -39,7 +39,7 @@ def documents() -> list[dict]:
 
 
 @functools.cache
-def _loaded(family: str) -> PrunedModel:
+def loaded(family: str) -> PrunedModel:
     model = load(f"vlmpruner_{family}", pretrained=checkpoint(family))
     model.keep_loaded = True
     return model
@@ -47,7 +47,7 @@ def _loaded(family: str) -> PrunedModel:
 
 @pytest.fixture
 def model(family: str) -> PrunedModel:
-    model = _loaded(family)
+    model = loaded(family)
     model.task_dict = {"first": {"test": documents()}}
     model.configure("none")
     set_batch_size(model, 1)
@@ -167,7 +167,7 @@ def test_release_behaviour_of_a_family_passes_the_checks(family: str, model: Pru
 @pytest.mark.parametrize("family", ["qwen3_vl"], indirect=True)
 def test_weights_that_are_tied_are_not_taken_for_missing_ones(family: str, tmp_path: Path) -> None:
     """Small checkpoints of most families hold no output matrix: it is the table of embeddings."""
-    original = _loaded(family).model
+    original = loaded(family).model
     config = type(original.config).from_dict(original.config.to_dict())
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
     tied = type(original)._from_config(config)

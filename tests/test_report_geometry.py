@@ -27,7 +27,7 @@ from vlm_pruner_eval.vlms.llava import PAPER
 from vlm_pruner_eval.vlms.parts.anyres import best_pinpoint
 
 MIXERS = re.compile(r"(attn|attention)\.(out_proj|proj|projection_layer)\.|(mlp|ffn)\.(fc2|down_proj|linear_fc2)\.")
-SIZES = [(150, 100), (100, 150), (230, 120), (130, 130)]  # (width, height)
+SIZES = [(100, 150), (230, 120)]  # (width, height): higher than wide, and wider than high
 TILE = 62  # of 4 x 14 pixels that the tower sees, and 6 that it does not
 PINPOINTS = [[TILE * rows, TILE * cols] for rows in range(1, 5) for cols in range(1, 5)]
 
@@ -133,7 +133,7 @@ def test_the_token_that_changes_is_the_one_whose_rectangle_was_painted(name: str
         own = sorted(token for token, box in view.boxes.items() if inside(box, size))
         assert len(own) >= min(7, len(view.boxes))
         for token in own[:: max(1, len(own) // 8)]:
-            for at in ((0.5, 0.5), (0.25, 0.25), (0.75, 0.75)):
+            for at in ((0.25, 0.25), (0.75, 0.75)):
                 after, _ = found.look(painted(size, view.boxes[token], at=at, share=0.34))
                 change = (after - before).norm(dim=-1)
                 assert max(own, key=lambda index: float(change[index])) == token, f"{view.title}: token {token} at {at}"

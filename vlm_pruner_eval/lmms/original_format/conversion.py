@@ -1,4 +1,4 @@
-"""Checkpoints in the format that LLaVA's authors publish: LLaVA-1.5 and LLaVA-Video, read into transformers' own classes.
+"""Checkpoints in the format that LLaVA's authors publish, LLaVA-1.5 and LLaVA-Video, read into transformers' own classes.
 
 Their config.json describes the language model and names a vision tower, which lies elsewhere; their tokenizers know no token
 for an image (it is index -200 there); their tensors have names of their own. Whatever a checkpoint of these families can say
@@ -32,7 +32,7 @@ from transformers import (
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.lmms.original_format import original_processor
 from vlm_pruner_eval.lmms.original_format.llava_video_model import POOL_MODES, LlavaVideoConfig, LlavaVideoForConditionalGeneration
-from vlm_pruner_eval.lmms.original_format.original_weights import Source, fill
+from vlm_pruner_eval.lmms.original_format.original_weights import Source, fill, first_line
 
 MODEL_TYPES = {"LlavaLlamaForCausalLM": "llava", "LlavaQwenForCausalLM": "llava_video"}
 TOWERS = {"llava": "clip_vision_model", "llava_video": "siglip_vision_model"}
@@ -76,7 +76,7 @@ class Tower:
 
 
 def is_original(raw: Mapping) -> bool:
-    """Whether the content of a config.json is of the original format; its ``model_type`` may well read "llava", as Hugging Face's does."""
+    """Tell if the content of a config.json is of the original format; its ``model_type`` may well read "llava", as Hugging Face's does."""
     return "mm_vision_tower" in raw or any(name in MODEL_TYPES for name in raw.get("architectures") or ())
 
 
@@ -168,8 +168,7 @@ def find_tower(raw: Mapping, weights: Source) -> Tower:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().split("\n") or [""])[0]
-        raise ConfigError(f"mm_vision_tower: the configuration of {name} can't be read ({reason}). {advice}") from error
+        raise ConfigError(f"mm_vision_tower: the configuration of {name} can't be read ({first_line(error)}). {advice}") from error
     config, wanted = getattr(config, "vision_config", config), TOWERS[model_type_of(raw)]
     if config.model_type != wanted:
         raise ConfigError(f"mm_vision_tower: {name} is a {config.model_type!r}, expected a {wanted} for {raw['architectures'][0]}.")

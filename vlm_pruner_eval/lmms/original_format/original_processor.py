@@ -16,7 +16,7 @@ from transformers import (
 
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.lmms.original_format.llava_video_model import LlavaVideoProcessor
-from vlm_pruner_eval.lmms.original_format.original_weights import Source
+from vlm_pruner_eval.lmms.original_format.original_weights import Source, first_line
 from vlm_pruner_eval.vlms.llava_video import pooled_side
 from vlm_pruner_eval.vlms.parts.vicuna import VICUNA_SYSTEM, splits_like_llava
 
@@ -67,9 +67,8 @@ def load_tokenizer(weights: Source, text: PretrainedConfig, model_type: str) -> 
         legacy = {"legacy": True} if model_type == "llava" else {}
         tokenizer = AutoTokenizer.from_pretrained(weights.place, revision=weights.revision, config=text, trust_remote_code=False, **legacy)
     except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip().split("\n") or [""])[0]
         raise ConfigError(
-            f"pretrained: the tokenizer of {weights.label} can't be read ({reason}). "
+            f"pretrained: the tokenizer of {weights.label} can't be read ({first_line(error)}). "
             "A tokenizer.model needs the packages sentencepiece and protobuf in versions that go together."
         ) from error
     tokens = [AddedToken(token, special=True, normalized=False) for token in PLACEHOLDERS[model_type]]
