@@ -6,54 +6,22 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
-
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from typing import Any
 
 from vlm_pruner_eval.lmms import prompts
 from vlm_pruner_eval.lmms.ahead import Ahead, Job, Made, Step, Turn
 from vlm_pruner_eval.lmms.inputs import Prepared
-from vlm_pruner_eval.lmms.log import Answer, Reading
+from vlm_pruner_eval.lmms.log import Answer
 from vlm_pruner_eval.lmms.loglikelihood import PREFILL, Target, by_prompt, continuation_ids, score
 from vlm_pruner_eval.lmms.plan import Batch, Done, Part
-from vlm_pruner_eval.lmms.prompts import Generation, Prompt, Request
-from vlm_pruner_eval.lmms.settings import Settings
-from vlm_pruner_eval.pruners import Pruner
-
-
-class Reader(Protocol):
-    """A loaded model that reads prompts under pruning, as `PrunedModel` is."""
-
-    settings: Settings
-    pruner: Pruner
-    hooked: Pruner
-    processing: AbstractContextManager
-    model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
-
-    def prompt_of(self, request: Request, in_turn: Turn | None = None) -> Prompt:
-        """Return the prompt of a request."""
-
-    def taken(self, request: Request, job: Job[Prompt]) -> Prompt | Answer:
-        """Return a finished prompt, or a failed Answer."""
-
-    def prepare(self, batch: list[Prompt], pruner: Pruner | None = None) -> Prepared:
-        """Return the tensors of a batch."""
-
-    def read(self, batch: Prepared, options: Generation, *, n_more: int = 0) -> Reading:
-        """Generate under pruning."""
-
-    def failed(self, request: Request, error: Exception) -> Answer:
-        """Return the record of a failure."""
+from vlm_pruner_eval.lmms.prompts import Prompt
 
 
 class Scorer:
     """Scores continuations with a loaded model, by its own method; prompts are made ahead as for generated answers."""
 
-    def __init__(self, model: Reader):
-        self._model = model
+    def __init__(self, model: Any):
+        self._model = model  # a PrunedModel, whose file imports this one
 
     def batches(self, targets: Sequence[Target], done: Done, part: Part) -> Iterator[Batch]:
         """Targets with their answers, those in `done` left out."""

@@ -32,19 +32,10 @@ FeatureCall = Mapping[str, object]
 InstancePatch = tuple[object, str, Callable]
 
 
-# ---- what a run asks a family with
+# ---- prompts
 def chat_template(messages: Sequence[dict], processor: ProcessorMixin) -> str:
     """Render a chat with the checkpoint's own template."""
     return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-
-
-def as_it_is(image: Image.Image, processor: ProcessorMixin) -> Image.Image:
-    """Return the image."""
-    return image
-
-
-def leave(config: PretrainedConfig, processor: ProcessorMixin) -> None:
-    """Change nothing."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +59,8 @@ class PromptProtocol:
     """
 
     render: Callable[[Sequence[dict], ProcessorMixin], str] = chat_template
-    view: Callable[[Image.Image, ProcessorMixin], Image.Image] = as_it_is
-    prepare: Callable[[PretrainedConfig, ProcessorMixin], None] = leave
+    view: Callable[[Image.Image, ProcessorMixin], Image.Image] = lambda image, processor: image
+    prepare: Callable[[PretrainedConfig, ProcessorMixin], None] = lambda config, processor: None
     fixes: Mapping[str, object] = field(default_factory=dict)
     new_tokens: int | None = None
 
