@@ -123,6 +123,7 @@ def test_batched_answers_equal_single_ones_and_what_was_asked_was_kept(family: s
     assert expected[NO_IMAGE] == (0, 0, 0, 0)
 
 
+@pytest.mark.parametrize("family", ["internvl", "qwen3_vl"], indirect=True)
 def test_pruning_changes_answers(model: PrunedModel) -> None:
     unpruned = ask(model)
     model.configure("vlmpruner", "8/9")

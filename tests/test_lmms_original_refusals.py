@@ -191,18 +191,14 @@ def test_a_tower_that_is_not_whole(tmp_path: Path, spoil: Callable[[Path], None]
         loaded(folder, "llava")
 
 
-def test_pickled_weights_are_read_on_request_only(tmp_path: Path) -> None:
-    folder = write_original(tmp_path, *llava_parts(), as_bin=True)
-    with pytest.raises(ConfigError, match=r"has its weights as pytorch_model\.bin only.*add allow_bin=True to model_args"):
-        loaded(folder, "llava")
-
-
-def test_a_towers_pickled_weights_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["checkpoint", "tower"])
+def test_pickled_weights_are_read_on_request_only(tmp_path: Path, part: str) -> None:
     parts, clip = llava_parts()
-    folder = write_original(tmp_path, parts, clip, with_tower=False)
-    (tmp_path / "tower/model.safetensors").unlink()
-    torch.save(clip.state_dict(), tmp_path / "tower/pytorch_model.bin")
-    with pytest.raises(ConfigError, match=r"tower has its weights as .* add allow_bin=True"):
+    folder = write_original(tmp_path, parts, clip, with_tower=False, as_bin=part == "checkpoint")
+    if part == "tower":
+        (tmp_path / "tower/model.safetensors").unlink()
+        torch.save(clip.state_dict(), tmp_path / "tower/pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"has its weights as pytorch_model\.bin only.*add allow_bin=True to model_args"):
         loaded(folder, "llava")
     assert loaded(folder, "llava", allow_bin=True).model.config.model_type == "llava"
 

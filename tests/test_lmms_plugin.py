@@ -135,10 +135,8 @@ def test_our_errors_end_the_process_for_models_of_other_packages_too(capsys: pyt
     ("name", "meant"),
     [
         ("vlmpruner_lava", "vlmpruner_llava"),
-        ("vlmpruner-llava", "vlmpruner_llava"),
-        ("VLMPruner_LLaVA", "vlmpruner_llava"),
+        ("VLMPruner-LLaVA", "vlmpruner_llava"),
         ("vlm_pruner_qwen2_vl", "vlmpruner_qwen2_vl"),
-        ("vlmprunner_internvl", "vlmpruner_internvl"),
         ("vlmpruner", None),
         ("vlmpruner_something_else_entirely", None),
     ],
