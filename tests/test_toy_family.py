@@ -1,4 +1,4 @@
-"""Adding a family takes one file in vlms/ and one entry in tests/tiny_models.py: shown with one that lies among the tests."""
+"""Adding a family takes one file in vlms/ and one entry in tests/tiny_models.py, as for one that lies among the tests."""
 
 from __future__ import annotations
 

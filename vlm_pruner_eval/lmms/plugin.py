@@ -1,4 +1,4 @@
-"""What lmms-eval's entry-point group `lmms_eval.models` calls: models, packaged tasks, prompts, exit codes.
+"""Entry point of lmms-eval's group `lmms_eval.models`: models, packaged tasks, prompts, exit codes.
 
 lmms-eval 0.7.3 has an entry point for models only, so the rest is done by wrapping a few of its functions. Every wrapper
 leaves runs of models that are not ours as they are, and wrapping twice is the same as wrapping once.
@@ -241,7 +241,7 @@ def exit_with(sentence: str, *, code: int) -> NoReturn:
 
 
 def _argument_problem(args: argparse.Namespace) -> str | None:
-    """What lmms-eval would only log: no task at all, and an output folder that it finds unwritable after hours of work."""
+    """Sentence about what lmms-eval would only log: no task, or an output folder that can't be written; None if all is well."""
     if args.tasks is None:
         return "--tasks is missing, expected names of tasks, separated by commas; `--tasks list` prints them."
     if not args.output_path:

@@ -29,7 +29,7 @@ COUNTS = ("batch_size", "workers", "max_frames_num", "min_pixels", "max_pixels")
 
 @dataclass(frozen=True)
 class Settings:
-    """How a checkpoint is loaded and asked; the method is kept apart, since it can be switched on a loaded model.
+    """Settings of loading and asking a checkpoint; the method is kept apart, since it can be switched on a loaded model.
 
     Attributes
     ----------
@@ -40,11 +40,11 @@ class Settings:
     dtype
         "auto": float32 on CPU, the checkpoint's own on a GPU.
     device
-        Default: this process's GPU, or the CPU where there is none.
+        Default: this process's GPU, or the CPU if there is none.
     batch_size
         Prompts per generate call.
     workers
-        Threads that read and decode documents while the model answers earlier ones; 0: none. No answer depends on it. None: 2 where
+        Threads that read and decode documents while the model answers earlier ones; 0: none. No answer depends on it. None: 2 if
         a GPU answers, 0 on a CPU, whose cores the model itself is timed on.
     protocol
         Whose prompt and image handling; "hf" is the checkpoint's own chat template and processor, "paper" that of the
@@ -57,7 +57,7 @@ class Settings:
     system_prompt
         A system turn put before every chat that has none; None: what the checkpoint's template does by itself.
     allow_bin
-        Whether weights may be read from pickled .bin files, where there are no safetensors.
+        True if weights may be read from pickled .bin files in the absence of safetensors.
     """
 
     pretrained: str

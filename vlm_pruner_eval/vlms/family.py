@@ -1,6 +1,7 @@
-"""Base of the model families: what a family says of itself, where its visual tokens are, and what part of an image each one shows.
+"""Base of the model families: facts of a family, places of its visual tokens in the prompt and on the pixels.
 
-Every start of lmms-eval and every report imports the files of families, so they import torch and transformers inside functions only.
+Every start of lmms-eval and every report imports the files of families, so these import torch and transformers inside
+functions only.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def _llava(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, tower: 
 
 
 def _llava_video(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
-    """What the original sets in code: tiles and frames resized to the tower's input (bicubic, not cropped), values in [-1, 1].
+    """Make the processor as the original sets it in code: tiles and frames resized (bicubic, not cropped), values in [-1, 1].
 
     The original resizes with Pillow, some versions of transformers with torchvision, whose pixels can differ by a rounding step.
     """

@@ -42,7 +42,7 @@ def first_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """Where files are read from.
+    """Folder or hub id that files are read from.
 
     Attributes
     ----------
@@ -140,7 +140,7 @@ def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
 def fill(model: PreTrainedModel, weights: Source, tower: str, *, n_words: int, device: torch.device) -> None:
     """Fill a model whose parameters are on the meta device, in the model's dtype; the tower's tensors may lie in its own folder.
 
-    The placeholder tokens of images and videos take rows behind the checkpoint's words, where its tables have no spare ones.
+    The placeholder tokens of images and videos take rows behind the checkpoint's words, if its tables have no spare ones.
     Such a row is the mean of all words' rows: what it holds as input is replaced by image features, and its score as output is
     the mean of all scores, which never is the highest.
 

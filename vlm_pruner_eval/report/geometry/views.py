@@ -1,7 +1,7 @@
-"""Tokens of a prompt laid on its images and videos by the rule of their family: arithmetic on logged layouts and sizes, no model.
+"""Tokens of a prompt laid on its images and videos by the rule of their family: arithmetic, no model.
 
-Rectangles are in pixels of the image as the task gave it, so that they hold whatever the checkpoint's processor did to it.
-They show where a token's patch was cut out; what a vision tower mixes into it from elsewhere is not seen.
+Rectangles are in pixels of the image as the task gave it, so that they hold whatever the checkpoint's processor did
+to it. They show the place that a token's patch was cut out of; what a vision tower mixes into it is not seen.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class View:
     Attributes
     ----------
     title
-        Which view of its image it is; empty where there is one only.
+        Of the view; empty if an image has one only.
     medium
         Index among the images and videos of the prompt.
     frame
-        Which sampled frame (the first, where tokens hold several); 0 of an image.
+        Number of the sampled frame (the first, if tokens hold several); 0 of an image.
     canvas
         What there is to see: the image, and the border that the processor puts around it.
     boxes

@@ -1,4 +1,4 @@
-"""Tiled LLaVAs (LLaVA-NeXT, LLaVA-OneVision, LLaVA-Video): a base view, tiles in the shape that suits an image, pooled frames."""
+"""Tiled LLaVAs (NeXT, OneVision, Video): a base view, tiles in the shape that suits an image, pooled frames."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Anyres(Family):
-    """Base of the tiled families: settings of their processors, and where their tokens lie on an image."""
+    """Base of the tiled families: settings of their processors, and the place of their tokens on an image."""
 
     def geometry(self, config: PretrainedConfig, processor: ProcessorMixin, protocol: PromptProtocol) -> dict[str, Any]:
         """``tile``, ``patch`` and ``pinpoints`` (height, width) in pixels; ``max_tiles``, None if tiles are never shrunk."""
@@ -42,7 +42,7 @@ class Anyres(Family):
         }
 
     def pictures(self, geometry: Mapping[str, Any], medium: Medium, layouts: Sequence[Shape]) -> tuple[int, list[Picture]]:
-        """A base view, then tiles whose rows end in a newline token; or the base view alone, padded, with one newline token."""
+        """A base view, then tiles with a newline token behind each row; or the base view alone, padded, with one newline."""
         if medium.is_video:
             return 1, _pooled_frames(geometry, medium, layouts[0])
         return 1, _views(geometry, medium, layouts[0])
@@ -107,7 +107,7 @@ def _views(geometry: Mapping[str, Any], medium: Medium, layout: Shape) -> list[P
 
 
 def _tiled(geometry: Mapping[str, Any], medium: Medium) -> tuple[Fit, tuple[int, int], tuple[int, int]]:
-    """How the image lies on its tiles, and (first, number) of the rows and columns of patches that are not border.
+    """Fit of the image on its tiles, and (first, number) of the rows and columns of patches that are not border.
 
     Paper: arXiv 2310.03744 (LLaVA-1.5-HD), as LLaVA-NeXT's and LLaVA-OneVision's processors do it.
     """
