@@ -23,13 +23,13 @@ from pathlib import Path
 
 import lmms_eval.tasks
 from sweep_standin import StandIn, task_manager
+from vlm_pruner_eval.lmms.plan import Batch, Done, Part
+from vlm_pruner_eval.sweep.executors import workers
 
 from vlm_pruner_eval import cli
 from vlm_pruner_eval.lmms import wrapper
-from vlm_pruner_eval.lmms.plan import Batch, Done, Part
 from vlm_pruner_eval.lmms.prompts import Request
 from vlm_pruner_eval.report import printing
-from vlm_pruner_eval.sweep.executors import workers
 
 
 def tasks_folder() -> Path:

@@ -12,15 +12,15 @@ from lmms_requests import fresh_model, request, set_batch_size
 from rich.console import Console
 from sweep_standin import Behaviour, StandIn, make_config, task_manager, write_tasks
 from test_lmms_shared import together
+from vlm_pruner_eval.lmms.journal import Journal
+from vlm_pruner_eval.sweep.speed import Speed, duration
 
 from vlm_pruner_eval.errors import OutOfMemoryError
-from vlm_pruner_eval.lmms.journal import Journal
 from vlm_pruner_eval.lmms.shared import Configuration
 from vlm_pruner_eval.sweep.grid import expand
 from vlm_pruner_eval.sweep.progress import SweepProgress
 from vlm_pruner_eval.sweep.runner import run_sweep
 from vlm_pruner_eval.sweep.score_line import score_line, title
-from vlm_pruner_eval.sweep.speed import Speed, duration
 
 
 class Clock:

@@ -17,18 +17,18 @@ from fake_ray import FakeRay, Killed, LocalRayletDiedError, Reference
 from rich.console import Console
 from sweep_processes import RAW, left_behind
 from sweep_standin import Behaviour, StandIn, task_manager, write_tasks
-
-from vlm_pruner_eval.errors import ConfigError, StoppedError
 from vlm_pruner_eval.lmms.plan import Batch, Done, Part
-from vlm_pruner_eval.lmms.prompts import Request
-from vlm_pruner_eval.sweep.config import SweepConfig, validate
 from vlm_pruner_eval.sweep.executors import RayExecutor, choose, on_ray
 from vlm_pruner_eval.sweep.executors.allotment import sweep_file
 from vlm_pruner_eval.sweep.executors.ray_worker import Worker
+from vlm_pruner_eval.sweep.store import Store
+
+from vlm_pruner_eval.errors import ConfigError, StoppedError
+from vlm_pruner_eval.lmms.prompts import Request
+from vlm_pruner_eval.sweep.config import SweepConfig, validate
 from vlm_pruner_eval.sweep.grid import expand
 from vlm_pruner_eval.sweep.opening import open_session
 from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
-from vlm_pruner_eval.sweep.store import Store
 
 
 def config(**changes: Any) -> SweepConfig:
