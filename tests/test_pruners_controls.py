@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import prompts
 
@@ -109,7 +109,6 @@ GRIDS = st.builds(
     newlines=st.integers(0, 3),
     keep_of_1000=st.integers(0, 1000),
 )
-MANY = settings(max_examples=150, deadline=None, derandomize=True)
 
 
 def members(coords: torch.Tensor, keep: int) -> dict[int, list[tuple[int, int, int]]]:
@@ -120,7 +119,6 @@ def members(coords: torch.Tensor, keep: int) -> dict[int, list[tuple[int, int, i
     return found
 
 
-@MANY
 @given(grids=GRIDS)
 def test_pool_has_exactly_r_cells_that_are_rectangles_and_cover_the_grid(grids: Grids):
     cells = members(grids.coords, grids.keep)
@@ -136,7 +134,6 @@ def test_pool_has_exactly_r_cells_that_are_rectangles_and_cover_the_grid(grids: 
     assert len(covered) == min(grids.frames, grids.keep)
 
 
-@MANY
 @given(grids=GRIDS)
 def test_pool_shares_cells_over_frames_and_keeps_them_of_like_size(grids: Grids):
     keep = min(grids.keep, grids.places)
@@ -149,7 +146,6 @@ def test_pool_shares_cells_over_frames_and_keeps_them_of_like_size(grids: Grids)
         assert not heights or max(heights) - min(heights) <= 1
 
 
-@MANY
 @given(grids=GRIDS)
 def test_pool_means_are_those_of_a_slow_loop_and_stand_nearest_to_the_centre(grids: Grids):
     generator = torch.Generator().manual_seed(grids.places)
@@ -248,7 +244,6 @@ def test_downsample_refuses_what_has_no_meaning(params: dict, sentence: str):
         get_pruner("downsample", pruning_rate=0.5, **params)
 
 
-@MANY
 @given(height=st.integers(1, 3000), width=st.integers(1, 3000), n_tokens=st.integers(1, 3000))
 def test_a_smaller_grid_fits_and_keeps_the_proportions(height: int, width: int, n_tokens: int):
     rows, cols = smaller_grid(height, width, n_tokens)
