@@ -38,7 +38,11 @@ MIXED = [[4, "i0", 7], [3, "i1", 2, "i2", 12], [9]]
 MEDIA = [[4, "i0", 7], [3, "v1", 12], [5, "i1", 2, "v1", 6, "i2", 3], [9]]
 ROWS = {name: MEDIA if tiny.videos else MIXED for name, tiny in FAMILIES.items()}  # a batch of all that a family takes
 CLOSE = 2e-4
-CUTS = [(name, layer) for name in sorted(FAMILIES) for layer in (range(N_LAYERS) if name in ("llava", "qwen3_vl") else (0, 2))]
+EVERY_LAYER = ("llava", "qwen3_vl")
+CUTS = [
+    *((name, layer, "sdpa") for name in sorted(FAMILIES) for layer in (range(N_LAYERS) if name in EVERY_LAYER else (0, 2))),
+    *((name, 2, "eager") for name in EVERY_LAYER),
+]
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -55,7 +59,7 @@ def compare(model, inputs, pruner, n=6, views=views_from):
     return output, records, distance(step_logits(output), slow[:, length - 1 : length - 1 + n])
 
 
-@pytest.mark.parametrize(("family", "layer", "attention"), [*((*cut, "sdpa") for cut in CUTS), ("llava", 2, "eager"), ("qwen3_vl", 2, "eager")])
+@pytest.mark.parametrize(("family", "layer", "attention"), CUTS)
 def test_cached_decoding_equals_masked_recompute_and_rows_alone(tiny_model, family, layer, attention):
     """Images, videos, both and none in one left-padded batch; a row alone takes the path without a mask."""
     model, rows, pruner = tiny_model(family, attention), ROWS[family], StateNorm(pruning_rate="2/3", layer=layer)

@@ -6,23 +6,18 @@ import contextlib
 import copy
 import pickle
 import threading
-import types
 import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
-from test_hook_exact import MIXED, ONE
-from tiny_models import IMAGE, TEXT, VIDEO, VISION_END, VISION_START, build, prompts
+from test_hook_exact import ONE
+from tiny_models import IMAGE, VIDEO, VISION_END, VISION_START, build, prompts
 from torch import Tensor, nn
-from toy_pruners import Stride
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 from vlm_pruner_eval import PruningError, prune
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.hf_compat import cache_of, count_positions, has_multidimensional_positions, with_cache
-from vlm_pruner_eval.lmms.checks import check_prompt_lengths
 from vlm_pruner_eval.pruners import get_pruner
 
 NEITHER_IMAGE_NOR_END = {

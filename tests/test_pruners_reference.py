@@ -127,7 +127,8 @@ def slow_features(states: np.ndarray, channels: int) -> np.ndarray:
 
 
 # every variant on every layout; diverse tokens, and tokens that resemble each other, in turn
-CASES = [(kind, variant, 1.5 * ((i + k) % 2)) for i, variant in enumerate(VARIANTS) for k, kind in enumerate(["image", "frames", "newlines"])]
+KINDS = ("image", "frames", "newlines")
+CASES = [(kind, variant, 1.5 * ((i + k) % 2)) for i, variant in enumerate(VARIANTS) for k, kind in enumerate(KINDS)]
 
 
 @pytest.mark.parametrize(("kind", "variant", "common"), CASES)
