@@ -120,7 +120,7 @@ def members(coords: torch.Tensor, keep: int) -> dict[int, list[tuple[int, int, i
 
 
 @given(grids=GRIDS)
-def test_pool_has_exactly_r_cells_that_are_rectangles_and_cover_the_grid(grids: Grids):
+def test_pool_has_exactly_r_cells_that_are_rectangles_of_like_size_and_cover_the_grid(grids: Grids):
     cells = members(grids.coords, grids.keep)
     left_out = cells.pop(-1, [])
     assert sorted(cells) == [*range(grids.keep)]
@@ -132,15 +132,10 @@ def test_pool_has_exactly_r_cells_that_are_rectangles_and_cover_the_grid(grids: 
         covered.add(frames[0])
     assert {frame for frame, row, _ in left_out if row >= 0}.isdisjoint(covered), "a frame that has cells is covered by them"
     assert len(covered) == min(grids.frames, grids.keep)
-
-
-@given(grids=GRIDS)
-def test_pool_shares_cells_over_frames_and_keeps_them_of_like_size(grids: Grids):
-    keep = min(grids.keep, grids.places)
-    cells = members(grids.coords, keep)
-    cells.pop(-1, None)
+    if grids.keep > grids.places:  # each token is a cell, newline tokens too
+        return
     counts = [sum(tokens[0][0] == frame for tokens in cells.values()) for frame in range(grids.frames)]
-    assert sum(counts) == keep and max(counts) - min(counts) <= 1
+    assert max(counts) - min(counts) <= 1, "frames share the cells"
     for frame in range(grids.frames):
         heights = [len({row for _, row, _ in tokens}) for tokens in cells.values() if tokens[0][0] == frame]
         assert not heights or max(heights) - min(heights) <= 1
@@ -229,19 +224,13 @@ def test_downsample_does_not_choose_among_tokens():
     assert pruner.default_keep(576) == 64 and pruner.stages(32) == ()
     with pytest.raises(PruningError, match="makes images smaller before the model; use it through lmms-eval or a sweep"):
         pruner.select(image())
-
-
-@pytest.mark.parametrize(
-    ("params", "sentence"),
-    [
+    for params, sentence in (
         ({"scope": "per_sample"}, "scope: got per_sample, expected per_image"),
         ({"layer": 2}, "layer: got 2, but this method acts at layer 0 only"),
         ({"positions": "contiguous"}, "positions: got 'contiguous', expected one of original"),
-    ],
-)
-def test_downsample_refuses_what_has_no_meaning(params: dict, sentence: str):
-    with pytest.raises(ConfigError, match=sentence):
-        get_pruner("downsample", pruning_rate=0.5, **params)
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            get_pruner("downsample", pruning_rate=0.5, **params)
 
 
 @given(height=st.integers(1, 3000), width=st.integers(1, 3000), n_tokens=st.integers(1, 3000))
