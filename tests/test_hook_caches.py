@@ -72,6 +72,20 @@ def test_rows_of_a_cache_can_be_selected_repeated_and_reordered(tiny_model):
             assert torch.allclose(found, whole[rows], atol=1e-5), name
 
 
+def test_new_tokens_that_are_masked_are_not_seen(tiny_model):
+    model, inputs = tiny_model("llava"), prompts("llava", MIXED)
+    ones, places = torch.ones(3, 1, dtype=torch.long), inputs["attention_mask"].sum(1, keepdim=True)
+    with prune(model, fastv()), torch.no_grad():
+        found = []
+        for hidden in (False, True):
+            cache, mask = cache_of(model(**inputs, use_cache=True)), inputs["attention_mask"]
+            if hidden:
+                mask = torch.cat([mask, ones - 1], 1)
+                model(input_ids=ones * 9, attention_mask=mask, position_ids=places, **with_cache(model.forward, cache))
+            found.append(step(model, cache, 3, attention_mask=torch.cat([mask, ones], 1), position_ids=places))
+    assert torch.allclose(*found, atol=1e-5)
+
+
 def test_a_cache_is_taken_back_to_the_end_of_its_images_and_no_further(tiny_model):
     model, inputs = tiny_model("llava"), prompts("llava", ONE)
     with prune(model, fastv()):
