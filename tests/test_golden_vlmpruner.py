@@ -209,13 +209,3 @@ def test_half_precision_pivots_do_not_collapse(corner_files: Path):
         pivots.append(int(torch.stack([(keys - keys[p]).norm(dim=1) for p in pivots]).amin(0).argmax()))
     assert got.order[:4].tolist() == pivots
     assert corner["selected"][:4] != pivots, "the release's did"
-
-
-def test_cancelling_weights_ignore_negative_cosines(corner_files: Path):
-    corner = CORNERS["negative_weight_sum"]
-    tokens, got = answer_corner(corner, load_file(corner_files / corner["file"]), quirks=False)
-    kept = int(got.order)
-    cosine = torch.nn.functional.cosine_similarity(tokens.hidden_states, tokens.hidden_states[kept], dim=-1)
-    cosine[kept] = 0
-    mean = (cosine.clamp(min=0)[:, None] * tokens.hidden_states).sum(0) / cosine.clamp(min=0).sum()
-    assert_states(got.hidden_states[0], 0.3 * tokens.hidden_states[kept] + 0.7 * mean)

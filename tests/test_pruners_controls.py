@@ -157,18 +157,15 @@ def test_pool_means_are_those_of_a_slow_loop_and_stand_nearest_to_the_centre(gri
         assert away[token] <= min(away.values()) + 1e-9
 
 
-def test_pool_of_64_in_576_is_average_pooling_by_three():
+def test_pool_of_64_in_576_is_average_pooling_by_three_and_other_cells_are_near_square():
     states = torch.randn(576, 7, generator=torch.Generator().manual_seed(0))
     got = get_pruner("pool", pruning_rate="8/9").select(VisualTokens(states, grid=(24, 24)))
     expected = torch.nn.functional.avg_pool2d(states.T.reshape(7, 24, 24), 3).flatten(1).T
     assert torch.allclose(got.hidden_states, expected, atol=1e-6)
     assert got.keep.tolist() == [24 * row + col for row in range(1, 24, 3) for col in range(1, 24, 3)]
-
-
-@pytest.mark.parametrize("keep", [192, 128])
-def test_pool_cells_are_near_square(keep: int):
-    sizes = [len(tokens) for tokens in members(image().coords, keep).values()]
-    assert min(sizes) >= 576 / keep / 3 and max(sizes) <= 2 * 576 / keep
+    for keep in (192, 128):
+        sizes = [len(tokens) for tokens in members(image().coords, keep).values()]
+        assert min(sizes) >= 576 / keep / 3 and max(sizes) <= 2 * 576 / keep
 
 
 def test_pool_keeps_newline_tokens_only_where_every_other_token_has_a_cell():
@@ -273,15 +270,11 @@ def nearly_uniform() -> VisualTokens:
     return VisualTokens(states, grid=(10, 10), keys=torch.randn(100, 2, 4, generator=generator))
 
 
-@pytest.mark.parametrize("step", [1e-3, 1e-12, 1e-300])
-def test_a_tiny_threshold_step_still_ends(step: float):
-    """A stalled pass jumps to the first threshold above the lowest score, so the number of passes is bounded by R."""
-    got = get_pruner("vlmpruner", pruning_rate=0.5, threshold=-5.0, threshold_step=step).select(nearly_uniform(), 40)
-    assert len(got.order) == 40 and "stall" in got.quirks
-
-
-def test_jumping_is_the_same_as_climbing():
-    """The threshold after a jump is a rung of the same ladder: a start that is 7 rungs lower changes nothing."""
+def test_a_tiny_threshold_step_ends_and_jumping_is_the_same_as_climbing():
+    """A stalled pass jumps to the first rung above the lowest score: passes are bounded by R, and a start 7 rungs lower changes nothing."""
+    for step in (1e-3, 1e-12, 1e-300):
+        got = get_pruner("vlmpruner", pruning_rate=0.5, threshold=-5.0, threshold_step=step).select(nearly_uniform(), 40)
+        assert len(got.order) == 40 and "stall" in got.quirks
     high, low = (get_pruner("vlmpruner", pruning_rate=0.5, threshold=t, threshold_step=0.125) for t in (0.875, 0.0))
     assert torch.equal(high.select(nearly_uniform(), 40).order, low.select(nearly_uniform(), 40).order)
 

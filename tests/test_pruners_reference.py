@@ -194,25 +194,6 @@ def test_fastv(seed: int):
         assert get_pruner("fastv", pruning_rate=RATE).select(tokens, keep).order.tolist() == expected[:keep]
 
 
-# ---- DivPrune (arXiv 2503.02175)
-def slow_divprune(states: np.ndarray, keep: int) -> list[int]:
-    distance = [[1 - cosine(a, b) for b in states] for a in states]
-    others = [[d for j, d in enumerate(row) if j != i] for i, row in enumerate(distance)]
-    chosen = [int(np.argmax([min(row) for row in others]))]
-    while len(chosen) < keep:
-        rest = [i for i in range(len(states)) if i not in chosen]
-        chosen.append(max(rest, key=lambda i: min(distance[i][j] for j in chosen)))
-    return chosen
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_divprune(seed: int):
-    states = smooth_tokens("image", seed)["states"]
-    for keep in (1, 9, 42):
-        got = get_pruner("divprune", pruning_rate=RATE).select(VisualTokens(torch.from_numpy(states), grid=(6, 7)), keep)
-        assert got.order.tolist() == slow_divprune(states.astype(np.float64), keep)
-
-
 # ---- DART (arXiv 2502.11494)
 def slow_dart(image: dict, text: dict, keep: int) -> list[int]:
     def strongest(keys: np.ndarray, count: int) -> list[int]:
