@@ -15,7 +15,8 @@ from vlm_pruner_eval.ledger import SampleRecord
 from vlm_pruner_eval.store.answers import Answer, AnswerLog, BatchSize
 from vlm_pruner_eval.store.folder import DocumentScore, Store
 from vlm_pruner_eval.store.kept import Kept
-from vlm_pruner_eval.store.schema import Provenance, TaskScore, UnitRecord, plain
+from vlm_pruner_eval.store.schema import UnitRecord, plain
+from vlm_pruner_eval.store.summaries import Provenance, TaskScore
 from vlm_pruner_eval.sweep import records, scores
 from vlm_pruner_eval.sweep.config import SweepConfig, validate
 from vlm_pruner_eval.sweep.grid import expand, grid_of

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from report_sweeps import copied, edit, folder
 
+from vlm_pruner_eval.report.answer_arrays import DocumentAnswer, document_answer, flips
 from vlm_pruner_eval.report.load import Results, load_results
 from vlm_pruner_eval.report.rows import rows_of
 from vlm_pruner_eval.report.stats import paired
-from vlm_pruner_eval.report.answer_arrays import DocumentAnswer, document_answer, flips
 from vlm_pruner_eval.report.stats.compare import compare
 from vlm_pruner_eval.report.stats.comparisons import AVERAGE, Comparison, Comparisons
 from vlm_pruner_eval.report.tables.layout import differences

@@ -16,7 +16,7 @@ from vlm_pruner_eval.report.stats import paired
 from vlm_pruner_eval.report.stats.comparisons import AVERAGE, Comparison, Comparisons, Contest, Pair, Power
 from vlm_pruner_eval.report.stats.flip_counts import Flips, flips
 from vlm_pruner_eval.report.stats.paired import Estimate
-from vlm_pruner_eval.store.schema import ClusterCount
+from vlm_pruner_eval.store.summaries import ClusterCount
 from vlm_pruner_eval.sweep.grid import RATELESS, UNPRUNED
 
 
