@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from vlm_pruner_eval.bench import tasks_path
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.lmms.log import Answer
-from vlm_pruner_eval.speed.cli import app
-from vlm_pruner_eval.speed.shared import bench_shared
+from vlm_pruner_eval.speed.bench_commands import app
+from vlm_pruner_eval.speed.bench_shared import bench_shared
 from vlm_pruner_eval.sweep.config import SweepConfig, validate
 
 ROOT = Path(__file__).parent.parent
