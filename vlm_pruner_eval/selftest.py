@@ -23,13 +23,6 @@ _LAYER, _N_LAYERS, _SIDE = 2, 4, 4
 _NEW_TOKENS = 3
 _TOLERANCE = 1e-3  # of the largest logit, in float32
 
-Step = tuple[str, Callable[[], str]]
-
-
-def steps() -> list[Step]:
-    """Return the parts of the self-test: a name, and what raises if it fails, or else says what was seen."""
-    return [("lmms-eval", late_imports), ("hook", hook)]
-
 
 def run() -> None:
     """Run the self-test.
@@ -39,7 +32,7 @@ def run() -> None:
     StoppedError
         With the part that failed, why, and the packages that are not as they were tested.
     """
-    for name, step in steps():
+    for name, step in STEPS.items():
         try:
             step()
         except Exception as error:  # whatever a release of another project breaks
@@ -201,3 +194,6 @@ def _recompute(model, inputs: dict, sequences, kept: list[list[int]]):
         for handle in handles:
             handle.remove()
     return whole.logits[:, n_prompt - 1 : -1]
+
+
+STEPS: dict[str, Callable[[], str]] = {"lmms-eval": late_imports, "hook": hook}  # each raises, or says what was seen
