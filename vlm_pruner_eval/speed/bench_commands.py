@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,7 +60,7 @@ def selection(
     from vlm_pruner_eval.speed.bench_selection import bench_selection
 
     numbers = _whole_numbers("--sizes", sizes)
-    _measure(lambda: bench_selection(_words(methods), numbers, repeats, progress=_tell), threads, out, as_json)
+    _measure(lambda: bench_selection(_words(methods), numbers, repeats), threads, out, as_json)
 
 
 @app.command()
@@ -86,7 +85,7 @@ def prefill(
 
     prompt = {"n_text": text_tokens, "n_new": new_tokens, "batch_sizes": _whole_numbers("--batch-sizes", batch_sizes)}
     setup = Setup(geometry=geometry, **prompt, repeats=repeats, dtype=dtype, device=device)
-    _measure(lambda: bench_prefill(setup, _words(methods), _words(rates), progress=_tell), threads, out, as_json)
+    _measure(lambda: bench_prefill(setup, _words(methods), _words(rates)), threads, out, as_json)
 
 
 @app.command()
@@ -133,7 +132,7 @@ def shared(
     from vlm_pruner_eval.sweep.grid import method_problems
 
     loaded = sweep_config.load(config, overrides={"limit": limit}, check=method_problems)
-    result = _measure(lambda: bench_shared(loaded, rounds, progress=_tell), threads, out, as_json)
+    result = _measure(lambda: bench_shared(loaded, rounds), threads, out, as_json)
     if result["failed"] or result["different"]:
         raise typer.Exit(FAILED)
 
@@ -180,8 +179,3 @@ def _whole_numbers(option: str, text: str) -> list[int]:
     if not all(re.fullmatch("-?[0-9]{1,9}", part) for part in parts):
         raise ConfigError(f"{option}: got {short(text)}, expected whole numbers with commas between, such as 8,16.")
     return [int(part) for part in parts]
-
-
-def _tell(line: str) -> None:
-    """Print progress; stdout is for the result."""
-    print(line, file=sys.stderr, flush=True)

@@ -6,7 +6,7 @@ and are not those of a trained model. Every ratio is of calls that took turns in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from statistics import median
 from typing import Any
@@ -18,7 +18,7 @@ from vlm_pruner_eval.budget import Rate
 from vlm_pruner_eval.cost import DecoderShape, prefill_flops
 from vlm_pruner_eval.pruners import get_pruner
 from vlm_pruner_eval.speed.bench_setup import UNPRUNED, Case, Setup, paired_ratio, run_cases
-from vlm_pruner_eval.speed.measuring import HOW_MEMORY, peak_extra_bytes
+from vlm_pruner_eval.speed.measuring import HOW_MEMORY, peak_extra_bytes, tell
 from vlm_pruner_eval.speed.model_sizes import build, prompts
 from vlm_pruner_eval.speed.roofline import Limits
 from vlm_pruner_eval.speed.stages import DECODE, PARTS, SELECTION, Answered, answer
@@ -28,15 +28,8 @@ def bench_prefill(
     setup: Setup,
     methods: Sequence[str] = ("vlmpruner", "divprune"),
     rates: Sequence[Rate] = ("0.667", "0.889"),
-    *,
-    progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Time the first token and the later ones, unpruned and with every method at every rate, and measure memory.
-
-    Parameters
-    ----------
-    progress
-        Gets a line for every batch size as it begins.
 
     Returns
     -------
@@ -59,7 +52,7 @@ def bench_prefill(
         "overhead": [],
     }
     for batch in setup.batch_sizes:
-        progress(f"{setup.geometry}: batch {batch}")
+        tell(f"{setup.geometry}: batch {batch}")
         cases = [Case(f"{pruner.name} {pruner.pruning_rate}", pruner, pruner.layer) for pruner in pruners]
         for key, lines in _bench_batch(setup, model, batch, cases).items():
             result[key] += [{"batch": batch, **line} for line in lines]

@@ -74,7 +74,6 @@ def bench_selection(
     *,
     rates: Sequence[float] = RATES,
     width: int = WIDTH,
-    progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Time and measure every method at every size and rate on every device here, in float32.
 
@@ -90,8 +89,6 @@ def bench_selection(
         Pruning rates.
     width
         D, the width of the hidden states; keys have as many numbers.
-    progress
-        Gets a line for every size as it begins.
 
     Returns
     -------
@@ -117,7 +114,7 @@ def bench_selection(
     }
     for device in used:
         for n_visual in sizes:
-            progress(f"{device}: {n_visual} tokens")
+            measuring.tell(f"{device}: {n_visual} tokens")
             pruners = [get_pruner(name, pruning_rate=rate) for name in names for rate in rates]
             yardstick, rows = _bench_size(pruners, image_tokens(n_visual, width, device), repeats)
             head = {"device": str(device), "n_visual": n_visual}

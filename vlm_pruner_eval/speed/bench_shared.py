@@ -19,13 +19,7 @@ from vlm_pruner_eval.sweep.config import SweepConfig
 _TIMES = ("prefill_ms", "decode_ms", "peak_bytes")  # of a sample; all else must be equal
 
 
-def bench_shared(
-    config: SweepConfig,
-    rounds: int = 3,
-    *,
-    task_manager: Any = None,
-    progress: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
+def bench_shared(config: SweepConfig, rounds: int = 3, *, task_manager: Any = None) -> dict[str, Any]:
     """Run a grid in both ways, in turns, with one loaded model, and compare what they wrote.
 
     Both ways start from an empty folder and do all that a sweep does: loading tasks, scoring, resampling, writing.
@@ -34,8 +28,6 @@ def bench_shared(
     ----------
     task_manager
         Replaces lmms-eval's task index.
-    progress
-        Gets a line for every round as it ends.
 
     Returns
     -------
@@ -54,7 +46,7 @@ def bench_shared(
     import torch
 
     from vlm_pruner_eval.lmms.wrapper import load as load_model
-    from vlm_pruner_eval.speed.measuring import machine
+    from vlm_pruner_eval.speed.measuring import machine, tell
     from vlm_pruner_eval.sweep.opening import check_tasks
 
     models: list[Any] = []
@@ -79,7 +71,7 @@ def bench_shared(
             timed.append({way: run(Path(folder) / way, share_prefix=ways[way]) for way in order})
             compared.append(_compare(config, *(Path(folder) / way for way in ways)))
         seconds = ", ".join(f"{way} {timed[-1][way]['wall_s']:.0f} s" for way in ways)
-        progress(f"round {number + 1}: {seconds}")
+        tell(f"round {number + 1}: {seconds}")
     return {
         "benchmark": "shared",
         **machine(models[0].dtype, [torch.device(models[0].device)]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,6 +65,11 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def tell(line: str) -> None:
+    """Print progress; stdout is for the result."""
+    print(line, file=sys.stderr, flush=True)
 
 
 # ---- times
