@@ -1,4 +1,4 @@
-"""How commands end: their exit codes, and sentences for what went wrong."""
+"""Exit codes of commands, and sentences for errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FAILED, BAD_INPUT = 1, 2
 
 
 def sentences(command: Callable[P, None]) -> Callable[P, None]:
-    """What a user did wrong is a sentence on stderr and exit code 2, what could not be done one with exit code 1; never a traceback."""
+    """Map ConfigError to exit code 2 and run failures to 1, each printed as one line on stderr, without a traceback."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:

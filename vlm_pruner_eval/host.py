@@ -1,4 +1,4 @@
-"""What crosses from a device to the host: many tensors by one copy, since the host waits for the device at each."""
+"""Copies from a device to the CPU: many tensors at once, since each copy synchronises."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def to_host(*tensors: Tensor) -> list[Tensor]:
-    """The same tensors in the memory of the host, all those of a device by one copy, to the bit.
+    """Copy tensors to the CPU, all by one copy, to the bit.
 
     Tensors that are there already are returned as they are. The others come without a gradient.
     """

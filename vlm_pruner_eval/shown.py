@@ -26,7 +26,7 @@ _MOST_BITS = 256
 
 
 def without_secrets(text: str) -> str:
-    """Text with access tokens hidden: what looks like one, what is called one, and what the environment holds as one.
+    """Return the text with access tokens hidden: what looks like one, what is called one, and what the environment holds as one.
 
     Parameters
     ----------
@@ -40,20 +40,20 @@ def without_secrets(text: str) -> str:
 
 
 def spelled_out(text: str) -> str:
-    r"""Text with control characters as their escapes ("\x1b"), so that names, questions and answers can't steer a terminal."""
+    r"""Return the text with control characters as escapes ("\x1b"), so that names and answers can't steer a terminal."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def sentence(text: str) -> str:
-    """A message as a user may see it: on one line, with nothing secret and nothing that steers a terminal in it."""
+    """Return a message as a user may see it: on one line, with nothing secret and nothing that steers a terminal in it."""
     return spelled_out(without_secrets(_BREAKS.sub(" ", text)))
 
 
 def of_error(error: BaseException) -> str:
-    """An exception as a sentence: its type and message.
+    """Return an exception as a sentence: its type and message.
 
-    `tenacity` wraps lmms-eval's downloads and says of a failed one only that there was a last attempt: what that raised counts, and
-    the first cause of it.
+    `tenacity` wraps lmms-eval's downloads and says of a failed one only that there was a last attempt: the exception of
+    that attempt counts, and the first cause of it.
     """
     last = None
     while (attempt := _last_attempt(error if last is None else last)) is not None:
@@ -74,13 +74,13 @@ def _named(error: BaseException) -> str:
 
 
 def _last_attempt(error: BaseException) -> BaseException | None:
-    """What a call that was tried several times raised last; None of other exceptions."""
+    """Return the last exception of a call that was tried several times; None of other exceptions."""
     attempt = getattr(error, "last_attempt", None)
     return attempt.exception() if callable(getattr(attempt, "exception", None)) else None
 
 
 class _Short(reprlib.Repr):
-    """A nested or huge value must not flood a message, and Python refuses to write out whole numbers of thousands of digits."""
+    """Short `repr`: a huge value must not flood a message, and Python refuses to write out numbers of thousands of digits."""
 
     def repr_int(self, value: int, level: int) -> str:
         return f"a whole number of {value.bit_length()} bits" if value.bit_length() > _MOST_BITS else repr(value)
@@ -91,5 +91,5 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 80, 80
 
 
 def short(value: object) -> str:
-    """`repr` of a value that a message quotes, cut to a line."""
+    """Return the `repr` of a value that a message quotes, cut to a line."""
     return _SHORT.repr(value)

@@ -111,7 +111,7 @@ def _inputs(processor: Any, rows: Sequence[dict[str, Any]], image: bool) -> Any:
 
 
 def score(task: str, row: dict[str, Any], answer: str) -> dict[str, Any]:
-    """What the lmms-eval task records of one answer: right or wrong, 1.0 or 0.0, first."""
+    """Score one answer as the lmms-eval task does: right or wrong, 1.0 or 0.0, comes first."""
     processes = {"exist": process_yes_no, "pairs": process_pairs}
     return processes.get(task, process_exact_match)(row, [answer])
 

@@ -118,7 +118,7 @@ class _Stages:
         return sum(span.ms for span, _ in self.laps.get(name, ()))
 
     def cpu_ms(self, name: str) -> float:
-        """The same in this process's own time."""
+        """Total of a stage in this process's own time."""
         return sum(cpu for _, cpu in self.laps.get(name, ()))
 
 

@@ -28,7 +28,7 @@ _FACTS, _PIXELS, _QUESTIONS = range(3)  # random streams
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """Which scenes a task asks about, what it asks, and how many items of each subtype."""
+    """Scenes that a task asks about, its questions, and the number of items of each subtype."""
 
     kind: str
     offer: questions.Offer

@@ -47,7 +47,7 @@ class Glyph:
 
 
 def held_out(source: int) -> bool:
-    """Whether a drawing of ``load_digits()`` belongs to the test split."""
+    """True for a drawing of ``load_digits()`` that belongs to the test split."""
     return source % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
 

@@ -61,7 +61,7 @@ def offer_where(scene: Scene, rng: np.random.RandomState) -> list[Item]:
 
 
 def offer_count(scene: Scene, rng: np.random.RandomState) -> list[Item]:
-    """How many digits there are; the subtype is the answer."""
+    """Ask for the number of digits; the subtype is the answer."""
     count = str(len(scene.objects))
     return [(Question("how many digits are there ?", count, count),)]
 

@@ -64,7 +64,7 @@ class Scene:
 
     @property
     def number(self) -> str:
-        """What the plate says."""
+        """Text of the plate."""
         return "".join(str(digit.digit) for digit in self.plate)
 
     def as_json(self) -> dict:

@@ -1,4 +1,4 @@
-"""What the task files of DIGITSCENES name: prompts, images, scores. All scores are fractions in [0, 1]."""
+"""Functions that the task files of DIGITSCENES name: prompts, images, scores. All scores are fractions in [0, 1]."""
 
 from __future__ import annotations
 
