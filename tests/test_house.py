@@ -14,21 +14,21 @@ NAME = "vlm_pruner_eval"
 MOST_LINES = 350
 # what a part may import of this package, and which outside packages it must not know
 ALLOWED = {
-    "shown": set(),
+    "redact": set(),
     "stdout": set(),
-    "errors": {"shown"},
+    "errors": {"redact"},
     "durable": {"errors"},
     "ending": {"durable", "errors"},
     "versions": {"errors"},
     "hf_compat": {"errors", "versions"},
     "selftest": {"errors", "versions", ""},
     "host": set(),
-    "budget": {"errors", "shown"},
+    "budget": {"errors", "redact"},
     "cost": set(),
     "types": {"errors", "host"},
     "ledger": {"budget"},
     "timing": set(),
-    "pruners": {"pruners", "budget", "errors", "host", "shown", "types"},
+    "pruners": {"pruners", "budget", "errors", "host", "redact", "types"},
     "vlms": {"vlms", "pruners", "budget", "errors", "hf_compat", "host", "types"},
     "probe": {"errors", "hf_compat"},
     "cut": {"errors", "hf_compat"},
@@ -43,10 +43,10 @@ ALLOWED = {
     | {"prefill", "probe", "pruners", "refusals", "unwrap", "vlms"},
     "prefix": {"cut", "errors", "hf_compat", "hook", "probe", "pruners", "vlms"},
     "bench": {"bench", "errors", "versions"},
-    "lmms": {"lmms", "prefix", "bench", "budget", "cost", "durable", "errors", "hook", "ledger", "pruners", "shown", "timing", "types"}
+    "lmms": {"lmms", "prefix", "bench", "budget", "cost", "durable", "errors", "hook", "ledger", "pruners", "redact", "timing", "types"}
     | {"hf_compat", "versions", "vlms", ""},
     "sweep": {"sweep", "lmms", "bench", "budget", "cost", "durable", "ending", "errors", "ledger", "pruners"}
-    | {"selftest", "shown", "timing", "versions", ""},
+    | {"selftest", "redact", "timing", "versions", ""},
     "speed": {
         "speed",
         "stdout",
@@ -60,16 +60,16 @@ ALLOWED = {
         "ledger",
         "lmms",
         "pruners",
-        "shown",
+        "redact",
         "sweep",
         "timing",
         "types",
         "vlms",
     }
     | {""},
-    "report": {"report", "stdout", "sweep", "budget", "cost", "errors", "shown", ""},
-    "doctor": {"doctor", "stdout", "selftest", "versions", "bench", "errors", "lmms", "shown", "sweep", ""},
-    "reproduce": {"reproduce", "report", "sweep", "lmms", "pruners", "errors", "shown", ""},
+    "report": {"report", "stdout", "sweep", "budget", "cost", "errors", "redact", ""},
+    "doctor": {"doctor", "stdout", "selftest", "versions", "bench", "errors", "lmms", "redact", "sweep", ""},
+    "reproduce": {"reproduce", "report", "sweep", "lmms", "pruners", "errors", "redact", ""},
 }
 # what a part of report may import of report: from reading over numbers to tables and pictures, and from those to formats
 INSIDE_REPORT = {
@@ -100,7 +100,7 @@ INSIDE_REPORT = {
     "__init__": {"build", "check"},
 }
 FORBIDDEN = {
-    "shown": {"torch", "transformers", "lmms_eval"},
+    "redact": {"torch", "transformers", "lmms_eval"},
     "stdout": {"torch", "transformers", "lmms_eval"},
     "errors": {"torch", "transformers", "lmms_eval"},
     "durable": {"torch", "transformers", "lmms_eval"},

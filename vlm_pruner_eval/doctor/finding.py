@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from vlm_pruner_eval.shown import of_error, sentence
+from vlm_pruner_eval.redact import of_error, sentence
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 

@@ -17,7 +17,7 @@ import vlm_pruner_eval
 from vlm_pruner_eval import selftest, versions
 from vlm_pruner_eval.doctor.finding import FAIL, OK, WARN, Finding
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.shown import of_error
+from vlm_pruner_eval.redact import of_error
 from vlm_pruner_eval.versions import DISTRIBUTION
 
 _STATUS = {versions.OK: OK, versions.NEWER: WARN}

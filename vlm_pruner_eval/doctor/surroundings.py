@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from vlm_pruner_eval.doctor.finding import FAIL, OK, WARN, Finding
-from vlm_pruner_eval.shown import of_error, sentence
+from vlm_pruner_eval.redact import of_error, sentence
 
 GB = 1e9
 LITTLE_CACHE_GB, LITTLE_OUTPUT_GB = 40, 2

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
 from vlm_pruner_eval.errors import ConfigError, PruningError, closest
-from vlm_pruner_eval.shown import of_error, short, spelled_out, without_secrets
+from vlm_pruner_eval.redact import of_error, short, spelled_out, without_secrets
 
 if TYPE_CHECKING:
     import argparse

@@ -44,7 +44,7 @@ from vlm_pruner_eval.lmms.protocols import HF, Protocol
 from vlm_pruner_eval.lmms.resolve import family_class, resolve
 from vlm_pruner_eval.lmms.scoring import Scorer
 from vlm_pruner_eval.pruners import Pruner
-from vlm_pruner_eval.shown import of_error
+from vlm_pruner_eval.redact import of_error
 from vlm_pruner_eval.timing import time_forwards
 from vlm_pruner_eval.vlms import family_of
 

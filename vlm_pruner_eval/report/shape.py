@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from vlm_pruner_eval.shown import short, spelled_out
+from vlm_pruner_eval.redact import short, spelled_out
 
 # Names of runs become names of folders and pictures, so that nothing in them may lead elsewhere.
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")

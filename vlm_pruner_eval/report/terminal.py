@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vlm_pruner_eval.redact import spelled_out
 from vlm_pruner_eval.report import text
 from vlm_pruner_eval.report.efficiency import EfficiencyRow
 from vlm_pruner_eval.report.load import Results
 from vlm_pruner_eval.report.paper.beside import PaperRow, PaperTable, said
 from vlm_pruner_eval.report.rows import PLUMBING, Key, Row, is_plumbing
-from vlm_pruner_eval.shown import spelled_out
 
 WIDTH = 100
 _TASKS_A_TABLE = 6

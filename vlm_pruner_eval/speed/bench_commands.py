@@ -13,7 +13,7 @@ import typer
 
 from vlm_pruner_eval.ending import FAILED, sentences
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.shown import short
+from vlm_pruner_eval.redact import short
 from vlm_pruner_eval.stdout import AsJson, stdout
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed and memory here; needs no model and no download.")

@@ -14,7 +14,7 @@ from torch import nn
 from vlm_pruner_eval.errors import ConfigError, closest
 from vlm_pruner_eval.lmms.settings import DEVICE
 from vlm_pruner_eval.pruners import Pruner
-from vlm_pruner_eval.shown import short
+from vlm_pruner_eval.redact import short
 from vlm_pruner_eval.speed.measuring import HOW_MEMORY, ROUNDS, machine, summary, take_turns
 from vlm_pruner_eval.speed.model_sizes import GEOMETRIES, Geometry, check_memory
 from vlm_pruner_eval.speed.stages import Answered

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import vlm_pruner_eval
-from vlm_pruner_eval.shown import without_secrets
+from vlm_pruner_eval.redact import without_secrets
 from vlm_pruner_eval.sweep import machine
 from vlm_pruner_eval.sweep.checksums import sha256
 

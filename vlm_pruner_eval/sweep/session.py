@@ -14,7 +14,7 @@ from vlm_pruner_eval.durable import stopped
 from vlm_pruner_eval.errors import DamagedError, PruningError, StoppedError
 from vlm_pruner_eval.lmms.journal import Journal, Source
 from vlm_pruner_eval.lmms.plan import WHOLE, BatchSize, Part, ShareDone
-from vlm_pruner_eval.shown import of_error, without_secrets
+from vlm_pruner_eval.redact import of_error, without_secrets
 from vlm_pruner_eval.sweep import documents, provenance, records
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.evaluate import Evaluated, answer_only, evaluate, samples_of

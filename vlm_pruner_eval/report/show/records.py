@@ -10,9 +10,9 @@ from typing import Any
 
 from vlm_pruner_eval.budget import parse_rate
 from vlm_pruner_eval.errors import ConfigError, closest
+from vlm_pruner_eval.redact import short
 from vlm_pruner_eval.report.load import Results, RunResult
 from vlm_pruner_eval.report.stats.answers import RIGHT, document_answer
-from vlm_pruner_eval.shown import short
 from vlm_pruner_eval.sweep.grid import RATELESS, UNPRUNED, rate_percent
 
 _DOC_ID = re.compile(rb'"doc_id": (\d+), ')

@@ -8,7 +8,7 @@ import pytest
 from tenacity import RetryError, retry, stop_after_attempt
 
 from vlm_pruner_eval.doctor.finding import FAIL, findings
-from vlm_pruner_eval.shown import of_error
+from vlm_pruner_eval.redact import of_error
 
 
 @retry(stop=stop_after_attempt(2))
