@@ -18,7 +18,7 @@ ALLOWED = {
     "stdout": set(),
     "errors": {"redact"},
     "durable": {"errors"},
-    "ending": {"durable", "errors"},
+    "exit_codes": {"durable", "errors"},
     "versions": {"errors"},
     "hf_compat": {"errors", "versions"},
     "selftest": {"errors", "versions", ""},
@@ -45,7 +45,7 @@ ALLOWED = {
     "bench": {"bench", "errors", "versions"},
     "lmms": {"lmms", "prefix", "bench", "budget", "cost", "durable", "errors", "hook", "ledger", "pruners", "redact", "timing", "types"}
     | {"hf_compat", "versions", "vlms", ""},
-    "sweep": {"sweep", "lmms", "bench", "budget", "cost", "durable", "ending", "errors", "ledger", "pruners"}
+    "sweep": {"sweep", "lmms", "bench", "budget", "cost", "durable", "exit_codes", "errors", "ledger", "pruners"}
     | {"selftest", "redact", "timing", "versions", ""},
     "speed": {
         "speed",
@@ -53,7 +53,7 @@ ALLOWED = {
         "bench",
         "budget",
         "cost",
-        "ending",
+        "exit_codes",
         "errors",
         "hf_compat",
         "hook",

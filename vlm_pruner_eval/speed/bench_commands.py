@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from vlm_pruner_eval.ending import FAILED, sentences
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.exit_codes import FAILED, sentences
 from vlm_pruner_eval.redact import short
 from vlm_pruner_eval.stdout import AsJson, stdout
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_pruner_eval.ending import FAILED
 from vlm_pruner_eval.errors import StoppedError
+from vlm_pruner_eval.exit_codes import FAILED
 from vlm_pruner_eval.lmms.plan import Part
 from vlm_pruner_eval.sweep import early
 from vlm_pruner_eval.sweep.config import SweepConfig

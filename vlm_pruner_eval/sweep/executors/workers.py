@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from vlm_pruner_eval.ending import BAD_INPUT
 from vlm_pruner_eval.errors import ConfigError, StoppedError
+from vlm_pruner_eval.exit_codes import BAD_INPUT
 from vlm_pruner_eval.lmms.plan import Part
 from vlm_pruner_eval.sweep.directory import claim, last_claim
 from vlm_pruner_eval.sweep.executors.allotment import STOPPED, Allotment
