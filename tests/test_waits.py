@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from toy_pruners import IN_MODEL, KeyNorm, NoCheck, TwoStages
 
 from vlm_pruner_eval import Pruner, PruningError, Selection, VisualTokens, get_pruner, prune
-from vlm_pruner_eval.host import to_host
+from vlm_pruner_eval.device_copy import to_host
 from vlm_pruner_eval.pruners.fastv import FastV
 from vlm_pruner_eval.speed.bench_selection import image_tokens
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vlm_pruner_eval.host import to_host
+from vlm_pruner_eval.device_copy import to_host
 from vlm_pruner_eval.types import row_major
 from vlm_pruner_eval.vlms.base import Family, FeatureCall, Layout
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from vlm_pruner_eval.device_copy import to_host
 from vlm_pruner_eval.hf_compat import video_pixels
-from vlm_pruner_eval.host import to_host
 from vlm_pruner_eval.types import row_major
 from vlm_pruner_eval.vlms.base import Family, FeatureCall, Layout
 from vlm_pruner_eval.vlms.llava_next import anyres_layout
