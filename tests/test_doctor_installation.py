@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import vlm_pruner_eval
-from vlm_pruner_eval import bench, versions
+from vlm_pruner_eval import embedded, versions
 from vlm_pruner_eval.doctor import installation
 from vlm_pruner_eval.doctor.finding import FAIL, OK, WARN, Finding, findings
 
@@ -80,7 +80,7 @@ def test_the_copy_that_is_imported_is_the_one_that_was_installed(monkeypatch: py
     direct.write_text(json.dumps({"url": (tmp_path / "other").as_uri(), "dir_info": {"editable": True}}))
     assert only(installation.source(), "source").found == f"{CHECKOUT} is imported, but {tmp_path / 'other'} is installed"
     direct.unlink()
-    (info / "RECORD").write_text("vlm_pruner_eval/bench/__init__.py,,\nvlm_pruner_eval/__init__.py,,\n")
+    (info / "RECORD").write_text("vlm_pruner_eval/embedded/__init__.py,,\nvlm_pruner_eval/__init__.py,,\n")
     assert only(installation.source(), "source").found == f"{CHECKOUT} is imported, but {tmp_path / 'site-packages'} is installed"
 
 
@@ -160,19 +160,19 @@ def test_packaged_tasks_that_lmms_eval_does_not_find(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(("locate", "name"), [("minivlm_path", "embedded checkpoint"), ("questions_path", "embedded questions")])
 def test_embedded_files_that_were_changed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, locate: str, name: str) -> None:
-    source = bench.minivlm_path() / "model.safetensors" if locate == "minivlm_path" else bench.questions_path()
+    source = embedded.minivlm_path() / "model.safetensors" if locate == "minivlm_path" else embedded.questions_path()
     content = bytearray(source.read_bytes())
     content[len(content) // 2] ^= 1
     copy = tmp_path / source.name
     copy.write_bytes(content)
     assert {finding.status for finding in installation.embedded()} == {OK}
-    monkeypatch.setattr(bench, locate, lambda: tmp_path if locate == "minivlm_path" else copy)
+    monkeypatch.setattr(embedded, locate, lambda: tmp_path if locate == "minivlm_path" else copy)
     finding = only(installation.embedded(), name)
     assert finding.status == FAIL and f"{copy} is not what was packed" in finding.found
 
 
 def test_embedded_files_that_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(bench, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(embedded, "__file__", str(tmp_path / "__init__.py"))
     found = list(installation.embedded())
     assert [finding.status for finding in found] == [FAIL, FAIL]
     assert "missing config.json" in found[0].found and "missing test.parquet" in found[1].found

@@ -42,15 +42,16 @@ ALLOWED = {
     "hook": {"cut", "eager", "errors", "guard", "hf_compat", "device_copy", "installed", "ledger"}
     | {"prefill", "probe", "pruners", "refusals", "unwrap", "vlms"},
     "prefix": {"cut", "errors", "hf_compat", "hook", "probe", "pruners", "vlms"},
-    "bench": {"bench", "errors", "versions"},
-    "lmms": {"lmms", "prefix", "bench", "budget", "cost", "durable", "errors", "hook", "ledger", "pruners", "redact", "timing", "types"}
+    "embedded": {"embedded", "errors", "versions"},
+    "bench": {"embedded"},
+    "lmms": {"lmms", "prefix", "embedded", "budget", "cost", "durable", "errors", "hook", "ledger", "pruners", "redact", "timing", "types"}
     | {"hf_compat", "versions", "vlms", ""},
-    "sweep": {"sweep", "lmms", "bench", "budget", "cost", "durable", "exit_codes", "errors", "ledger", "pruners"}
+    "sweep": {"sweep", "lmms", "embedded", "budget", "cost", "durable", "exit_codes", "errors", "ledger", "pruners"}
     | {"selftest", "redact", "timing", "versions", ""},
     "speed": {
         "speed",
         "stdout",
-        "bench",
+        "embedded",
         "budget",
         "cost",
         "exit_codes",
@@ -68,7 +69,7 @@ ALLOWED = {
     }
     | {""},
     "report": {"report", "stdout", "sweep", "budget", "cost", "errors", "redact", ""},
-    "doctor": {"doctor", "stdout", "selftest", "versions", "bench", "errors", "lmms", "redact", "sweep", ""},
+    "doctor": {"doctor", "stdout", "selftest", "versions", "embedded", "errors", "lmms", "redact", "sweep", ""},
     "reproduce": {"reproduce", "report", "sweep", "lmms", "pruners", "errors", "redact", ""},
 }
 # what a part of report may import of report: from reading over numbers to tables and pictures, and from those to formats

@@ -13,7 +13,7 @@ from lmms_eval.tasks import TaskManager
 from test_cli import clean_surroundings  # noqa: F401  # a fixture that is always on
 from typer.testing import CliRunner
 
-from vlm_pruner_eval.bench import tasks_path
+from vlm_pruner_eval.embedded import tasks_path
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.lmms.log import Answer
 from vlm_pruner_eval.speed.bench_commands import app

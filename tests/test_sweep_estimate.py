@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from sweep_standin import N_LAYERS, N_VISUAL, StandIn, make_config, task_manager, write_tasks
 
-from vlm_pruner_eval.bench import questions_path
+from vlm_pruner_eval.embedded import questions_path
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.lmms.journal import Journal
 from vlm_pruner_eval.sweep import estimate

@@ -18,7 +18,7 @@ from test_cli import clean_surroundings, write  # noqa: F401  # a fixture that i
 from typer.testing import CliRunner
 
 from vlm_pruner_eval import cli
-from vlm_pruner_eval.bench import questions_path, tasks_path
+from vlm_pruner_eval.embedded import questions_path, tasks_path
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.lmms.journal import Journal
 from vlm_pruner_eval.lmms.wrapper import load
@@ -32,7 +32,7 @@ from vlm_pruner_eval.sweep.groups import groups
 from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
 from vlm_pruner_eval.sweep.store import Store
 
-UTILS = "from vlm_pruner_eval.bench.tasks.utils import doc_to_text, doc_to_visual, exist_docs\n"
+UTILS = "from vlm_pruner_eval.embedded.tasks.utils import doc_to_text, doc_to_visual, exist_docs\n"
 CHOICE = """
 task: exist_choice
 dataset_path: parquet

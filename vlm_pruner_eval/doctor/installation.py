@@ -146,11 +146,11 @@ def _known(name: str, found: str, missing: set[str]) -> Finding:
 
 def embedded() -> Iterator[Finding]:
     """Check that the embedded checkpoint and questions are there as they were packed."""
-    from vlm_pruner_eval import bench
+    from vlm_pruner_eval import embedded
 
     locations = {
-        "embedded checkpoint": lambda: bench.minivlm_path() / "model.safetensors",
-        "embedded questions": bench.questions_path,
+        "embedded checkpoint": lambda: embedded.minivlm_path() / "model.safetensors",
+        "embedded questions": embedded.questions_path,
     }
     for name, locate in locations.items():
         try:

@@ -89,7 +89,7 @@ def task_folders() -> tuple[Path, ...]:
     ConfigError
         The installation is incomplete.
     """
-    from vlm_pruner_eval.bench import tasks_path
+    from vlm_pruner_eval.embedded import tasks_path
 
     return (tasks_path(), Path(__file__).parent / "tasks")
 

@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from vlm_pruner_eval.bench import minivlm_path
 from vlm_pruner_eval.cost import DecoderShape, kv_bytes
+from vlm_pruner_eval.embedded import minivlm_path
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.hf_compat import HAS_ROPE_PARAMETERS
 from vlm_pruner_eval.speed.measuring import free_bytes

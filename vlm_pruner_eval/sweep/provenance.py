@@ -140,7 +140,7 @@ def checkpoint_files(pretrained: str, revision: str | None = None) -> dict[str, 
 
 def _folder(pretrained: str) -> Path | None:
     if pretrained == "minivlm":
-        from vlm_pruner_eval.bench import minivlm_path
+        from vlm_pruner_eval.embedded import minivlm_path
 
         return minivlm_path()
     return Path(pretrained) if os.path.isdir(pretrained) else None  # os.path: text that can be no path raises nothing

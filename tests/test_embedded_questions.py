@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from vlm_pruner_eval.bench import TASKS, minivlm_path, questions_path
-from vlm_pruner_eval.bench.digitscenes import build, glyphs, photos, questions, scenes
+from vlm_pruner_eval.embedded import TASKS, minivlm_path, questions_path
+from vlm_pruner_eval.embedded.digitscenes import build, glyphs, photos, questions, scenes
 from vlm_pruner_eval.errors import ConfigError
 
 CELLS = ["top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right"]

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from vlm_pruner_eval.bench import GROUP, TASKS, tasks_path
-from vlm_pruner_eval.bench.tasks import utils
+from vlm_pruner_eval.embedded import GROUP, TASKS, tasks_path
+from vlm_pruner_eval.embedded.tasks import utils
 
 METRICS = {"exist": {"accuracy", "f1"}, "pairs": {"accuracy", "both_right"}}
 

@@ -1,4 +1,4 @@
-"""Make the test split of DIGITSCENES: ``python -m vlm_pruner_eval.bench.digitscenes.build --output DIR``."""
+"""Make the test split of DIGITSCENES: ``python -m vlm_pruner_eval.embedded.digitscenes.build --output DIR``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vlm_pruner_eval.bench import GROUP
-from vlm_pruner_eval.bench.digitscenes import questions
-from vlm_pruner_eval.bench.digitscenes.scenes import CELLS, Scene, lay_out, render
+from vlm_pruner_eval.embedded import GROUP
+from vlm_pruner_eval.embedded.digitscenes import questions
+from vlm_pruner_eval.embedded.digitscenes.scenes import CELLS, Scene, lay_out, render
 
 SEED = 20251202
 N_SCENES = 300  # of a kind

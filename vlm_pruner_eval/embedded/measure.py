@@ -1,4 +1,4 @@
-"""MiniVLM without pruning on DIGITSCENES, by plain ``generate``: ``python -m vlm_pruner_eval.bench.measure``.
+"""MiniVLM without pruning on DIGITSCENES, by plain ``generate``: ``python -m vlm_pruner_eval.embedded.measure``.
 
 The reference that the lmms-eval path has to agree with; it shares with it the questions and the scoring, nothing else.
 """
@@ -18,8 +18,8 @@ import transformers
 from PIL import Image
 from torch import nn
 
-from vlm_pruner_eval.bench import TASKS, minivlm_path, questions_path
-from vlm_pruner_eval.bench.tasks.utils import both_right, f1, normalise, process_exact_match, process_pairs, process_yes_no
+from vlm_pruner_eval.embedded import TASKS, minivlm_path, questions_path
+from vlm_pruner_eval.embedded.tasks.utils import both_right, f1, normalise, process_exact_match, process_pairs, process_yes_no
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.versions import tested_range
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from vlm_pruner_eval import bench
-from vlm_pruner_eval.bench import measure
+from vlm_pruner_eval import embedded
+from vlm_pruner_eval.embedded import measure
 from vlm_pruner_eval.errors import ConfigError
 
 
@@ -21,21 +21,21 @@ def loaded():
 
 def test_paths_are_found_without_torch_or_transformers():
     code = (
-        "import sys; from vlm_pruner_eval import bench; bench.minivlm_path(), bench.tasks_path(); "
+        "import sys; from vlm_pruner_eval import embedded; embedded.minivlm_path(), embedded.tasks_path(); "
         "sys.exit(bool({'torch', 'transformers', 'lmms_eval'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
 def test_a_missing_file_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "__file__", str(tmp_path / "__init__.py"))
-    for path in (bench.minivlm_path, bench.tasks_path, bench.questions_path):
+    monkeypatch.setattr(embedded, "__file__", str(tmp_path / "__init__.py"))
+    for path in (embedded.minivlm_path, embedded.tasks_path, embedded.questions_path):
         with pytest.raises(ConfigError, match=r"missing .*install vlm-pruner-eval again"):
             path()
 
 
 def test_checkpoint_is_small_and_every_weight_is_read(loaded):
-    assert (bench.minivlm_path() / "model.safetensors").stat().st_size <= 15e6
+    assert (embedded.minivlm_path() / "model.safetensors").stat().st_size <= 15e6
     model, _ = loaded
     assert sum(parameter.numel() for parameter in model.parameters()) == 3_842_816
     assert not model.training
@@ -63,7 +63,7 @@ def test_rotary_theta_is_a_million(loaded):
 
 
 def test_a_wrong_theta_is_refused():
-    model = LlavaForConditionalGeneration.from_pretrained(bench.minivlm_path())
+    model = LlavaForConditionalGeneration.from_pretrained(embedded.minivlm_path())
     model.model.language_model.rotary_emb.inv_freq = 1e4 ** (-torch.arange(0, 64, 2) / 64)
     with pytest.raises(ConfigError, match=r"rotates with theta 10000, its config says 1000000"):
         measure.check_rope_theta(model)
@@ -72,10 +72,10 @@ def test_a_wrong_theta_is_refused():
 def test_weights_that_do_not_match_are_refused(tmp_path, monkeypatch):
     from safetensors.torch import load_file, save_file
 
-    for file in bench.minivlm_path().iterdir():
+    for file in embedded.minivlm_path().iterdir():
         if file.suffix in {".json", ".jinja"}:
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    weights = load_file(bench.minivlm_path() / "model.safetensors")
+    weights = load_file(embedded.minivlm_path() / "model.safetensors")
     del weights["multi_modal_projector.linear_1.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     monkeypatch.setattr(measure, "minivlm_path", lambda: tmp_path)
@@ -125,4 +125,4 @@ def test_an_unknown_task_is_refused():
 
 
 def test_the_processor_loads_by_its_generic_name():
-    assert type(AutoProcessor.from_pretrained(bench.minivlm_path())).__name__ == "LlavaProcessor"
+    assert type(AutoProcessor.from_pretrained(embedded.minivlm_path())).__name__ == "LlavaProcessor"

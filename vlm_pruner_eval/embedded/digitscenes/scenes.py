@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from vlm_pruner_eval.bench.digitscenes.glyphs import Glyph, glyph_bank
-from vlm_pruner_eval.bench.digitscenes.photos import SIDE_PIXELS, background
+from vlm_pruner_eval.embedded.digitscenes.glyphs import Glyph, glyph_bank
+from vlm_pruner_eval.embedded.digitscenes.photos import SIDE_PIXELS, background
 from vlm_pruner_eval.errors import ConfigError
 
 COLOURS = {

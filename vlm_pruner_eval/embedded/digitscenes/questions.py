@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlm_pruner_eval.bench.digitscenes.scenes import CELLS, COLOURS, Scene
+from vlm_pruner_eval.embedded.digitscenes.scenes import CELLS, COLOURS, Scene
 from vlm_pruner_eval.errors import ConfigError
 
 

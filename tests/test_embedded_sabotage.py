@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlm_pruner_eval import Pruner, VisualTokens, get_pruner, prune
-from vlm_pruner_eval.bench.measure import generate_answers, load_minivlm, read_questions, score
+from vlm_pruner_eval.embedded.measure import generate_answers, load_minivlm, read_questions, score
 from vlm_pruner_eval.pruners.vlm_pruner import VLMPruner
 
 TASK, N, RATE = "where", 40, "8/9"  # the task that needs both the digits and their positions
