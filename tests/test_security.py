@@ -27,10 +27,10 @@ from vlm_pruner_eval.cli import app
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.lmms import load
 from vlm_pruner_eval.lmms.plugin import exit_with
+from vlm_pruner_eval.redact import HIDDEN, sentence, spelled_out, without_secrets
 from vlm_pruner_eval.report.build import build
 from vlm_pruner_eval.report.writers.latex import escape as latex_escape
 from vlm_pruner_eval.report.writers.markdown import inert, table
-from vlm_pruner_eval.shown import HIDDEN, sentence, spelled_out, without_secrets
 from vlm_pruner_eval.sweep import grid, hub_code, opening
 from vlm_pruner_eval.sweep.provenance import command_line
 from vlm_pruner_eval.sweep.runner import run_sweep

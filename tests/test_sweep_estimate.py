@@ -14,7 +14,7 @@ from sweep_standin import N_LAYERS, N_VISUAL, StandIn, make_config, task_manager
 from vlm_pruner_eval.lmms.journal import Journal
 from vlm_pruner_eval.sweep.store import Store
 
-from vlm_pruner_eval.bench import questions_path
+from vlm_pruner_eval.embedded import questions_path
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.sweep import estimate
 from vlm_pruner_eval.sweep.config import SweepConfig

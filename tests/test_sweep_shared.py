@@ -21,7 +21,7 @@ from vlm_pruner_eval.sweep.groups import groups
 from vlm_pruner_eval.sweep.store import Store
 
 from vlm_pruner_eval import cli
-from vlm_pruner_eval.bench import questions_path, tasks_path
+from vlm_pruner_eval.embedded import questions_path, tasks_path
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.lmms.wrapper import load
 from vlm_pruner_eval.pruners.uniform import Uniform
@@ -32,7 +32,7 @@ from vlm_pruner_eval.sweep.config import SweepConfig, validate
 from vlm_pruner_eval.sweep.grid import expand
 from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
 
-UTILS = "from vlm_pruner_eval.bench.tasks.utils import doc_to_text, doc_to_visual, exist_docs\n"
+UTILS = "from vlm_pruner_eval.embedded.tasks.utils import doc_to_text, doc_to_visual, exist_docs\n"
 CHOICE = """
 task: exist_choice
 dataset_path: parquet

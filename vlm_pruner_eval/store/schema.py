@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.shown import short, spelled_out
+from vlm_pruner_eval.redact import short, spelled_out
 from vlm_pruner_eval.store.summaries import Failure, Memory, Model, Provenance, TaskScore, Times, Tokens
 
 SCHEMA = 3  # the form of the files; raised when a field changes
