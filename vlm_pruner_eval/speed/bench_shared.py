@@ -119,7 +119,7 @@ def _compare(config: SweepConfig, separate: Path, shared: Path) -> dict[str, int
     stores = (Store(separate), Store(shared))
     for unit in units_of(config, runs):
         stored = [unit.stored(store) for store in stores]
-        one, other = ({(answer.doc_id, answer.choice): answer.untimed() for answer in each.answers()} for each in stored)
+        one, other = ({(answer.task, answer.doc_id, answer.choice): answer.untimed() for answer in each.answers()} for each in stored)
         counts["samples"] += len(one)
         counts["different"] += sum(one.get(key) != other.get(key) for key in one.keys() | other.keys())
         counts["different"] += stored[0].read().scores != stored[1].read().scores

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from vlm_pruner_eval.durable import stopped
 from vlm_pruner_eval.errors import ConfigError
@@ -57,8 +58,8 @@ class DocumentScore(Model):
     answer: str | int
     score: float | None
     target: Any = None
-    items: dict[str, Any] = {}
-    images: list[str] = []
+    items: dict[str, Any] = Field(default_factory=dict)
+    images: list[str] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ class RunRecord(Model):
 
     @property
     def status(self) -> str | None:
-        """ "finished" or "failed" of a complete run, "failed" of one with a failed unit, else None."""
+        """State: "finished" or "failed" of a complete run, "failed" of one with a failed unit, else None."""
         if any(unit.status == FAILED for unit in self.units.values()):
             return FAILED
         return FINISHED if self.is_complete else None
