@@ -43,9 +43,10 @@ ALLOWED = {
     | {"prefill", "probe", "pruners", "refusals", "unwrap", "vlms"},
     "prefix": {"cut", "errors", "hf_compat", "hook", "probe", "pruners", "vlms"},
     "bench": {"bench", "errors", "versions"},
-    "lmms": {"lmms", "prefix", "bench", "budget", "cost", "durable", "errors", "hook", "ledger", "pruners", "shown", "timing", "types"}
+    "store": {"store", "durable", "errors", "ledger", "shown"},
+    "lmms": {"lmms", "store", "prefix", "bench", "budget", "cost", "durable", "errors", "hook", "ledger", "pruners", "shown", "timing", "types"}
     | {"hf_compat", "versions", "vlms", ""},
-    "sweep": {"sweep", "lmms", "bench", "budget", "cost", "durable", "ending", "errors", "ledger", "pruners"}
+    "sweep": {"sweep", "store", "lmms", "bench", "budget", "cost", "durable", "ending", "errors", "ledger", "pruners"}
     | {"selftest", "shown", "timing", "versions", ""},
     "speed": {
         "speed",
@@ -67,9 +68,9 @@ ALLOWED = {
         "vlms",
     }
     | {""},
-    "report": {"report", "stdout", "sweep", "budget", "cost", "errors", "shown", ""},
+    "report": {"report", "store", "stdout", "sweep", "budget", "cost", "errors", "shown", ""},
     "doctor": {"doctor", "stdout", "selftest", "versions", "bench", "errors", "lmms", "shown", "sweep", ""},
-    "reproduce": {"reproduce", "report", "sweep", "lmms", "pruners", "errors", "shown", ""},
+    "reproduce": {"reproduce", "report", "store", "sweep", "lmms", "pruners", "errors", "shown", ""},
 }
 # what a part of report may import of report: from reading over numbers to tables and pictures, and from those to formats
 INSIDE_REPORT = {
@@ -105,6 +106,7 @@ FORBIDDEN = {
     "vlms": {"lmms_eval"},
     "hook": {"lmms_eval"},
     "report": {"torch", "transformers", "lmms_eval"},
+    "store": {"torch", "transformers", "lmms_eval"},
     "sweep.config": {"torch", "transformers", "lmms_eval"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem not in {"__init__", "__main__", "cli"})

@@ -217,7 +217,7 @@ def test_a_folder_without_a_sweep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no sweep"):
         Store(tmp_path).read_grid()
     store, _ = begun(tmp_path)
-    assert [line.key for line in store.read_grid().runs][0] == "unpruned"
+    assert store.read_grid().runs[0].key == "unpruned"
     (tmp_path / "sweep.json").write_text("{")
     with pytest.raises(ConfigError, match="can't be read"):
         store.read_grid()

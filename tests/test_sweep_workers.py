@@ -78,6 +78,7 @@ def test_commands_over_one_folder_share_its_units(surroundings: Surroundings, pl
     assert (surroundings.folder / "shared" / "report.md").is_file()
 
 
+@pytest.mark.slow
 def test_a_unit_of_a_process_that_died_is_finished_by_another(surroundings: Surroundings, plain: dict[str, Any]) -> None:
     """Behind two batches, which are not answered again."""
     code, _ = surroundings.fork("--output", "died", STANDIN_DIE="random:2:1").wait()
@@ -91,27 +92,22 @@ def test_a_unit_of_a_process_that_died_is_finished_by_another(surroundings: Surr
     assert left_behind(surroundings.folder / "died") == plain
 
 
+@pytest.mark.slow
 def test_a_unit_that_a_living_process_holds_is_left_to_it(surroundings: Surroundings, plain: dict[str, Any]) -> None:
     output = surroundings.folder / "held"
-    run = expand(load(surroundings.file))[1]
-    with Claim(output / "runs" / run.run_id / "tiny_mean-x") as other, Claim(_folder(surroundings, output, "tiny_pairs")) as claim:
-        assert claim.acquire() and other.acquire()
+    config = load(surroundings.file)
+    held = units_of(config, expand(config))[3]
+    with Claim(output / "runs" / held.path) as claim:
+        assert claim.acquire()
         code, text = surroundings.fork("--output", "held").wait()
     assert code == 0, text
-    assert f"{run.key} tiny_pairs: left to another process, which works on it" in text
+    assert f"{held.name}: left to another process, which works on it" in text
     assert "1 of 8 runs are left; other processes work on them" in text
     assert summary(text) == {"runs": 8, "skipped": 0, "failed": 0, "left": 1, "report": None}
     assert len(surroundings.answered()) == N_ANSWERS - 12
     code, text = surroundings.fork("--output", "held").wait()
     assert (code, summary(text)["skipped"]) == (0, 7), text
     assert left_behind(output) == plain
-
-
-def _folder(surroundings: Surroundings, output: Path, task: str) -> Path:
-    """Of the unit of the second run."""
-    config = load(surroundings.file)
-    (unit,) = [unit for unit in units_of(config, expand(config)[1:2]) if unit.task == task]
-    return output / "runs" / unit.path
 
 
 # ---- in this process
@@ -263,7 +259,7 @@ def test_processes_that_end_before_they_begin_stop_the_sweep(script: Script) -> 
 
 
 def test_what_a_process_says_of_its_end_is_said(script: Script) -> None:
-    with pytest.raises(StoppedError, match="^the disk is full$"):
+    with pytest.raises(StoppedError, match=r"^the disk is full$"):
         script(f"print('vlm-pruner-eval: the disk is full'); sys.exit({workers.STOPPED})")
     with pytest.raises(ConfigError) as refused:
         script("print('vlm-pruner-eval: a: bad'); print('noise'); print('vlm-pruner-eval: b: bad'); sys.exit(2)")
@@ -339,7 +335,6 @@ def test_visible_gpus(given: str | None, count: int, expected: list[str], monkey
         (("--executor", "locale"), "--executor: got 'locale', which is unknown; did you mean 'local'?"),
         (("--processes", "0"), "--processes: got 0, expected 1 or more"),
         (("--address", "auto"), "--address: got it without --executor ray"),
-        (("--todo", "none"), "--todo: 'none' can't be read"),
     ],
 )
 def test_options_that_mean_nothing_are_a_sentence(surroundings: Surroundings, options: tuple[str, ...], sentence: str) -> None:
