@@ -74,7 +74,7 @@ def test_a_sweep_ends_with_table_and_paths_or_with_json(tmp_path: Path, behaviou
     told = call("sweep", write(tmp_path), "--json")
     assert told.exit_code == 0, told.output
     summary = last_json(told)
-    assert summary == {"runs": 3, "skipped": 0, "failed": 0, "report": "output/tiny/report.md"}
+    assert summary == {"runs": 3, "skipped": 0, "failed": 0, "left": 0, "report": "output/tiny/report.md"}
     assert Path(summary["report"]).read_text().startswith("# tiny")
     assert len(told.stdout.splitlines()) == 1
     result = call("sweep", write(tmp_path), "--output", "again")

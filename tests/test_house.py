@@ -44,7 +44,8 @@ ALLOWED = {
     "prefix": {"cut", "errors", "hf_compat", "hook", "probe", "pruners", "vlms"},
     "bench": {"bench", "errors", "versions"},
     "store": {"store", "durable", "errors", "ledger", "shown"},
-    "lmms": {"lmms", "store", "prefix", "bench", "budget", "cost", "durable", "errors", "hook", "ledger", "pruners", "shown", "timing", "types"}
+    "lmms": {"lmms", "store"}
+    | {"prefix", "bench", "budget", "cost", "durable", "errors", "hook", "ledger", "pruners", "shown", "timing", "types"}
     | {"hf_compat", "versions", "vlms", ""},
     "sweep": {"sweep", "store", "lmms", "bench", "budget", "cost", "durable", "ending", "errors", "ledger", "pruners"}
     | {"selftest", "shown", "timing", "versions", ""},

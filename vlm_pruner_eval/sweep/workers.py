@@ -137,7 +137,8 @@ def work_in_processes(work: Work, gpus: Sequence[str | None], command: Sequence[
     """
     folder = work.store.root / "logs"
     write_todo(work, folder)
-    argv = [*(command or COMMAND), "sweep", str(folder / "sweep.yaml"), "--output", str(work.store.root), "--todo", str(folder / "todo.json")]
+    told = ["--output", str(work.store.root), "--todo", str(folder / "todo.json")]
+    argv = [*(command or COMMAND), "sweep", str(folder / "sweep.yaml"), *told]
     threads = max(1, len(os.sched_getaffinity(0)) // len(gpus)) if hasattr(os, "sched_getaffinity") else 1
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
     workers = [
