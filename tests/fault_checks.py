@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from fault_sweep import Sweep
+from vlm_pruner_eval.lmms.lines import read_entries
+from vlm_pruner_eval.sweep.store import FINISHED, Store
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.lmms.lines import read_entries
 from vlm_pruner_eval.sweep.grid import expand
-from vlm_pruner_eval.sweep.store import FINISHED, Store
 
 TIMES = ("prefill_ms", "decode_ms", "peak_bytes")
 AGGREGATES = ("tasks", "documents", "tokens", "kept_digest", "n_answers", "failures", "status", "problem", "config", "label", "changed")

@@ -12,9 +12,9 @@ from fault_checks import Expected, age_temporaries, files_of
 from fault_sections import Section
 from fault_sweep import Attempt, Faults, standin_sweep
 from fault_trace import Trap
+from vlm_pruner_eval.sweep.store import Store
 
 from vlm_pruner_eval.sweep.grid import expand
-from vlm_pruner_eval.sweep.store import Store
 
 SIZES = (6, 3, 1)
 

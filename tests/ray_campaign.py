@@ -36,10 +36,10 @@ import ray_standin
 from rich.console import Console
 from sweep_processes import RAW, left_behind
 from sweep_standin import StandIn, task_manager, write_tasks
+from vlm_pruner_eval.sweep.executors import RayExecutor, on_ray
 
 from vlm_pruner_eval.sweep import provenance
 from vlm_pruner_eval.sweep.config import SweepConfig, validate
-from vlm_pruner_eval.sweep.executors import RayExecutor, on_ray
 from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
 
 METHODS = ["vlmpruner", {"name": "random", "seeds": [0, 1]}, "blind"]

@@ -17,11 +17,11 @@ from typing import Any
 
 from standin_main import Subprocess, tasks_folder
 from sweep_standin import task_manager
+from vlm_pruner_eval.sweep.executors import RayExecutor
 
 from vlm_pruner_eval import cli
 from vlm_pruner_eval.report import printing
 from vlm_pruner_eval.sweep import executors
-from vlm_pruner_eval.sweep.executors import RayExecutor
 from vlm_pruner_eval.sweep.opening import open_session
 from vlm_pruner_eval.sweep.session import Session
 

@@ -21,20 +21,8 @@ from vlm_pruner_eval.store.answers import ANSWERS, PLAN
 from vlm_pruner_eval.store.files import write_atomic
 from vlm_pruner_eval.store.folder import DocumentScore, Store, Unit
 from vlm_pruner_eval.store.kept import Kept
-from vlm_pruner_eval.store.schema import (
-    FAILED,
-    FINISHED,
-    Failure,
-    Median,
-    Memory,
-    Provenance,
-    RunRecord,
-    Spread,
-    Times,
-    Tokens,
-    UnitRecord,
-    to_json,
-)
+from vlm_pruner_eval.store.schema import FAILED, FINISHED, RunRecord, UnitRecord, to_json
+from vlm_pruner_eval.store.summaries import Failure, Median, Memory, Provenance, Spread, Times, Tokens
 from vlm_pruner_eval.sweep.grid import expand, grid_of
 
 PLACE = {"versions": {}, "platform": "", "processor": "x", "host": {}, "gpus": [], "cuda": {}, "threads": 1, "model": {}}

@@ -16,7 +16,8 @@ from test_store import PROVENANCE, record
 
 from vlm_pruner_eval.bench import questions_path
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.store.schema import RunRecord, Spread, Times, Tokens
+from vlm_pruner_eval.store.schema import RunRecord
+from vlm_pruner_eval.store.summaries import Spread, Times, Tokens
 from vlm_pruner_eval.sweep import estimate
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.grid import Run, expand

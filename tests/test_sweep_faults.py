@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 from test_cli import behaviour, call, clean_surroundings, write  # noqa: F401  # fixtures
+from vlm_pruner_eval.sweep.files import remove_leftovers, write_atomic
+from vlm_pruner_eval.sweep.store import Store
 
 from vlm_pruner_eval import durable
 from vlm_pruner_eval.errors import StoppedError
 from vlm_pruner_eval.sweep import files
-from vlm_pruner_eval.sweep.files import remove_leftovers, write_atomic
-from vlm_pruner_eval.sweep.store import Store
 
 CAMPAIGN = Path(__file__).parent / "fault_campaign.py"
 SECTIONS = ("random", "kill_at_writes", "power_at_writes", "full_at_writes", "journals", "memory")

@@ -17,6 +17,7 @@ import vlm_pruner_eval
 from vlm_pruner_eval import ConfigError, selftest
 from vlm_pruner_eval.errors import StoppedError
 from vlm_pruner_eval.lmms.prompts import Request
+from vlm_pruner_eval.lmms.run_context import RunContext
 from vlm_pruner_eval.store.answers import Answer, BatchSize
 from vlm_pruner_eval.store.folder import Store
 from vlm_pruner_eval.sweep import identity, scores
@@ -241,7 +242,7 @@ def test_samples_that_failed_are_not_met_again_in_runs_that_were_answered_togeth
     sweep = Sweep(tmp_path)
     config, store = sweep.config(), Store(sweep.output)
     unpruned, broken, whole = group = units_of(config, expand(config))
-    session = Session(config, store, StandIn(), None, {}, sources=dict.fromkeys(unit.run.run_id for unit in group))
+    session = Session(config, store, StandIn(), None, {}, RunContext(), sources=dict.fromkeys(unit.run.run_id for unit in group))
     for unit, error in ((unpruned, "PruningError: no"), (broken, "PruningError: no"), (whole, None)):
         with session.log(unit) as log:
             asked = Request(0, "tiny_mean", "test", 0, None, {}, 0, False)

@@ -17,7 +17,8 @@ from test_store import record
 from vlm_pruner_eval.errors import OutOfMemoryError
 from vlm_pruner_eval.lmms.shared import Configuration
 from vlm_pruner_eval.store.answers import AnswerLog
-from vlm_pruner_eval.store.schema import Score, Spread, TaskScore, Tokens, UnitRecord
+from vlm_pruner_eval.store.schema import UnitRecord
+from vlm_pruner_eval.store.summaries import Score, Spread, TaskScore, Tokens
 from vlm_pruner_eval.sweep.grid import expand
 from vlm_pruner_eval.sweep.progress import SweepProgress, duration
 from vlm_pruner_eval.sweep.runner import run_sweep
@@ -292,12 +293,13 @@ def test_shared_answers_are_shown_while_they_are_computed() -> None:
     """Not when each run reads its own from its log, which is at the end and all at once."""
     model, told = fresh_model(), []
     set_batch_size(model, 2)
-    model.on_requests, model.on_answers = (lambda n: told.append(("asked", n))), (lambda n, is_new: told.append((n, is_new)))
+    model.context.on_requests = lambda n: told.append(("asked", n))
+    model.context.on_answers = lambda n, is_new: told.append((n, is_new))
     runs = {"a": Configuration("fastv", "1/2"), "b": Configuration("none", None)}
     try:
         together(model, runs, [request("first", i) for i in range(4)])
     finally:
-        model.on_requests = model.on_answers = None
+        model.context.on_requests = model.context.on_answers = None
     computed = [call for call in told if call[1] is True]
     assert told[0] == ("asked", 4) and computed == [(2, True)] * 2
     assert told.index((2, True)) < told.index(("asked", 4), 1), "before the second run asks"

@@ -20,12 +20,12 @@ import ray_standin
 from rich.console import Console
 from sweep_processes import RAW, Surroundings, last_json, left_behind, wait_until
 from sweep_standin import StandIn, task_manager
+from vlm_pruner_eval.sweep.executors import RayExecutor, on_ray
+from vlm_pruner_eval.sweep.store import Store
 
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.sweep.config import SweepConfig, validate
-from vlm_pruner_eval.sweep.executors import RayExecutor, on_ray
 from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
-from vlm_pruner_eval.sweep.store import Store
 
 pytestmark = pytest.mark.slow
 

@@ -228,7 +228,7 @@ def test_a_method_that_fails_fails_its_own_run(tmp_path: Path, manager: Any) -> 
     found = read_runs(tmp_path)
     assert [record.status for record in found.values()] == ["finished", "finished", "failed", "finished"]
     assert "1 of 5 samples failed (first: digitscenes_exist, document 2: PruningError" in found["fails-8of9"].problem
-    assert minivlm().source is None
+    assert minivlm().context.source is None
 
 
 def test_likelihoods_are_scored_by_every_run_itself(tmp_path: Path, manager: Any) -> None:

@@ -169,7 +169,7 @@ def test_a_unit_that_begins_anew_while_we_look_is_no_error(output: Path, monkeyp
 
 
 def test_the_table_is_for_people_and_the_counts_for_programs(output: Path) -> None:
-    console = Console(file=io.StringIO(), width=120, record=True)
+    console = Console(file=io.StringIO(), width=200, record=True)
     with Claim(folder_of(output, "fastv-2of3")) as claim:
         assert claim.acquire()
         print_status(console, read_status(output))

@@ -12,7 +12,8 @@ from typing import Any
 from vlm_pruner_eval.budget import keep_count
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.store.folder import Store
-from vlm_pruner_eval.store.schema import RunHead, Spread, UnitRecord
+from vlm_pruner_eval.store.schema import RunHead, UnitRecord
+from vlm_pruner_eval.store.summaries import Spread
 from vlm_pruner_eval.sweep.clusters import RESAMPLES
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.grid import UNPRUNED, Run

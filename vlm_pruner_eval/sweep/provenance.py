@@ -16,7 +16,8 @@ from typing import Any
 
 import vlm_pruner_eval
 from vlm_pruner_eval.shown import without_secrets
-from vlm_pruner_eval.store.schema import Provenance, plain
+from vlm_pruner_eval.store.schema import plain
+from vlm_pruner_eval.store.summaries import Provenance
 from vlm_pruner_eval.sweep import machine
 from vlm_pruner_eval.sweep.checksums import sha256
 

@@ -86,7 +86,10 @@ def _print_quirks(console: Console, rows: Sequence[Row]) -> None:
     counted = [row for row in rows if row.quirks]
     if not counted:
         return
-    console.print(Text("Misbehaviours of the authors' releases, on so many samples (they act under official_quirks only):"), width=WIDTH)
+    console.print(
+        Text("Misbehaviours of the authors' releases, on so many samples (they act under official_quirks only):"),
+        width=WIDTH,
+    )
     for row in counted:
         console.print(Text(f"  {row.label}, {row.heading}: {text.quirks(row)}"), width=WIDTH)
     for sentence in text.quirk_names(counted):
@@ -107,6 +110,9 @@ def print_verdicts(console: Console, item: PaperRow) -> None:
     """Print a line for every cell of a row that has a verdict."""
     for name, compared in [*item.cells.items(), ("relative Avg", item.average)]:
         if compared.verdict is not None:
-            ours, printed = text.exact(compared.cell.value), text.exact(None if compared.printed is None else compared.printed.value)
+            ours, printed = (
+                text.exact(compared.cell.value),
+                text.exact(None if compared.printed is None else compared.printed.value),
+            )
             line = f"{item.row.label}, {item.row.heading}, {name}: {ours}, printed {printed}: {said(compared)}"
             console.print(Text(line), width=WIDTH)
