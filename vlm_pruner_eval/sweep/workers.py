@@ -125,7 +125,7 @@ class Worker:
         return [line.removeprefix(_SAYS) for line in self.output() if line.startswith(_SAYS)]
 
 
-def work_in_processes(work: Work, gpus: Sequence[str | None], command: Sequence[str] = COMMAND) -> None:
+def work_in_processes(work: Work, gpus: Sequence[str | None], command: Sequence[str] | None = None) -> None:
     """Make the units by as many processes as `gpus`, each with one of them, or with what this process sees (None).
 
     A process that dies is replaced, and its unit goes on from its log; a unit over which `MOST_DEATHS` processes died has failed.
@@ -137,7 +137,8 @@ def work_in_processes(work: Work, gpus: Sequence[str | None], command: Sequence[
     """
     folder = work.store.root / "logs"
     write_todo(work, folder)
-    argv = [*command, "sweep", str(folder / "sweep.yaml"), "--output", str(work.store.root), "--todo", str(folder / "todo.json")]
+    told = ["--output", str(work.store.root), "--todo", str(folder / "todo.json")]
+    argv = [*(command or COMMAND), "sweep", str(folder / "sweep.yaml"), *told]
     threads = max(1, len(os.sched_getaffinity(0)) // len(gpus)) if hasattr(os, "sched_getaffinity") else 1
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
     workers = [
