@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +66,7 @@ ALLOWED = {
         "vlms",
     }
     | {""},
-    "report": {"report", "stdout", "sweep", "budget", "cost", "errors", "shown", ""},
+    "report": {"report", "stdout", "sweep", "vlms", "budget", "cost", "errors", "shown", ""},
     "doctor": {"doctor", "stdout", "selftest", "versions", "bench", "errors", "lmms", "shown", "sweep", ""},
     "reproduce": {"reproduce", "report", "sweep", "lmms", "pruners", "errors", "shown", ""},
 }
@@ -118,9 +119,9 @@ ANY = {"__init__", "__main__", "cli"}  # at the top, which may import what they 
 
 
 def imported(path: Path, *, lazy: bool) -> set[str]:
-    """Full names that a file imports; with `lazy`, also those inside functions."""
+    """Full names that a file imports, for type checkers too; with `lazy`, also those inside functions."""
     tree = ast.parse(path.read_text())
-    nodes = ast.walk(tree) if lazy else tree.body
+    nodes = ast.walk(tree) if lazy else [node for top in tree.body for node in (top.body if isinstance(top, ast.If) else [top])]
     found = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -160,11 +161,32 @@ def test_no_arrow_points_up_inside_report():
     assert wrong == []
 
 
-def test_the_tables_would_notice(tmp_path):
-    (tmp_path / "bad.py").write_text("import transformers\nfrom vlm_pruner_eval.sweep import grid\nfrom vlm_pruner_eval import hook\n")
-    names = imported(tmp_path / "bad.py", lazy=True)
-    assert names == {"transformers", "vlm_pruner_eval.sweep.grid", "vlm_pruner_eval.hook"}
-    assert arrows(names) == {"sweep", "hook"}
+def test_the_table_would_notice(tmp_path):
+    for_types = "if TYPE_CHECKING:\n    import transformers\n"
+    (tmp_path / "bad.py").write_text(f"{for_types}from vlm_pruner_eval.sweep import grid\nfrom vlm_pruner_eval import hook\n")
+    for lazy in (False, True):
+        assert imported(tmp_path / "bad.py", lazy=lazy) == {"transformers", "vlm_pruner_eval.sweep.grid", "vlm_pruner_eval.hook"}
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """Names that depend on each other in a circle, sorted; none if the arrows can be put in order."""
+    try:
+        graphlib.TopologicalSorter(arrows).prepare()
+    except graphlib.CycleError as error:
+        return sorted(set(error.args[1]))
+    return []
+
+
+def test_no_circle_closes():
+    """In the whole package, imports inside functions and for type checkers included."""
+    names = {path: ".".join([NAME, *parts]).removesuffix(".__init__") for path, parts in FILES.items()}
+    known, arrows = {*names.values()}, {}
+    for path, name in names.items():
+        modules = {full if full in known else full.rpartition(".")[0] for full in imported(path, lazy=True)}
+        arrows[name] = (modules & known) - {name}
+    assert "vlm_pruner_eval.vlms.family" in arrows["vlm_pruner_eval.vlms.parts.anyres"]
+    assert circle(arrows) == []
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c"]
 
 
 def test_every_part_of_report_has_a_name_of_its_own():
@@ -178,7 +200,8 @@ def test_files_are_short_enough_to_be_read_in_one_go():
 
 
 def test_light_modules_do_not_load_torch():
-    for module in (NAME, f"{NAME}.budget", f"{NAME}.cost", f"{NAME}.lmms.plugin", f"{NAME}.sweep.config", f"{NAME}.cli"):
+    for part in ("", ".budget", ".cost", ".lmms.plugin", ".sweep.config", ".cli", ".report.geometry.views"):
+        module = f"{NAME}{part}"
         code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0, module
 

@@ -1,4 +1,4 @@
-"""Checkpoints in the format that LLaVA's authors publish: LLaVA-1.5 and LLaVA-Video, read into transformers' own classes.
+"""Checkpoints in the format that LLaVA's authors publish, LLaVA-1.5 and LLaVA-Video, read into transformers' own classes.
 
 Their config.json describes the language model and names a vision tower, which lies elsewhere; their tokenizers know no token
 for an image (it is index -200 there); their tensors have names of their own. Whatever a checkpoint of these families can say
@@ -11,7 +11,6 @@ import ast
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,9 +29,9 @@ from transformers import (
 )
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.lmms import original_processor
-from vlm_pruner_eval.lmms.original_weights import Source, fill
-from vlm_pruner_eval.vlms.llava_video import POOL_MODES, LlavaVideoConfig, LlavaVideoForConditionalGeneration
+from vlm_pruner_eval.lmms.original_format import original_processor
+from vlm_pruner_eval.lmms.original_format.llava_video_model import POOL_MODES, LlavaVideoConfig, LlavaVideoForConditionalGeneration
+from vlm_pruner_eval.lmms.original_format.original_weights import Source, fill, first_line
 
 MODEL_TYPES = {"LlavaLlamaForCausalLM": "llava", "LlavaQwenForCausalLM": "llava_video"}
 TOWERS = {"llava": "clip_vision_model", "llava_video": "siglip_vision_model"}
@@ -67,16 +66,8 @@ EXPECTED_ALWAYS: dict[str, tuple[object, tuple]] = {
 }
 
 
-@dataclass(frozen=True)
-class Tower:
-    """The vision tower that a checkpoint names: where it lies, and its whole configuration."""
-
-    source: str
-    config: PretrainedConfig
-
-
 def is_original(raw: Mapping) -> bool:
-    """Whether the content of a config.json is of the original format; its ``model_type`` may well read "llava", as Hugging Face's does."""
+    """Tell if the content of a config.json is of the original format; its ``model_type`` may well read "llava", as Hugging Face's does."""
     return "mm_vision_tower" in raw or any(name in MODEL_TYPES for name in raw.get("architectures") or ())
 
 
@@ -127,16 +118,17 @@ def load_original(
     ConfigError
         A variant, tower or projector that can't be read; tensors that do not fill the model exactly.
     """
-    model_type, tower = model_type_of(raw), find_tower(raw, weights)
+    model_type = model_type_of(raw)
+    tower, tower_config = find_tower(raw, weights)
     text = text_config(raw, model_type)
     tokenizer = original_processor.load_tokenizer(weights, text, model_type)
-    config = convert_config(raw, model_type, tower.config, text, tokenizer)
+    config = convert_config(raw, model_type, tower_config, text, tokenizer)
     config._commit_hash = raw.get("_commit_hash")  # of a hub id; part of a run's record
-    processor = original_processor.build(config, tokenizer, tower.source)
+    processor = original_processor.build(config, tokenizer, tower)
     model_class = LlavaForConditionalGeneration if model_type == "llava" else LlavaVideoForConditionalGeneration
     with init_empty_weights(include_buffers=False):  # parameters take no memory until a shard brings them
         model = model_class._from_config(config, dtype=_dtype(raw, dtype), attn_implementation=attention)
-    fill(model, weights, tower.source, n_words=raw["vocab_size"], device=device)
+    fill(model, weights, tower, n_words=raw["vocab_size"], device=device)
     if weights.file("generation_config.json"):
         model.generation_config = GenerationConfig.from_pretrained(weights.place, revision=weights.revision)
     else:
@@ -151,8 +143,8 @@ def _dtype(raw: Mapping, asked: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def find_tower(raw: Mapping, weights: Source) -> Tower:
-    """The vision tower of ``mm_vision_tower``: a folder, or a hub id.
+def find_tower(raw: Mapping, weights: Source) -> tuple[str, PretrainedConfig]:
+    """Return the folder or hub id of ``mm_vision_tower``, and the configuration of the vision tower there.
 
     Raises
     ------
@@ -168,12 +160,11 @@ def find_tower(raw: Mapping, weights: Source) -> Tower:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().split("\n") or [""])[0]
-        raise ConfigError(f"mm_vision_tower: the configuration of {name} can't be read ({reason}). {advice}") from error
+        raise ConfigError(f"mm_vision_tower: the configuration of {name} can't be read ({first_line(error)}). {advice}") from error
     config, wanted = getattr(config, "vision_config", config), TOWERS[model_type_of(raw)]
     if config.model_type != wanted:
         raise ConfigError(f"mm_vision_tower: {name} is a {config.model_type!r}, expected a {wanted} for {raw['architectures'][0]}.")
-    return Tower(source, config)
+    return source, config
 
 
 def text_config(raw: Mapping, model_type: str) -> PretrainedConfig:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from vlm_pruner_eval.errors import ConfigError
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
-Layout = Sequence[int]  # (n_tokens, rows, cols, frames), as SampleRecord.layouts has it
+Shape = Sequence[int]  # (n_tokens, rows, cols, frames), as `Layout.shape` and SampleRecord.layouts have it
 Picture = tuple[str, int, Box, dict[int, Box]]  # title, frame, canvas, boxes by token of the medium
 
 
@@ -22,10 +21,6 @@ class Medium:
     height: int
     n_frames: int = 1
     is_video: bool = False
-
-
-# From settings, a medium and the layouts that are left: how many of them are the medium's, and its pictures.
-Rule = Callable[[Mapping[str, Any], Medium, list[Layout]], tuple[int, list[Picture]]]
 
 
 @dataclass(frozen=True)
@@ -101,7 +96,7 @@ def frame_of(medium: Medium, index: int, boxes: dict[int, Box]) -> Picture:
     return f"frame {index + 1} of {medium.n_frames}", index, whole_box(medium), boxes
 
 
-def expect_tokens(layout: Layout, n_tokens: int, what: str) -> None:
+def expect_tokens(layout: Shape, n_tokens: int, what: str) -> None:
     """Hold a logged layout against the number of tokens that a rule gives it.
 
     Raises

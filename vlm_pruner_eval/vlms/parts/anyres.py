@@ -1,17 +1,19 @@
-"""LLaVA-NeXT, LLaVA-OneVision and LLaVA-Video: a base view, tiles of an image in the shape that suits it, and pooled frames."""
+"""Tiled LLaVAs (NeXT, OneVision, Video): a base view, tiles in the shape that suits an image, pooled frames."""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.report.geometry.boxes import (
+from vlm_pruner_eval.vlms.family import Family, PromptProtocol
+from vlm_pruner_eval.vlms.parts.boxes import (
     Fit,
-    Layout,
     Medium,
     Picture,
+    Shape,
     box_around,
     edges,
     expect_tokens,
@@ -19,34 +21,93 @@ from vlm_pruner_eval.report.geometry.boxes import (
     grid_boxes,
     whole_box,
 )
+from vlm_pruner_eval.vlms.parts.layout import Layout
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PretrainedConfig, ProcessorMixin
 
 
-def anyres(geometry: Mapping[str, Any], medium: Medium, layouts: list[Layout]) -> tuple[int, list[Picture]]:
-    """A base view, then tiles whose rows end in a newline token; or the base view alone, padded, with one newline token."""
-    if medium.is_video:
-        return 1, _pooled_frames(geometry, medium, layouts[0])
-    _, rows, cols, n_views = layouts[0]
+class Anyres(Family):
+    """Base of the tiled families: settings of their processors, and the place of their tokens on an image."""
+
+    def geometry(self, config: PretrainedConfig, processor: ProcessorMixin, protocol: PromptProtocol) -> dict[str, Any]:
+        """``tile``, ``patch`` and ``pinpoints`` (height, width) in pixels; ``max_tiles``, None if tiles are never shrunk."""
+        ratio = getattr(config, "vision_aspect_ratio", None)  # "anyres_max_9"
+        return {
+            "tile": config.vision_config.image_size,
+            "patch": config.vision_config.patch_size,
+            "pinpoints": [list(shape) for shape in config.image_grid_pinpoints],
+            "max_tiles": None if ratio is None else int(ratio.rpartition("_")[2]),
+        }
+
+    def pictures(self, geometry: Mapping[str, Any], medium: Medium, layouts: Sequence[Shape]) -> tuple[int, list[Picture]]:
+        """A base view, then tiles with a newline token behind each row; or the base view alone, padded, with one newline."""
+        if medium.is_video:
+            return 1, _pooled_frames(geometry, medium, layouts[0])
+        return 1, _views(geometry, medium, layouts[0])
+
+
+def anyres_layout(core: nn.Module, size: Tensor, *, tiled: bool = True, **pack_arguments: object) -> Layout:
+    """The layout of one image of `size` (height, width), from a coordinate tensor pushed through `pack_image_features`.
+
+    Parameters
+    ----------
+    size : Tensor [2]
+        On the CPU.
+    tiled
+        False: the base view alone, as OneVision encodes several images.
+    pack_arguments
+        Further arguments of the model's `pack_image_features`.
+
+    Returns
+    -------
+    Layout
+        Frame 0 = base view, frame 1 = tiles; newline tokens are (-1, -1, -1); grid = the unpadded tiles (or the base view).
+    """
+    import torch
+
+    from vlm_pruner_eval.types import row_major
+
+    vision = core.config.vision_config
+    side = vision.image_size // vision.patch_size
+    tiles = [row_major(side, side).float()]
+    if tiled:
+        shape_of = sys.modules[core.pack_image_features.__module__].get_anyres_image_grid_shape
+        rows, cols = shape_of(size, core.config.image_grid_pinpoints, vision.image_size)
+        offsets = [torch.tensor([1.0, row * side, col * side]) for row in range(rows) for col in range(cols)]
+        tiles += [row_major(side, side).float() + offset for offset in offsets]
+    newline = torch.tensor([-1.0, -1.0, -1.0])
+    packed, _ = core.pack_image_features([torch.stack(tiles)], size[None], image_newline=newline, **pack_arguments)
+    coords = packed[0]
+    finest = coords[coords[:, 0] == coords[:, 0].max()]
+    spread = finest.amax(0) - finest.amin(0)
+    return Layout(coords, (int(spread[1]) + 1, int(spread[2]) + 1))
+
+
+def _views(geometry: Mapping[str, Any], medium: Medium, layout: Shape) -> list[Picture]:
+    _, rows, cols, n_views = layout
     tile, patch = geometry["tile"], geometry["patch"]
     side = tile // patch
     square = edges(side, side=side, patch=patch, tile=tile)
     if n_views == 1:
-        expect_tokens(layouts[0], side * side + 1, "one of several images")
+        expect_tokens(layout, side * side + 1, "one of several images")
         boxes = grid_boxes(Fit.padded(medium, tile), square, square, side)
-        return 1, [("", 0, box_around(medium, boxes), boxes)]
+        return [("", 0, box_around(medium, boxes), boxes)]
     base = grid_boxes(Fit.stretched(medium, tile, tile), square, square, side)
     fit, (top, n_rows), (left, n_cols) = _tiled(geometry, medium)
     expected = _shrunk(geometry, n_rows, n_cols, side)
     if (rows, cols) != expected:
-        expect_tokens(layouts[0], side * side + expected[0] * (expected[1] + 1), f"an image of {medium.width} x {medium.height} pixels")
-    expect_tokens(layouts[0], side * side + rows * (cols + 1), "its grid")
+        expect_tokens(layout, side * side + expected[0] * (expected[1] + 1), f"an image of {medium.width} x {medium.height} pixels")
+    expect_tokens(layout, side * side + rows * (cols + 1), "its grid")
     along = {"side": side, "patch": patch, "tile": tile}
     fine = grid_boxes(fit, edges(rows, **along, first=top, span=n_rows), edges(cols, **along, first=left, span=n_cols), cols + 1)
     tiles = {side * side + token: box for token, box in fine.items()}
-    return 1, [("base view", 0, whole_box(medium), base), ("tiles", 0, box_around(medium, tiles), tiles)]
+    return [("base view", 0, whole_box(medium), base), ("tiles", 0, box_around(medium, tiles), tiles)]
 
 
 def _tiled(geometry: Mapping[str, Any], medium: Medium) -> tuple[Fit, tuple[int, int], tuple[int, int]]:
-    """How the image lies on its tiles, and (first, number) of the rows and columns of patches that are not border.
+    """Fit of the image on its tiles, and (first, number) of the rows and columns of patches that are not border.
 
     Paper: arXiv 2310.03744 (LLaVA-1.5-HD), as LLaVA-NeXT's and LLaVA-OneVision's processors do it.
     """
@@ -90,7 +151,7 @@ def _shrunk(geometry: Mapping[str, Any], rows: int, cols: int, side: int) -> tup
     return (int(rows // ratio), int(cols // ratio)) if ratio > 1.1 else (rows, cols)
 
 
-def _pooled_frames(geometry: Mapping[str, Any], medium: Medium, layout: Layout) -> list[Picture]:
+def _pooled_frames(geometry: Mapping[str, Any], medium: Medium, layout: Shape) -> list[Picture]:
     """Frames that are stretched to a tile and pooled; one newline token behind the video, or one behind every row."""
     n_tokens, rows, cols, frames = layout
     tile, patch = geometry["tile"], geometry["patch"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
@@ -35,9 +35,14 @@ BESIDE_THE_TOWER = ("text_model.", "text_projection.", "visual_projection.", "lo
 WORD_TABLES = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 
 
+def first_line(error: Exception) -> str:
+    """First line of an exception's message, or its type if it says nothing."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 @dataclass(frozen=True)
 class Source:
-    """Where files are read from.
+    """Folder or hub id that files are read from.
 
     Attributes
     ----------
@@ -66,8 +71,7 @@ class Source:
             found = cached_file(self.place, name, revision=self.revision, _raise_exceptions_for_missing_entries=False)
         except OSError as error:
             raise ConfigError(
-                f"pretrained: {name} of {self.label} can't be had ({str(error).strip().splitlines()[0]}). "
-                "A hub id needs the network or a copy in the cache."
+                f"pretrained: {name} of {self.label} can't be had ({first_line(error)}). A hub id needs the network or a copy in the cache."
             ) from error
         return None if found is None else Path(found)
 
@@ -127,8 +131,7 @@ def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
             return
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{path.name} can't be read ({reason}), expected a whole weight file; fetch it again.") from error
+        raise ConfigError(f"{path.name} can't be read ({first_line(error)}), expected a whole weight file; fetch it again.") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ConfigError(f"{path.name} holds a {type(content).__name__}, expected a dictionary of tensors by name.")
     yield from content.items()
@@ -137,7 +140,7 @@ def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
 def fill(model: PreTrainedModel, weights: Source, tower: str, *, n_words: int, device: torch.device) -> None:
     """Fill a model whose parameters are on the meta device, in the model's dtype; the tower's tensors may lie in its own folder.
 
-    The placeholder tokens of images and videos take rows behind the checkpoint's words, where its tables have no spare ones.
+    The placeholder tokens of images and videos take rows behind the checkpoint's words, if its tables have no spare ones.
     Such a row is the mean of all words' rows: what it holds as input is replaced by image features, and its score as output is
     the mean of all scores, which never is the highest.
 
@@ -151,81 +154,79 @@ def fill(model: PreTrainedModel, weights: Source, tower: str, *, n_words: int, d
     ConfigError
         Tensors that are unknown, there twice, missing, or of another shape than the configuration says.
     """
-    _Filling(model, weights.label, n_words, device).run(weights, Source(tower, tower, allow_bin=weights.allow_bin))
-
-
-class _Filling:
-    def __init__(self, model: PreTrainedModel, label: str, n_words: int, device: torch.device):
-        self.model, self.label, self.n_words, self.device = model, label, n_words, device
-        self.left = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        self.all = set(self.left)
-        self.unknown: list[str] = []
-        # some versions of transformers have one module more between a tower and its layers
-        self.inside = "vision_model." if hasattr(model.model.vision_tower, "vision_model") else ""
-        self.is_tied = bool(model.config.tie_word_embeddings)
-        self.n_layers = model.config.vision_config.num_hidden_layers if model.config.model_type == "llava_video" else None
-
-    def run(self, weights: Source, tower: Source) -> None:
-        has_tower = False
-        for name, tensor in weights.tensors():
-            has_tower |= name.startswith(TOWER_PREFIX)
-            self._take(name, self._target(name), tensor)
-        if not has_tower:
-            for name, tensor in tower.tensors():
-                if not name.startswith(BESIDE_THE_TOWER):
-                    self._take(name, self._tower_target(name), tensor)
-        if self.is_tied:
-            self.model.tie_weights()
-            self.left.discard("lm_head.weight")
-        self._check()
-
-    def _target(self, name: str) -> str | None:
-        """The model's name of a checkpoint's tensor; "" for one that is not needed, None for an unknown one."""
-        if COMPUTED.search(name) or (self.is_tied and name == "lm_head.weight"):
-            return ""
-        if name.startswith(TOWER_PREFIX):
-            return self._tower_target(name.removeprefix(TOWER_PREFIX))
-        for before, after in RENAMED.items():
-            if name.startswith(before):
-                return after + name.removeprefix(before)
-        return None
-
-    def _tower_target(self, name: str) -> str | None:
-        inner = name.removeprefix("vision_model.")
-        if COMPUTED.search(name) or (self.n_layers is not None and inner.startswith(("head.", f"encoder.layers.{self.n_layers}."))):
-            return ""  # LLaVA-Video runs SigLIP without its head and its last layer
-        return f"model.vision_tower.{self.inside}{inner}"
-
-    def _take(self, name: str, target: str | None, tensor: Tensor) -> None:
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    state: dict[str, Tensor] = {}
+    unknown: list[str] = []
+    for name, found in _with_tower(weights, Source(tower, tower, allow_bin=weights.allow_bin)):
+        target = _target(model, name)
         if target == "":
-            return
-        if target not in self.all:
-            self.unknown.append(name)
-            return
-        if target not in self.left:
-            raise ConfigError(f"pretrained: {self.label} holds {name} twice, expected every tensor once; fetch the checkpoint again.")
-        owner_name, _, leaf = target.rpartition(".")
-        owner = self.model.get_submodule(owner_name)
-        shape = tuple(getattr(owner, leaf).shape)
-        if target in WORD_TABLES and len(tensor) == self.n_words < shape[0]:
-            mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
-            tensor = torch.cat([tensor, mean.expand(shape[0] - self.n_words, -1)])
-        if tuple(tensor.shape) != shape:
+            continue
+        if target not in shapes:
+            unknown.append(name)
+            continue
+        if target in state:
+            raise ConfigError(f"pretrained: {weights.label} holds {name} twice, expected every tensor once; fetch the checkpoint again.")
+        tensor = _with_placeholders(found, n_words, shapes[target][0]) if target in WORD_TABLES else found
+        if tuple(tensor.shape) != shapes[target]:
             raise ConfigError(
-                f"pretrained: {name} of {self.label} has shape {tuple(tensor.shape)}, expected {shape} by config.json; "
+                f"pretrained: {name} of {weights.label} has shape {tuple(tensor.shape)}, expected {shapes[target]} by config.json; "
                 "the two do not belong together."
             )
-        setattr(owner, leaf, nn.Parameter(tensor.to(self.device, self.model.dtype, copy=True)))
-        self.left.remove(target)
+        state[target] = tensor.to(device, model.dtype, copy=True)
+    _check(unknown, sorted(set(shapes) - set(state) - _tied(model)), weights.label)
+    model.load_state_dict(state, strict=False, assign=True)
+    if _tied(model):
+        model.tie_weights()
 
-    def _check(self) -> None:
-        if self.unknown:
-            raise ConfigError(
-                f"pretrained: {self.label} holds {len(self.unknown)} tensors that this model has no place for (first: "
-                f"{', '.join(sorted(self.unknown)[:3])}); expected the names of LLaVA-1.5 or LLaVA-Video as released."
-            )
-        if self.left:
-            raise ConfigError(
-                f"pretrained: {self.label} lacks {len(self.left)} of the model's tensors (first: {', '.join(sorted(self.left)[:3])}); "
-                "expected a complete checkpoint."
-            )
+
+def _with_tower(weights: Source, tower: Source) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a checkpoint, and of its tower's own folder if the checkpoint has none of them."""
+    has_tower = False
+    for name, tensor in weights.tensors():
+        has_tower |= name.startswith(TOWER_PREFIX)
+        yield name, tensor
+    if not has_tower:
+        for name, tensor in tower.tensors():
+            if not name.startswith(BESIDE_THE_TOWER):
+                yield TOWER_PREFIX + name, tensor
+
+
+def _with_placeholders(table: Tensor, n_words: int, n_rows: int) -> Tensor:
+    """A table of words with rows for placeholder tokens behind them, if it has just the words."""
+    if not len(table) == n_words < n_rows:
+        return table
+    mean = table.float().mean(0, keepdim=True).to(table.dtype)
+    return torch.cat([table, mean.expand(n_rows - n_words, -1)])
+
+
+def _tied(model: PreTrainedModel) -> set[str]:
+    """Parameters that are another one under a second name."""
+    return {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+
+
+def _target(model: PreTrainedModel, name: str) -> str | None:
+    """Name in the model of a checkpoint's tensor; "" of one that is not needed, None of an unknown one."""
+    if COMPUTED.search(name) or name in _tied(model):
+        return ""
+    if not name.startswith(TOWER_PREFIX):
+        return next((after + name.removeprefix(before) for before, after in RENAMED.items() if name.startswith(before)), None)
+    inner = name.removeprefix(TOWER_PREFIX).removeprefix("vision_model.")
+    dropped = f"encoder.layers.{model.config.vision_config.num_hidden_layers}."
+    if model.config.model_type == "llava_video" and inner.startswith(("head.", dropped)):
+        return ""  # LLaVA-Video runs SigLIP without its head and its last layer
+    # some versions of transformers have one module more between a tower and its layers
+    between = "vision_model." if hasattr(model.model.vision_tower, "vision_model") else ""
+    return f"model.vision_tower.{between}{inner}"
+
+
+def _check(unknown: list[str], missing: list[str], label: str) -> None:
+    if unknown:
+        raise ConfigError(
+            f"pretrained: {label} holds {len(unknown)} tensors that this model has no place for (first: "
+            f"{', '.join(sorted(unknown)[:3])}); expected the names of LLaVA-1.5 or LLaVA-Video as released."
+        )
+    if missing:
+        raise ConfigError(
+            f"pretrained: {label} lacks {len(missing)} of the model's tensors (first: {', '.join(missing[:3])}); "
+            "expected a complete checkpoint."
+        )

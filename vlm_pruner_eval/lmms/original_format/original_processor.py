@@ -15,9 +15,10 @@ from transformers import (
 )
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.lmms.original_weights import Source
-from vlm_pruner_eval.lmms.protocols import VICUNA_SYSTEM, splits_like_llava
-from vlm_pruner_eval.vlms.llava_video import LlavaVideoProcessor, pooled_side
+from vlm_pruner_eval.lmms.original_format.llava_video_model import LlavaVideoProcessor
+from vlm_pruner_eval.lmms.original_format.original_weights import Source, first_line
+from vlm_pruner_eval.vlms.llava_video import pooled_side
+from vlm_pruner_eval.vlms.parts.vicuna import VICUNA_SYSTEM, splits_like_llava
 
 IMAGE, VIDEO = "<image>", "<video>"
 PLACEHOLDERS = {"llava": (IMAGE,), "llava_video": (IMAGE, VIDEO)}
@@ -27,7 +28,7 @@ _TEXTS = (
     "{%- if message['content'] is string %}{%- set text = message['content'] %}{%- else %}"
     "{%- set text = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('\\n') %}{%- endif %}"
 )
-# conversation "vicuna_v1" of LLaVA-1.5, as `protocols.vicuna_v1` has it: images first, each on a line of its own
+# conversation "vicuna_v1" of LLaVA-1.5, as `vicuna.vicuna_v1` has it: images first, each on a line of its own
 VICUNA_TEMPLATE = (
     f"{{{{- {(VICUNA_SYSTEM + ' ')!r} }}}}"
     "{%- for message in messages %}" + _TEXTS + "{%- set text = text | trim %}{%- if message['content'] is not string %}"
@@ -66,9 +67,8 @@ def load_tokenizer(weights: Source, text: PretrainedConfig, model_type: str) -> 
         legacy = {"legacy": True} if model_type == "llava" else {}
         tokenizer = AutoTokenizer.from_pretrained(weights.place, revision=weights.revision, config=text, trust_remote_code=False, **legacy)
     except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip().split("\n") or [""])[0]
         raise ConfigError(
-            f"pretrained: the tokenizer of {weights.label} can't be read ({reason}). "
+            f"pretrained: the tokenizer of {weights.label} can't be read ({first_line(error)}). "
             "A tokenizer.model needs the packages sentencepiece and protobuf in versions that go together."
         ) from error
     tokens = [AddedToken(token, special=True, normalized=False) for token in PLACEHOLDERS[model_type]]
@@ -110,7 +110,7 @@ def _llava(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, tower: 
 
 
 def _llava_video(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
-    """What the original sets in code: tiles and frames resized to the tower's input (bicubic, not cropped), values in [-1, 1].
+    """Make the processor as the original sets it in code: tiles and frames resized (bicubic, not cropped), values in [-1, 1].
 
     The original resizes with Pillow, some versions of transformers with torchvision, whose pixels can differ by a rounding step.
     """
