@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from vlm_pruner_eval.bench import tasks_path
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.lmms.log import Answer
+from vlm_pruner_eval.store.answers import Answer
 from vlm_pruner_eval.speed.cli import app
 from vlm_pruner_eval.speed.shared import bench_shared
 from vlm_pruner_eval.sweep.config import SweepConfig, validate

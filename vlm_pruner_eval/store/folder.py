@@ -61,6 +61,9 @@ class DocumentScore(Model):
     images: list[str] = []
 
 
+_NEEDED = {name for name, field in DocumentScore.model_fields.items() if field.is_required()}
+
+
 @dataclass(frozen=True)
 class Unit:
     """The folder of one task of one run."""
@@ -148,8 +151,11 @@ class Unit:
 
 def _score(line: bytes, path: Path, number: int) -> DocumentScore:
     try:
-        return DocumentScore.model_construct(**json.loads(line))  # written by the same class; millions are read
-    except (ValueError, TypeError) as error:
+        held = json.loads(line)
+        if not _NEEDED <= held.keys():
+            raise ValueError(f"lacks {', '.join(sorted(_NEEDED - held.keys()))}")
+        return DocumentScore.model_construct(**held)  # written by the same class; millions are read
+    except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}, line {number}: can't be read ({error}); {_DELETE}") from error
 
 
