@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_sweeps import HOSTILE, RELEASE, copied
+from report_sweeps import HOSTILE, RELEASE, configure, copied, edit_grid
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -18,7 +18,7 @@ from vlm_pruner_eval.cli import app
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.build import build
 from vlm_pruner_eval.report.contents import report_of
-from vlm_pruner_eval.report.load import load_results
+from vlm_pruner_eval.report.load import load_sweep
 from vlm_pruner_eval.report.paper import printed
 from vlm_pruner_eval.report.paper.differences import OF_TASK, differences
 from vlm_pruner_eval.report.paper.gate import FAILS, INCOMPARABLE, REPRODUCES
@@ -136,7 +136,7 @@ def changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def numbers(root: Path, **extra: Any) -> PrintedNumbers:
     """A paper that prints our own numbers, which are therefore all equivalent."""
     cells = {}
-    for row in rows_of(load_results(root)):
+    for row in rows_of(load_sweep(root)):
         if row.label in ("unpruned", RELEASE["label"], HOSTILE):
             scores = {COLUMNS[task]: cell.value for task, cell in row.cells.items()} | {"Avg": row.relative.value}
             for benchmark, value in scores.items():
@@ -145,7 +145,7 @@ def numbers(root: Path, **extra: Any) -> PrintedNumbers:
 
 
 def paper(root: Path, table: PrintedNumbers | None) -> PaperTable | None:
-    results = load_results(root)
+    results = load_sweep(root)
     return paper_for(results, rows_of(results), table)
 
 
@@ -198,7 +198,7 @@ def test_twice_the_noise_that_reproduce_measured_widens_the_tolerance(changed: P
     assert of(paper(changed, far), *CELL).verdict == OUTSIDE
     assert "noise of the unpruned model was not measured" in paper(changed, far).noise
     measured = {
-        "config": load_results(changed).config,
+        "config": load_sweep(changed).config,
         "noise": {"variants": {"batch1-sdpa": {}, "batch1-eager": {}}, "average_spread": 0.2, "tasks": {"tiny_mean": {"spread": 0.46}}},
     }
     (changed.parent / "reproduce.json").write_text(json.dumps(measured))
@@ -222,27 +222,27 @@ def test_removing_one_printed_number_makes_exactly_its_cell_not_run(changed: Pat
     assert (cell.verdict, cell.reason, cell.printed, cell.cell.value is not None) == (NOT_RUN, "no printed number", None, True)
 
 
-def test_removing_one_sample_file_makes_exactly_its_row_not_run(changed: Path) -> None:
+def test_removing_one_file_of_answers_makes_exactly_its_row_not_run(changed: Path) -> None:
     table = numbers(changed)
     before = verdicts(paper(changed, table))
     (run,) = changed.glob("runs/vlm-pruner-release-2of3-*")
-    (run / "samples.jsonl").unlink()
+    (run / "tiny_mean" / "answers.jsonl").unlink()
     after = verdicts(paper(changed, table))
     gone = {(RELEASE["label"], 66.7, name) for name in ("tiny_mean", "tiny_pairs", "Avg")}
     assert {key for key in before if before[key] != after[key]} == gone
-    assert {of(paper(changed, table), *key).reason for key in gone} == {"not run: samples missing"}
+    assert {of(paper(changed, table), *key).reason for key in gone} == {"not run: answers missing"}
     text = build(changed)["md"].read_text()
-    assert "| VLM-Pruner (release) | not run: samples missing | not run: samples missing | n/a |" in text
-    assert "The answers (samples.jsonl) of vlm-pruner-release-2of3 are missing" in text
+    assert "| VLM-Pruner (release) | not run: answers missing | not run: answers missing | n/a |" in text
+    assert "The answers (answers.jsonl) of vlm-pruner-release-2of3 are missing" in text
 
 
 def test_without_the_unpruned_answers_nothing_is_claimed(changed: Path) -> None:
     table = numbers(changed)
     (run,) = changed.glob("runs/unpruned-*")
-    (run / "samples.jsonl").unlink()
+    (run / "tiny_pairs" / "answers.jsonl").unlink()
     after = paper(changed, table)
     assert (after.gate.status, after.gate.stops) == (FAILS, True)
-    assert "it is not run: samples missing" in after.gate.sentence
+    assert "it is not run: answers missing" in after.gate.sentence
     assert of(after, *CELL).verdict == NO_CLAIM
 
 
@@ -261,10 +261,8 @@ def test_nothing_is_claimed_about_pruned_rows_when_the_unpruned_one_fails_the_ga
 )
 def test_another_protocol_or_model_is_not_comparable(changed: Path, name: str, value: str, reason: str) -> None:
     table = numbers(changed)
-    for path in (changed / "sweep.json", *changed.glob("runs/*/run.json")):
-        held = json.loads(path.read_text())
-        held["config"]["model"][name] = value
-        path.write_text(json.dumps(held))
+    edit_grid(changed, lambda grid: grid["config"]["model"].update({name: value}))
+    configure(changed, "", lambda config: config["model"].update({name: value}))
     found = paper(changed, table)
     assert (found.gate.status, of(found, *CELL).verdict) == (INCOMPARABLE, "not comparable")
     assert reason in found.gate.sentence
@@ -304,7 +302,7 @@ def test_the_report_shows_ours_the_printed_number_the_difference_and_the_verdict
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.csv").write_text(HEADER + "\n".join(lines) + "\n")
     monkeypatch.setattr(printed, "DATA", tmp_path / "data")
-    made = report_of(load_results(changed))
+    made = report_of(load_sweep(changed))
     cell = of(made.paper, *CELL)
     paths = build(changed)
     text = paths["md"].read_text()

@@ -62,6 +62,9 @@ class DocumentScore(Model):
     images: list[str] = Field(default_factory=list)
 
 
+_NEEDED = {name for name, field in DocumentScore.model_fields.items() if field.is_required()}
+
+
 @dataclass(frozen=True)
 class Unit:
     """The folder of one task of one run."""
@@ -149,8 +152,11 @@ class Unit:
 
 def _score(line: bytes, path: Path, number: int) -> DocumentScore:
     try:
-        return DocumentScore.model_construct(**json.loads(line))  # written by the same class; millions are read
-    except (ValueError, TypeError) as error:
+        held = json.loads(line)
+        if not held.keys() >= _NEEDED:
+            raise ValueError(f"lacks {', '.join(sorted(_NEEDED - held.keys()))}")
+        return DocumentScore.model_construct(**held)  # written by the same class; millions are read
+    except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}, line {number}: can't be read ({error}); {_DELETE}") from error
 
 
