@@ -35,18 +35,18 @@ from fault_sections import Section
 from fault_trace import FULL, KILL, POWER
 
 SECTIONS: dict[str, Callable[[Section], None]] = {
-    "random": partial(parts.standin_kills, kills=60, span_s=6.0, pause_s=0.1),
+    "random": partial(parts.standin_kills, kills=60, span_s=4.0, pause_s=0.1),
     "two_workers": partial(parts.two_workers, kills=40, span_s=2.5, pause_s=0.1),
-    "larger_limit": partial(parts.larger_limit, kills=20, span_s=1.5, pause_s=0.02),
-    "kill_at_writes": partial(parts.at_writes, kind=KILL, each=2, again=True),
-    "power_at_writes": partial(parts.at_writes, kind=POWER, each=2),
-    "full_at_writes": partial(parts.at_writes, kind=FULL, each=2),
+    "larger_limit": partial(parts.larger_limit, kills=12, span_s=1.5, pause_s=0.05),
+    "kill_at_writes": partial(parts.at_writes, kind=KILL, each=1, again=True),
+    "power_at_writes": partial(parts.at_writes, kind=POWER, each=1),
+    "full_at_writes": partial(parts.at_writes, kind=FULL, each=1),
     "kill_in_report": partial(parts.in_report, kind=KILL),
     "full_in_report": partial(parts.in_report, kind=FULL),
-    "disks": partial(parts.full_disks, levels=12, limits=4),
-    "logs": partial(parts.damaged_logs, step=1),
-    "memory": partial(parts.short_of_memory, rounds=6, kills=0),
-    "memory_and_kills": partial(parts.short_of_memory, rounds=6, kills=3),
+    "disks": partial(parts.full_disks, levels=8, limits=3),
+    "logs": partial(parts.damaged_logs, step=30),
+    "memory": partial(parts.short_of_memory, rounds=3, kills=0),
+    "memory_and_kills": partial(parts.short_of_memory, rounds=3, kills=3),
     "minivlm": partial(parts.minivlm_kills, kills=20, limit=8),
 }
 

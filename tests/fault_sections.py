@@ -19,7 +19,7 @@ from fault_checks import Expected, Findings, Watch, age, files_of, temporaries
 from fault_sweep import NO_FAULTS, Attempt, End, Faults, Sweep, minivlm_sweep, standin_sweep
 from fault_trace import FULL, KILL, POWER, Trap
 
-from vlm_pruner_eval.store.answers import ANSWERS
+from vlm_pruner_eval.store.answers import ANSWERS, read_lines
 
 SENTENCE = "make room, then run the same command again"
 SIZES = (6, 3, 1)
@@ -302,7 +302,10 @@ def tmpfs(folder: Path, size: int) -> Iterator[Path | None]:
 
 # ---- logs
 def damaged_logs(section: Section, *, step: int) -> None:
-    """A log cut at every `step`-th of its last 300 bytes, and one with a line that was changed."""
+    """A log cut at each of its last 300 bytes is read up to its last whole batch; at every `step`-th the command goes on.
+
+    And one with a line that was changed, every `step`-th of its lines, is refused.
+    """
     sweep = standin_sweep(section.folder, n_runs=3, limit=6).unreported()
     expected = section.reference(sweep)
     last = max(number for number, name in enumerate(section.boundaries) if name == "open runs/RUN/UNIT/scores.jsonl (temporary)")
@@ -312,7 +315,8 @@ def damaged_logs(section: Section, *, step: int) -> None:
     left = sweep.output.rename(section.folder / "left")
     (log,) = (path for path in left.rglob(ANSWERS) if not (path.parent / "record.json").exists())
     content, place = log.read_bytes(), log.relative_to(left)
-    section.facts |= {"cuts": len(range(1, 301, step)), "changed_lines": 0}
+    ends = [batch[-1].end for batch in read_lines(log)]
+    section.facts |= {"cuts": 0, "cuts_gone_on_from": len(range(1, 301, step)), "changed_lines": 0}
 
     def changed(to: bytes) -> Watch:
         watch = section.begin(sweep, expected)
@@ -320,11 +324,16 @@ def damaged_logs(section: Section, *, step: int) -> None:
         (sweep.output / place).write_bytes(to)
         return watch
 
+    for cut in range(1, 301):
+        log.write_bytes(content[:-cut])
+        section.facts["cuts"] += 1
+        if [batch[-1].end for batch in read_lines(log)] != [end for end in ends if end <= len(content) - cut]:
+            section.findings.lost.append(f"log without its last {cut} bytes: other batches are read than are whole")
     for cut in range(1, 301, step):
         section.finish(sweep, changed(content[:-cut]), f"log without its last {cut} bytes")
     lines = content.splitlines(keepends=True)
     for number, line in enumerate(lines):
-        if number % min(step, len(lines) - 1):
+        if number % step:
             continue
         place_in_line = section.random.randrange(len(line) - 1)
         other = line[:place_in_line] + bytes([line[place_in_line] ^ 1]) + line[place_in_line + 1 :]
