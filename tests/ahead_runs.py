@@ -32,7 +32,7 @@ def model_of_twenty() -> Iterator[PrunedModel]:
     yield model
     assert our_threads() == []
     set_workers(model, 0)
-    model.on_prompt = model.on_answers = model.source = None
+    model.context.on_prompt = model.context.on_answers = model.context.source = None
     model.may_shrink = True
 
 

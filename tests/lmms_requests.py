@@ -30,7 +30,7 @@ def tiny_llava() -> str:
 @functools.cache
 def _loaded() -> PrunedModel:
     model = load("vlmpruner_llava", pretrained=tiny_llava(), batch_size=4)
-    model.keep_loaded = True
+    model.context.keep_loaded = True
     return model
 
 
@@ -38,7 +38,7 @@ def fresh_model() -> PrunedModel:
     """The one shared model, as after loading, with documents of two tasks."""
     model = _loaded()
     model.configure("uniform", 0.5)
-    model.refuses_failures = False
+    model.context.refuses_failures = False
     model.failures = FailureLog()
     set_batch_size(model, 4)
     model.task_dict = {"first": {"test": documents(7, seed=0)}, "second": {"test": documents(7, seed=50), "val": documents(3, seed=90)}}

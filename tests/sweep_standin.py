@@ -123,7 +123,7 @@ class StandIn(Answering):
         super().__init__()
         self.behaviour = behaviour or Behaviour()
         self.size = size
-        self.refuses_failures = True
+        self.context.refuses_failures = True
         self.cleaned = 0
         self.evaluated: list[str] = []
         self.answered: list[tuple[str, int]] = []
@@ -142,11 +142,11 @@ class StandIn(Answering):
         return {"device": "cpu", "dtype": "float32"}
 
     def clean(self) -> None:
-        assert self.keep_loaded, "lmms-eval would have deleted the model"
+        assert self.context.keep_loaded, "lmms-eval would have deleted the model"
         self.cleaned += 1
 
     def generate_until(self, requests: list[Any]) -> list[GenerationResult]:
-        assert not self.refuses_failures
+        assert not self.context.refuses_failures
         self.evaluated.append(self.method)
         results = super().generate_until(requests)
         if self.method in self.behaviour.forget:

@@ -43,7 +43,7 @@ def test_families_answer_as_without_threads(family: str) -> None:
         for size in (1, 3):
             set_batch_size(model, size)
             records = assert_same_with_threads(model, lambda: texts(model, [request("first", i) for i in range(2 * n)]))
-            assert [record["error"] for record in records] == [None] * (2 * n)
+            assert [record.get("error") for record in records] == [None] * (2 * n)
     assert len({record["answer"] for record in records}) > 3, "a model that always answers the same would prove nothing"
     set_workers(model, 0)
 
@@ -64,7 +64,7 @@ def test_scored_continuations(model: PrunedModel) -> None:
     requests = [one for i in range(20) for one in test_lmms_loglikelihood.choices(i)]
     requests[8:8] = [test_lmms_loglikelihood.target(99, " x"), test_lmms_loglikelihood.target(3, "")]
     records = assert_same_with_threads(model, lambda: model.loglikelihood(requests))
-    assert [i for i, record in enumerate(records) if record["error"]] == [8, 9, 14, 15, 16, 17], "document 3 has a choice without tokens"
+    assert [i for i, record in enumerate(records) if record.get("error")] == [8, 9, 14, 15, 16, 17], "document 3 has a choice without tokens"
 
 
 def test_continuations_that_a_task_draws(model: PrunedModel) -> None:
@@ -117,7 +117,7 @@ def test_a_picture_that_several_documents_share_is_read_once_at_a_time(model: Pr
         model.task_dict["first"]["test"] = [{"question": f"Q{i}", "images": [unread]} for i in range(12)]
         return texts(model, asked(12))
 
-    assert {record["error"] for record in assert_same_with_threads(model, ask)} == {None}
+    assert {record.get("error") for record in assert_same_with_threads(model, ask)} == {None}
 
 
 def test_drawn_answers_and_the_random_state(model: PrunedModel) -> None:
@@ -172,13 +172,13 @@ def test_the_tasks_code_runs_in_the_order_of_the_requests_one_at_a_time(model: P
 
     model.task_dict["first"]["test"] = Lookups(documents(20, seed=0), lambda index: time.sleep(0.004 * (3 - index % 4)))
     records = assert_same_with_threads(model, ask)
-    assert {record["error"] for record in records} == {None}
+    assert {record.get("error") for record in records} == {None}
     assert order[:20] == order[20:40] == order[40:]
 
 
 def test_prompts_are_shown_in_order_in_the_callers_thread(model: PrunedModel) -> None:
     seen: list[tuple[int, str]] = []
-    model.on_prompt = lambda prompt: seen.append((prompt.request.index, threading.current_thread().name))
+    model.context.on_prompt = lambda prompt: seen.append((prompt.request.index, threading.current_thread().name))
     model.task_dict["first"]["test"] = Lookups(documents(20, seed=0), lambda index: time.sleep(0.004 * (3 - index % 4)))
     texts(model, asked())
     order = [index for index, _ in seen]

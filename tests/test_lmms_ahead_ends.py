@@ -19,9 +19,8 @@ from test_lmms_failures import sabotage
 from vlm_pruner_eval import ConfigError, PruningError
 from vlm_pruner_eval.lmms import PrunedModel, load
 from vlm_pruner_eval.lmms.ahead import Ahead, Job, Step, default_workers
-from vlm_pruner_eval.lmms.journal import Journal
-from vlm_pruner_eval.lmms.plan import WHOLE, Done
 from vlm_pruner_eval.lmms.prompts import WINDOW_BATCHES, Request
+from vlm_pruner_eval.store.answers import AnswerLog, BatchSize, Done
 from vlm_pruner_eval.sweep.config import validate
 from vlm_pruner_eval.sweep.grid import expand
 from vlm_pruner_eval.sweep.opening import _load_model
@@ -42,7 +41,7 @@ def test_failures_are_those_of_a_run_without_threads(model: PrunedModel) -> None
     requests[2], requests[11] = request("first", 2, messages=broken), request("first", 11, messages=gave_up)
     requests.insert(4, request("first", 99))
     records = assert_same_with_threads(model, lambda: texts(model, requests))
-    errors = {i: record["error"] for i, record in enumerate(records) if record["error"]}
+    errors = {i: record.get("error") for i, record in enumerate(records) if record.get("error")}
     assert sorted(errors) == [2, 4, 6, 12, 14]
     sentences = [errors[i] for i in sorted(errors)]
     expected = [
@@ -60,10 +59,10 @@ def test_what_is_told_of_prompts_may_fail(model: PrunedModel) -> None:
         if prompt.request.index in (3, 11):
             raise OSError("no space left on the device")
 
-    model.on_prompt = told
+    model.context.on_prompt = told
     set_batch_size(model, 2)
     records = assert_same_with_threads(model, lambda: texts(model, asked()))
-    assert [i for i, record in enumerate(records) if record["error"]] == [3, 11]
+    assert [i for i, record in enumerate(records) if record.get("error")] == [3, 11]
 
 
 def test_a_batch_too_large_to_be_prepared_is_halved(model: PrunedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +77,7 @@ def test_a_batch_too_large_to_be_prepared_is_halved(model: PrunedModel, monkeypa
     monkeypatch.setattr(model, "_inputs", small_memory)
     model.configure("uniform", 0.5)
     texts(model, asked())
-    assert model.working_size.as_json() == {"batch_size": 2, "exhausted": [4]}
+    assert model.working_size == BatchSize(2, (4,))
     assert [answer.error for answer in model.answers] == [None] * 20
 
 
@@ -89,7 +88,7 @@ def stopped_by(model: PrunedModel, monkeypatch: pytest.MonkeyPatch, how: str) ->
         sabotage(model, "first")
         return PruningError
     if how == "callback":
-        model.on_answers = lambda n, is_new: [][n]
+        model.context.on_answers = lambda n, is_new: [][n]
         return IndexError
     if how == "generate":
         on_generate(model, monkeypatch, interrupt)
@@ -146,22 +145,22 @@ def test_what_stops_a_run_does_so_in_its_turn(model: PrunedModel, monkeypatch: p
     assert len(model.answers) == WINDOW_BATCHES
 
 
-def test_nothing_runs_on_after_a_journal_that_can_not_be_written(
+def test_nothing_runs_on_after_a_log_that_can_not_be_written(
     model: PrunedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: Any) -> None:
         raise OSError("no space left on the device")
 
-    monkeypatch.setattr(Journal, "append", full)
-    with Journal(tmp_path, {"run_id": "a"}) as journal, pytest.raises(OSError, match="no space left") as caught:
-        model.source = journal
+    monkeypatch.setattr(AnswerLog, "append", full)
+    with AnswerLog(tmp_path, {"unit": "a"}) as log, pytest.raises(OSError, match="no space left") as caught:
+        model.context.source = log
         model.generate_until(asked())
     assert our_threads() == []
     del caught
 
 
 def test_answers_that_are_not_asked_for_any_more(model: PrunedModel) -> None:
-    batches = model.batches_of([Request.of(i, one) for i, one in enumerate(asked())], Done(), WHOLE)
+    batches = model.batches_of([Request.of(i, one) for i, one in enumerate(asked())], Done())
     assert len(next(batches)) == 1
     assert our_threads() != []
     batches.close()
@@ -221,18 +220,17 @@ def test_a_killed_run_goes_on_with_other_threads(
             raise KeyboardInterrupt
         generated.append(n)
 
-    with monkeypatch.context() as patch, Journal(tmp_path, {"run_id": "a"}) as journal:
+    with monkeypatch.context() as patch, AnswerLog(tmp_path, {"unit": "a"}) as log:
         on_generate(model, patch, killed)
-        model.source = journal
+        model.context.source = log
         set_workers(model, first)
         with pytest.raises(KeyboardInterrupt):
             model.generate_until(asked())
     generated.clear()
-    with Journal(tmp_path, {"run_id": "a"}) as journal:
+    with AnswerLog(tmp_path, {"unit": "a"}) as log:
         on_generate(model, monkeypatch, generated.append)
-        model.source = journal
+        model.context.source = log
         assert run(model, second, lambda: texts(model, asked())) == expected
-        assert journal.replayed == 12
     assert len(generated) == 4
 
 

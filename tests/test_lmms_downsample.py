@@ -25,7 +25,7 @@ TWO_IMAGES, NO_IMAGE = 4, 5
 @functools.cache
 def _loaded(family: str) -> PrunedModel:
     model = load(f"vlmpruner_{family}", pretrained=checkpoint(family))
-    model.keep_loaded = True
+    model.context.keep_loaded = True
     return model
 
 

@@ -67,7 +67,7 @@ def test_a_prompt_longer_than_the_positions_is_a_sentence(model: PrunedModel) ->
 
 def test_failed_samples_end_an_evaluation_of_lmms_eval(model: PrunedModel) -> None:
     sabotage(model, "first/test/2")
-    model.refuses_failures = True
+    model.context.refuses_failures = True
     with pytest.raises(PruningError, match=r"1 of 5 samples failed.*first/test/2: PruningError"):
         model.generate_until([request("first", i) for i in range(5)])
     assert [bool(a.error) for a in model.answers] == [False, False, True, False, False]

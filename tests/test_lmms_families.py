@@ -45,7 +45,7 @@ def documents() -> list[dict]:
 @functools.cache
 def _loaded(family: str) -> PrunedModel:
     model = load(f"vlmpruner_{family}", pretrained=checkpoint(family))
-    model.keep_loaded = True
+    model.context.keep_loaded = True
     return model
 
 

@@ -44,7 +44,7 @@ def choices(i: int, texts: Sequence[str] = CHOICES, **kwargs: object) -> list[In
 @functools.cache
 def _loaded(family: str) -> PrunedModel:
     model = load(f"vlmpruner_{family}", pretrained=tiny_llava() if family == "llava" else checkpoint(family))
-    model.keep_loaded = True
+    model.context.keep_loaded = True
     images = [[picture(1)], [picture(2), picture(3)], [], []]
     questions = ["what is it?", "and these", "no image?", "what moves?"]
     model.task_dict = {"first": {"test": [{"question": q, "images": found} for q, found in zip(questions, images, strict=True)]}}
@@ -271,7 +271,7 @@ def test_a_failed_sample_of_type_loglikelihood_is_infinitely_unlikely(model: Pru
 
 def test_failures_end_an_evaluation_of_lmms_eval(model: PrunedModel) -> None:
     sabotage(model, "first/test/2")
-    model.refuses_failures = True
+    model.context.refuses_failures = True
     with pytest.raises(PruningError, match="4 of 16 samples failed"):
         model.loglikelihood([one for i in range(4) for one in choices(i)])
 

@@ -306,11 +306,11 @@ def test_a_half_file_is_a_failed_sample_and_costs_no_other(tmp_path: Path, form:
 
 def test_the_model_is_shown_what_is_transparent_on_white() -> None:
     seen, model = [], fresh_model()
-    model.on_prompt = seen.append
+    model.context.on_prompt = seen.append
     try:
         model.task_dict = {"t": {"test": [{"image": KINDS["RGBA"].make(HEIGHT, WIDTH)}]}}
         model.generate_until([request("t", 0, messages=_chat)])
     finally:
-        model.on_prompt = None
+        model.context.on_prompt = None
     assert np.array_equal(np.asarray(seen[0].originals[0]), KINDS["RGBA"].seen(HEIGHT, WIDTH))
     assert np.asarray(seen[0].images[0]).mean() == pytest.approx(KINDS["RGBA"].seen(HEIGHT, WIDTH).mean())

@@ -16,17 +16,17 @@ from lmms_eval.api import instance
 from lmms_eval.api.instance import GenerationResult
 from lmms_eval.tasks import TaskManager
 from lmms_requests import fresh_model
+from stored import answers, read_runs, scores
 
 from vlm_pruner_eval import ConfigError
 from vlm_pruner_eval.bench import questions_path
 from vlm_pruner_eval.errors import StoppedError
 from vlm_pruner_eval.lmms import PrunedModel, plugin
 from vlm_pruner_eval.lmms.scored_tasks import TOTAL, keep_pairs
+from vlm_pruner_eval.store.answers import Answer
+from vlm_pruner_eval.store.schema import RunRecord
 from vlm_pruner_eval.sweep import records
-from vlm_pruner_eval.sweep.config import validate
-from vlm_pruner_eval.sweep.grid import expand
 from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
-from vlm_pruner_eval.sweep.store import Store
 
 N_DOCS = 40
 
@@ -189,7 +189,7 @@ def test_metrics_are_those_of_the_values(model: PrunedModel, manager: TaskManage
     assert found["exist_questions", 0, 0].n_prompt_tokens != found["exist_questions", 0, 1].n_prompt_tokens
 
 
-def sweep(folder: Path, manager: TaskManager, **changes: Any) -> tuple[Outcome, Store, list[dict[str, Any]]]:
+def sweep(folder: Path, manager: TaskManager, **changes: Any) -> tuple[Outcome, list[RunRecord]]:
     raw = {
         "name": "scored",
         "model": {"id": "vlmpruner_llava", "pretrained": "minivlm", "batch_size": 4, "visual_tokens": 576},
@@ -198,30 +198,31 @@ def sweep(folder: Path, manager: TaskManager, **changes: Any) -> tuple[Outcome, 
         "methods": ["vlmpruner", "blind"],
         "limit": N_DOCS,
     }
-    config, store = validate(raw | changes), Store(folder)
-    outcome = run_sweep(config, folder, task_manager=manager)
-    return outcome, store, [store.read(run.run_id) for run in expand(config)]
+    outcome = run_sweep(raw | changes, folder, task_manager=manager)
+    return outcome, list(read_runs(folder).values())
 
 
 def test_a_sweep_scores_minivlm_by_likelihood(manager: TaskManager, tmp_path: Path) -> None:
-    outcome, store, (plain, pruned, blind) = sweep(tmp_path, manager)
+    outcome, (plain, pruned, blind) = sweep(tmp_path, manager)
     assert outcome == Outcome(runs=3, skipped=0, failed=0)
-    accuracy = [record["tasks"]["exist_choice"]["main"]["value"] for record in (plain, pruned, blind)]
+    accuracy = [record.scores["exist_choice"].main.value for record in (plain, pruned, blind)]
     assert accuracy[0] > 0.85
     assert abs(accuracy[2] - 0.5) < 0.2
     assert accuracy[0] - accuracy[2] > 0.3
-    assert [record["tokens"]["kept"]["mean"] for record in (plain, pruned, blind)] == [576, 64, 0]
+    assert [record.tokens.kept.mean for record in (plain, pruned, blind)] == [576, 64, 0]
     for record in (plain, pruned, blind):
-        assert record["tasks"]["exist_choice"]["main"]["n"] == record["tokens"]["samples_with_images"] == record["times"]["prefill_ms"]["n"]
-        assert (record["n_answers"], record["tokens"]["samples_with_images"]) == (2 * N_DOCS, N_DOCS)
-    samples = store.read_samples(pruned["run_id"])
-    assert [(sample["doc_id"], sample["choice"], sample["answer"]) for sample in samples] == [
+        assert record.scores["exist_choice"].main.n == record.tokens.samples_with_images == record.times.prefill_ms.n
+        assert (record.n_answers, record.tokens.samples_with_images) == (2 * N_DOCS, N_DOCS)
+    found = answers(tmp_path, "vlmpruner-8of9")
+    assert [(answer.doc_id, answer.choice, answer.answer) for answer in found] == [
         (i, choice, text) for i in range(N_DOCS) for choice, text in enumerate((" yes", " no"))
     ]
-    for yes, no in zip(samples[::2], samples[1::2], strict=True):
-        assert yes["record"] == no["record"]
-        likelier = 0 if yes["loglikelihood"] > no["loglikelihood"] else 1
-        assert yes["metrics"] == no["metrics"] == {"acc": float(likelier == yes["target"])}
+    for yes, no, score in zip(found[::2], found[1::2], scores(tmp_path, "vlmpruner-8of9"), strict=True):
+        assert yes.record == no.record
+        mean = [answer.loglikelihood / answer.n_new_tokens for answer in (yes, no)]
+        assert score.answer == (0 if mean[0] > mean[1] else 1)
+        likelier = 0 if yes.loglikelihood > no.loglikelihood else 1
+        assert score.items == {"acc": float(likelier == score.target)}
 
 
 def test_choices_that_all_fail_unpruned_stop_the_sweep(manager: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,8 +238,8 @@ def test_choices_that_all_fail_unpruned_stop_the_sweep(manager: TaskManager, tmp
 
 
 def test_missing_and_double_choices_are_noticed() -> None:
-    def sample(doc_id: int, choice: int | None) -> dict[str, Any]:
-        return {"task": "t", "doc_id": doc_id, "choice": choice}
+    def sample(doc_id: int, choice: int | None) -> Answer:
+        return Answer("t", "test", doc_id, "", choice=choice)
 
     logged = {"t": [{"doc_id": 0, "resps": [[1], [1]]}, {"doc_id": 1, "resps": [[1], [1]]}]}
     whole = [sample(i, choice) for i in (0, 1) for choice in (0, 1)]
@@ -267,8 +268,8 @@ def test_the_command_line_scores_choices_and_reads_them_from_its_cache(folder: P
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         (path,) = (tmp_path / name).rglob("*_results.json")
-        scores = json.loads(path.read_text())["results"]
-        found.append((scores["exist_choice"]["acc,none"], scores["exist_gold"]["perplexity,none"]))
+        results = json.loads(path.read_text())["results"]
+        found.append((results["exist_choice"]["acc,none"], results["exist_gold"]["perplexity,none"]))
     assert found[0] == found[1]
     assert found[0][0] in (0, 0.25, 0.5, 0.75, 1)
     assert found[0][1] > 1

@@ -20,9 +20,9 @@ from tiny_checkpoints import PROCESSORS, checkpoint
 
 from vlm_pruner_eval import ConfigError, PruningError, list_pruners
 from vlm_pruner_eval.lmms import PrunedModel, load
-from vlm_pruner_eval.lmms.journal import Journal
 from vlm_pruner_eval.lmms.shared import Configuration, SharedRuns
 from vlm_pruner_eval.prefix import SharedPrefix
+from vlm_pruner_eval.store.answers import AnswerLog
 
 FAMILIES = sorted(["llava", *PROCESSORS, "llava_video"])
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -41,7 +41,7 @@ def configurations(*rates: str, skip: tuple[str, ...] = ()) -> dict[str, Configu
 def _loaded(family: str) -> PrunedModel:
     videos = {} if family in ("llava", "llava_next") else {"max_frames_num": 6}
     model = load(f"vlmpruner_{family}", pretrained=tiny_llava() if family == "llava" else checkpoint(family), **videos)
-    model.keep_loaded = True
+    model.context.keep_loaded = True
     return model
 
 
@@ -63,24 +63,24 @@ def answer(model: PrunedModel, key: str, chosen: Configuration, requests: list) 
 
 
 def separately(model: PrunedModel, chosen: Mapping[str, Configuration], requests: list) -> dict[str, tuple[list, list[dict]]]:
-    assert model.source is None
+    assert model.context.source is None
     return {key: answer(model, key, one, requests) for key, one in chosen.items()}
 
 
 @contextmanager
 def shared(model: PrunedModel, chosen: Mapping[str, Configuration]) -> Iterator[SharedRuns]:
-    """Shared runs with journals in a folder that is gone afterwards."""
+    """Shared runs with logs in a folder that is gone afterwards."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        journals = {key: stack.enter_context(Journal(Path(folder) / str(i), {"run_id": key})) for i, key in enumerate(chosen)}
-        stack.callback(setattr, model, "source", None)
-        yield SharedRuns(model, chosen, journals)
+        logs = {key: stack.enter_context(AnswerLog(Path(folder) / str(i), {"unit": key})) for i, key in enumerate(chosen)}
+        stack.callback(setattr, model.context, "source", None)
+        yield SharedRuns(model, chosen, logs)
 
 
 def together(model: PrunedModel, chosen: Mapping[str, Configuration], requests: list) -> dict[str, tuple[list, list[dict]]]:
     found = {}
     with shared(model, chosen) as runs:
         for key, one in chosen.items():
-            model.source = runs.source(key)
+            model.context.source = runs.source(key)
             found[key] = answer(model, key, one, requests)
     return found
 
@@ -89,7 +89,7 @@ def timeless(samples: list[dict]) -> list[dict]:
     """Samples without times, whatever these are."""
     return [
         {name: value for name, value in sample.items() if name not in TIMES}
-        | {"record": sample["record"] and {name: value for name, value in sample["record"].items() if name != "selection_ms"}}
+        | {"record": {name: value for name, value in sample.get("record", {}).items() if name != "selection_ms"}}
         for sample in samples
     ]
 
@@ -99,8 +99,8 @@ def assert_same(found: dict[str, tuple[list, list[dict]]], expected: dict[str, t
     for key, (results, samples) in found.items():
         assert results == expected[key][0], key
         assert timeless(samples) == timeless(expected[key][1]), key
-        assert all(sample[name] is None for sample in samples for name in TIMES)
-        assert all(sample["record"] is None or sample["record"]["selection_ms"] is None for sample in samples)
+        assert not any(name in sample for sample in samples for name in TIMES)
+        assert all("record" not in sample or sample["record"]["selection_ms"] is None for sample in samples)
 
 
 # ---- answers and records
@@ -197,7 +197,7 @@ def test_sampled_answers_are_drawn_by_every_run_itself(model: PrunedModel) -> No
     found = {}
     with shared(model, chosen) as runs:
         for key, one in chosen.items():
-            model.source = runs.source(key)
+            model.context.source = runs.source(key)
             torch.manual_seed(3)
             found[key] = answer(model, key, one, requests)
     assert found["fastv"][0] == expected["fastv"][0]
@@ -209,10 +209,10 @@ def test_other_requests_than_the_first_runs_are_refused(model: PrunedModel) -> N
     chosen = {name: Configuration(name, "1/2") for name in ("fastv", "uniform")}
     requests = [request("first", i) for i in range(4)]
     with shared(model, chosen) as runs:
-        model.source = runs.source("fastv")
+        model.context.source = runs.source("fastv")
         answer(model, "fastv", chosen["fastv"], requests)
         for other in (requests[:3], requests[::-1], [*requests[:3], request("first", 3, options=GREEDY | {"max_new_tokens": 4})]):
-            model.source = runs.source("uniform")
+            model.context.source = runs.source("uniform")
             with pytest.raises(PruningError, match=r"run 'uniform' got . requests that are not those which were answered for all"):
                 answer(model, "uniform", chosen["uniform"], other)
 
@@ -229,7 +229,7 @@ def test_a_method_that_fails_on_a_sample_harms_no_other(model: PrunedModel, fail
     expected = separately(model, failing, requests)
     found = together(model, failing, requests)
     assert_same(found, expected)
-    errors = {key: [i for i, sample in enumerate(samples) if sample["error"]] for key, (_, samples) in found.items()}
+    errors = {key: [i for i, sample in enumerate(samples) if sample.get("error")] for key, (_, samples) in found.items()}
     assert errors == {"none": [], "sabotage": [2], "fastv": []}
     assert "distinct" in found["sabotage"][1][2]["error"]
 
@@ -240,11 +240,11 @@ def test_a_method_that_always_fails_ends_its_own_run_only(model: PrunedModel) ->
     chosen = {"sabotage": Configuration("toy_pruners:Sabotage", "1/2", {"on": "first"}), "fastv": Configuration("fastv", "1/2")}
     expected = separately(model, {"fastv": chosen["fastv"]}, requests)
     with shared(model, chosen) as runs:
-        model.source = runs.source("sabotage")
+        model.context.source = runs.source("sabotage")
         with pytest.raises(PruningError, match="16 of 16 samples failed"):
             answer(model, "sabotage", chosen["sabotage"], requests)
         assert len(model.answers) == 16
-        model.source = runs.source("fastv")
+        model.context.source = runs.source("fastv")
         assert_same({"fastv": answer(model, "fastv", chosen["fastv"], requests)}, expected)
 
 
@@ -273,9 +273,9 @@ def test_a_rate_that_removes_nothing_is_refused_for_its_run(model: PrunedModel) 
     chosen = {"fastv": Configuration("fastv", "1/2"), "nothing": Configuration("uniform", 0.01)}
     requests = [request("first", i) for i in range(3)]
     with shared(model, chosen) as runs:
-        model.source = runs.source("fastv")
+        model.context.source = runs.source("fastv")
         answer(model, "fastv", chosen["fastv"], requests)
-        model.source = runs.source("nothing")
+        model.context.source = runs.source("nothing")
         with pytest.raises(PruningError, match="none of the 3 samples with images lost a visual token"):
             answer(model, "nothing", chosen["nothing"], requests)
 
@@ -289,14 +289,14 @@ def test_an_interrupt_passes_and_leaves_nothing(model: PrunedModel, monkeypatch:
         raise KeyboardInterrupt
 
     with shared(model, chosen) as runs:
-        model.source = runs.source("fastv")
+        model.context.source = runs.source("fastv")
         with monkeypatch.context() as patch:
             patch.setattr(model.model, "generate", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 answer(model, "fastv", chosen["fastv"], [request("first", 0)])
         assert set(model.model.model.__dict__) == before
         assert_same({"fastv": answer(model, "fastv", chosen["fastv"], [request("first", 0)])}, {"fastv": expected["fastv"]})
-    assert model.source is None
+    assert model.context.source is None
     assert separately(model, chosen, [request("first", 0)])["uniform"][0] == expected["uniform"][0]
 
 

@@ -19,13 +19,12 @@ from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import load_yaml_config
 from PIL import Image as PILImage
 from rich.console import Console
+from stored import read_runs
 from sweep_standin import StandIn, make_config
 
 from vlm_pruner_eval.lmms import plugin
 from vlm_pruner_eval.lmms.tasks import utils
-from vlm_pruner_eval.sweep.grid import expand
 from vlm_pruner_eval.sweep.runner import run_sweep
-from vlm_pruner_eval.sweep.store import Store
 
 OURS = Path(plugin.__file__).parent / "tasks"
 STOCK = Path(lmms_eval.tasks.__file__).parent
@@ -364,7 +363,7 @@ def test_a_sweep_scores_them_in_the_units_of_papers(no_hub: None, tmp_path: Path
     console = Console(file=io.StringIO())
     outcome = run_sweep(config, tmp_path, console=console, load=lambda *args, **kwargs: StandIn(), task_manager=manager)
     assert outcome.failed == 0
-    unpruned = Store(tmp_path).read(expand(config)[0].run_id)["tasks"]
-    main = {name: (task["main"]["metric"], task["main"]["value"], task["main"]["n"]) for name, task in unpruned.items()}
+    unpruned = read_runs(tmp_path)["unpruned"].scores
+    main = {name: (task.main.metric, task.main.value, task.main.n) for name, task in unpruned.items()}
     assert main == {"mme_total": ("mme_total_score", 400.0, 6), "pope_splits": ("pope_f1_mean", pytest.approx(100.0), 9)}
-    assert set(unpruned["mme_total"]["metrics"]) == {"mme_perception_score", "mme_cognition_score", "mme_total_score"}
+    assert set(unpruned["mme_total"].metrics) == {"mme_perception_score", "mme_cognition_score", "mme_total_score"}

@@ -71,7 +71,7 @@ def asked(i: int, **options: object):
 @functools.cache
 def _loaded(family: str) -> PrunedModel:
     model = load(f"vlmpruner_{family}", pretrained=checkpoint(family), max_frames_num=MAX_FRAMES)
-    model.keep_loaded = True
+    model.context.keep_loaded = True
     return model
 
 
@@ -84,7 +84,7 @@ def family(request: pytest.FixtureRequest) -> str:
 def model(family: str) -> PrunedModel:
     model = _loaded(family)
     model.configure("none")
-    model.refuses_failures = False
+    model.context.refuses_failures = False
     model.task_dict = {"clips": {"test": documents()}}
     set_batch_size(model, 1)
     return model
@@ -235,7 +235,7 @@ def test_a_video_that_can_not_be_read_costs_no_other_sample(model: PrunedModel, 
     assert "no.mp4: there is no such file" in errors[1]
     assert "cut.avi: can't be decoded" in errors[2]
     assert errors[3].endswith("the task gave up on this document (video path:/data/x.mp4 does not exist, please check).")
-    model.refuses_failures = True
+    model.context.refuses_failures = True
     with pytest.raises(PruningError, match="1 of 2 samples failed"):
         texts(model, [asked(FILE), asked(8)])
 

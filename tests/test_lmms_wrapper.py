@@ -173,10 +173,10 @@ def test_describe_and_repr_name_every_parameter(model: PrunedModel) -> None:
 
 def test_clean_frees_the_weights_unless_they_are_kept() -> None:
     model = load("vlmpruner_llava", pretrained=tiny_llava())
-    model.keep_loaded = True
+    model.context.keep_loaded = True
     model.clean()
     assert model.model.config.model_type == "llava"
-    model.keep_loaded = False
+    model.context.keep_loaded = False
     model.clean()
     with pytest.raises(AttributeError):
         _ = model.model

@@ -35,7 +35,7 @@ def model() -> Iterator[PrunedModel]:
     model.task_dict["first"]["test"] = documents(70, seed=0)
     set_batch_size(model, 2)
     yield model
-    model.source = None
+    model.context.source = None
     model.may_shrink = True
 
 
@@ -46,7 +46,7 @@ def requests(n: int = 70) -> list[Any]:
 def run(model: PrunedModel, source: Any, asked: list[Any]) -> list[dict]:
     """Answers of one evaluation, without their times."""
     model.configure("fastv", "1/2")
-    model.source = source
+    model.context.source = source
     texts = [result.text for result in model.generate_until(asked)]
     assert texts == [answer.answer for answer in model.answers]
     return timeless(model)
@@ -109,10 +109,10 @@ def test_pictures_of_answered_windows_are_not_read_again(model: PrunedModel, tmp
         with pytest.raises(Killed):
             run(model, first, requests())
     seen: list[int] = []
-    model.on_prompt = lambda prompt: seen.append(prompt.request.index)
+    model.context.on_prompt = lambda prompt: seen.append(prompt.request.index)
     with AnswerLog(tmp_path, HEAD) as second:
         run(model, second, requests())
-    model.on_prompt = None
+    model.context.on_prompt = None
     assert len(seen) == 70 - 16
 
 
@@ -241,7 +241,7 @@ def test_a_run_is_resumed_with_the_batches_that_fitted(
     with AnswerLog(tmp_path, HEAD) as second:
         model.configure("fastv", "1/2")
         model.resume_at(second.batch_size())
-        model.source = second
+        model.context.source = second
         model.generate_until(requests(12))
     assert counted == [2, 2, 2]
 

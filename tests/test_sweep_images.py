@@ -93,11 +93,11 @@ def test_videos_are_kept_under_the_hash_that_stands_with_the_answer(tmp_path: Pa
 
 def test_a_model_hands_over_every_prompt_and_records_question_and_hashes(tmp_path: Path) -> None:
     model, store = fresh_model(), ImageStore(tmp_path)
-    model.on_prompt = Keeper(store, 2)
+    model.context.on_prompt = Keeper(store, 2)
     try:
         texts(model, [request("first", i) for i in range(4)])
     finally:
-        model.on_prompt = None
+        model.context.on_prompt = None
     documents = model.task_dict["first"]["test"]
     assert [answer.question for answer in model.answers] == [document["question"] for document in documents[:4]]
     assert [list(answer.images) for answer in model.answers] == [[image_digest(document["images"][0])] for document in documents[:4]]

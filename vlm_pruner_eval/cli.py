@@ -308,9 +308,9 @@ def doctor(
 def list_(as_json: AsJson = False) -> None:
     """Show the methods with their parameters, the model ids, and the packaged tasks."""
     from vlm_pruner_eval.lmms.plugin import MODELS, packaged_tasks
-    from vlm_pruner_eval.pruners import list_pruners, settings_of
+    from vlm_pruner_eval.method_table import method_table
 
-    known = {name: settings_of(name) for name in list_pruners()}
+    known = method_table()
     with stdout(as_json) as out:
         console = out.console()
         table = Table("method", "parameters and defaults", box=None, pad_edge=False)

@@ -10,7 +10,7 @@ from typing import Any
 
 from sweep_standin import TIMES, StandIn
 
-from vlm_pruner_eval.lmms.log import Answer
+from vlm_pruner_eval.store.answers import Answer
 
 LETTERS = "ABCDE"
 Doc = Mapping[str, Any]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import NoReturn
 
@@ -22,10 +22,9 @@ from vlm_pruner_eval.lmms.checks import Tally
 from vlm_pruner_eval.lmms.failures import FailureLog
 from vlm_pruner_eval.lmms.log import pruning_metrics
 from vlm_pruner_eval.lmms.loglikelihood import Target
-from vlm_pruner_eval.lmms.prompts import Prompt, Request, requests_of
+from vlm_pruner_eval.lmms.prompts import Request, requests_of
+from vlm_pruner_eval.lmms.run_context import RunContext
 from vlm_pruner_eval.store.answers import Answer, Batch, BatchSize, Compute, Done
-
-Source = Callable[[str, Sequence[Request], Compute, BatchSize], Iterator[Batch]]
 
 
 class Answering(lmms):
@@ -35,23 +34,10 @@ class Answering(lmms):
     ----------
     answers : list of Answer
         Every sample answered since the method was last configured, in the order of the requests.
-    keep_loaded
-        Whether the weights survive `clean`, which lmms-eval calls after every evaluation.
-    refuses_failures
-        True if failed samples end the evaluation; so it is when lmms-eval built the model.
-    show_progress
-        Whether a progress bar is drawn.
-    on_prompt
-        Called with every prompt on its way to the model; a sweep keeps pictures with it.
-    on_requests
-        Called with the number of requests when lmms-eval asks them, and again when they begin anew with smaller batches.
-    on_answers
-        Called with the number of answers of every batch as they come, and whether they were computed now rather than found; a
-        sweep shows its speed with it.
+    context
+        See `RunContext`.
     failures
         The log of failed samples.
-    source
-        Finds the answers in place of the model, or lets it compute them; a sweep puts its journal here.
     may_shrink
         Whether a run may begin anew with half the batch size when memory does not suffice.
     """
@@ -60,11 +46,7 @@ class Answering(lmms):
 
     def __init__(self) -> None:
         super().__init__()
-        self.keep_loaded = self.refuses_failures = self.show_progress = False
-        self.on_prompt: Callable[[Prompt], None] | None = None
-        self.on_requests: Callable[[int], None] | None = None
-        self.on_answers: Callable[[int, bool], None] | None = None
-        self.source: Source | None = None
+        self.context = RunContext()
         self.failures = FailureLog()
         self.forget_answers()
 
@@ -114,8 +96,8 @@ class Answering(lmms):
 
     # ---- lmms-eval's calls
     def clean(self) -> None:
-        """Free the weights, as lmms-eval asks after every evaluation, unless `keep_loaded`."""
-        if not self.keep_loaded:
+        """Free the weights, as lmms-eval asks after every evaluation, unless `context.keep_loaded`."""
+        if not self.context.keep_loaded:
             super().clean()
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
@@ -140,7 +122,7 @@ class Answering(lmms):
         ------
         PruningError
             The first 16 samples all failed, nothing was pruned though the method should have pruned, or the memory did not suffice;
-            with `refuses_failures` also at the end of a run in which any sample failed.
+            with `context.refuses_failures` also at the end of a run in which any sample failed.
         """
         answers = self._answers("generate_until", requests_of(requests), self.batches_of)
         return [GenerationResult(answer.answer, TokenCounts(answer.n_prompt_tokens, answer.n_new_tokens)) for answer in answers]
@@ -157,9 +139,9 @@ class Answering(lmms):
         before = list(self.answers)
         compute = functools.partial(self._noted, compute)
         while True:
-            if self.on_requests is not None:
-                self.on_requests(len(asked))
-            found = compute(asked, Done()) if self.source is None else self.source(call, asked, compute, self.working_size)
+            if self.context.on_requests is not None:
+                self.context.on_requests(len(asked))
+            found = compute(asked, Done()) if self.context.source is None else self.context.source(call, asked, compute, self.working_size)
             try:
                 with closing(found):  # what works ahead of a run must end with it, whatever ended it
                     return self._collect(asked, found)
@@ -187,7 +169,7 @@ class Answering(lmms):
         answers: list[Answer | None] = [None] * len(asked)
         tally, started = Tally(len(asked)), time.perf_counter()
         try:
-            with tqdm(total=len(asked), disable=not self.show_progress or self.rank != 0, desc=self.title) as bar:
+            with tqdm(total=len(asked), disable=not self.context.show_progress or self.rank != 0, desc=self.title) as bar:
                 for batch in found:
                     self._take(batch, answers, tally)
                     bar.update(len(batch))
@@ -196,7 +178,7 @@ class Answering(lmms):
             done = [answer for request, answer in zip(asked, answers, strict=True) if answer is not None and not request.is_padding]
             self.answers = [*self.answers, *done]
         self._log(done, time.perf_counter() - started)
-        if tally.failed and self.refuses_failures:
+        if tally.failed and self.context.refuses_failures:
             raise PruningError(tally.sentence())
         if sentence := self.no_op_sentence(done):
             raise PruningError(sentence)
@@ -208,8 +190,8 @@ class Answering(lmms):
             tally.add(answer)
             if tally.is_hopeless:
                 raise PruningError(tally.sentence())
-        if self.on_answers is not None:
-            self.on_answers(len(batch), batch is self._computed)
+        if self.context.on_answers is not None:
+            self.context.on_answers(len(batch), batch is self._computed)
 
     def _log(self, answers: list[Answer], elapsed_s: float) -> None:
         """Hand token counts and times to lmms-eval, which prints them below its table of scores."""

@@ -19,10 +19,10 @@ from loguru import logger
 from vlm_pruner_eval.budget import Rate
 from vlm_pruner_eval.errors import PruningError
 from vlm_pruner_eval.lmms import prompts
-from vlm_pruner_eval.lmms.answering import Source
 from vlm_pruner_eval.lmms.checks import Tally
 from vlm_pruner_eval.lmms.failures import FailureLog
 from vlm_pruner_eval.lmms.prompts import Generation, Prompt, Request
+from vlm_pruner_eval.lmms.run_context import Source
 from vlm_pruner_eval.lmms.settings import build_pruner
 from vlm_pruner_eval.lmms.wrapper import PrunedModel, Taker
 from vlm_pruner_eval.prefix import SharedPrefix, first_cut
@@ -64,7 +64,7 @@ class SharedRuns:
         shared = SharedRuns(model, {"a": Configuration("fastv", "2/3"), "b": Configuration("dart", "2/3")}, logs)
         for key, configuration in shared.configurations.items():
             model.configure(configuration.method, configuration.pruning_rate, **configuration.params)
-            model.source = shared.source(key)
+            model.context.source = shared.source(key)
             model.generate_until(requests)        # the same requests every time
 
     All answers go into the runs' logs, and every run reads its own from there, so what is killed on the way goes on like any
@@ -85,7 +85,7 @@ class SharedRuns:
         self._runs: dict[str, _Run] = {}
 
     def source(self, key: str) -> Source:
-        """The answers of one configuration, in the form that `Answering.source` takes."""
+        """The answers of one configuration, in the form that `RunContext.source` takes."""
         return functools.partial(self._answers, key)
 
     def _answers(self, key: str, call: str, asked: Sequence[Request], compute: Compute, size: BatchSize) -> Iterator[Batch]:
@@ -147,8 +147,8 @@ class SharedRuns:
 
     def _tell(self, count: int, *, is_new: bool) -> None:
         """Show how far all runs are; afterwards, each run's own answers come all at once."""
-        if self.model.on_answers is not None:
-            self.model.on_answers(count, is_new)
+        if self.model.context.on_answers is not None:
+            self.model.context.on_answers(count, is_new)
 
     def _alive(self, batch: Sequence[Request] = ()) -> list[tuple[str, _Run]]:
         """Runs that go on and have not answered `batch`; one whose first samples all failed will be refused when it is asked for."""

@@ -41,6 +41,7 @@ from vlm_pruner_eval.lmms.loglikelihood import Target
 from vlm_pruner_eval.lmms.prompts import Defaults, Generation, Prompt, Request
 from vlm_pruner_eval.lmms.protocols import HF, Protocol
 from vlm_pruner_eval.lmms.resolve import family_class, resolve
+from vlm_pruner_eval.lmms.run_context import RunContext
 from vlm_pruner_eval.lmms.scoring import Scorer
 from vlm_pruner_eval.pruners import Pruner
 from vlm_pruner_eval.shown import of_error
@@ -120,7 +121,7 @@ class PrunedModel(Answering):
         """
         versions.check(logger.warning)
         model = cls(**settings.from_command_line(arg_string, additional_config))
-        model.refuses_failures = model.show_progress = True
+        model.context = RunContext(refuses_failures=True, show_progress=True)
         return model
 
     # ---- configuration
@@ -174,7 +175,7 @@ class PrunedModel(Answering):
     # ---- what lmms-eval reads
     @property
     def model(self) -> torch.nn.Module:
-        """The Hugging Face model; gone after `clean`, unless `keep_loaded`."""
+        """The Hugging Face model; gone after `clean`, unless `context.keep_loaded`."""
         return self._model
 
     @property
@@ -246,9 +247,9 @@ class PrunedModel(Answering):
         """The prompt, after telling about it, or the answer that stands for it where it failed."""
         try:
             prompt = job.take()
-            if self.on_prompt is not None and not request.is_padding:
+            if self.context.on_prompt is not None and not request.is_padding:
                 with self.processing:  # frames of a video may be read in both places
-                    self.on_prompt(prompt)
+                    self.context.on_prompt(prompt)
         except Exception as error:  # a document can be broken in any way; it is recorded, and the run ends in failure
             if is_disk_full(error):
                 raise  # no picture fits any more, which says nothing about the document

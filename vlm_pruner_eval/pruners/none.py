@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,7 +23,9 @@ class NoPruning(Pruner):
 
     name: ClassVar[str] = "none"
     checks_late: ClassVar[bool] = True
-    without_effect: ClassVar[frozenset[str]] = frozenset(field.name for field in dataclasses.fields(Pruner))
+    without_effect: ClassVar[frozenset[str]] = frozenset(
+        {"pruning_rate", "layer", "positions", "selection_dtype", "budget", "scope", "official_quirks"}
+    )
 
     pruning_rate: Rate = 0
 

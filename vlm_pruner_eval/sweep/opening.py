@@ -12,6 +12,7 @@ from rich.console import Console
 
 from vlm_pruner_eval import selftest
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.lmms.run_context import RunContext
 from vlm_pruner_eval.store.folder import Store
 from vlm_pruner_eval.sweep import provenance, scores
 from vlm_pruner_eval.sweep.config import ModelSection, SweepConfig
@@ -61,9 +62,9 @@ def open_session(
     model = _load_model(config.model, load)
     _check_layers(config.model, model)
     check_methods(model, {unit.run.run_id: unit.run for unit in todo}.values())
-    model.on_prompt = Keeper(ImageStore(store.root), config.gallery) if config.gallery else None
+    keeper = Keeper(ImageStore(store.root), config.gallery) if config.gallery else None
     files = provenance.checkpoint_files(config.model.pretrained, config.model.revision)
-    return Session(config, store, model, task_manager, files, is_one_of_many=len(todo) > 1)
+    return Session(config, store, model, task_manager, files, RunContext(on_prompt=keeper, keep_loaded=True), is_one_of_many=len(todo) > 1)
 
 
 @contextmanager
@@ -129,7 +130,7 @@ def _load_model(section: ModelSection, load: Loader | None) -> Any:
         from vlm_pruner_eval.lmms.wrapper import load
     args = section.model_dump(exclude={"id", "visual_tokens", "layers"}, exclude_none=True)
     model = load(section.id, **args)
-    model.keep_loaded, model.refuses_failures = True, False
+    model.context = RunContext(keep_loaded=True)
     return model
 
 

@@ -6,11 +6,12 @@ import hashlib
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vlm_pruner_eval.durable import stopped
 from vlm_pruner_eval.errors import DamagedError, PruningError, StoppedError
+from vlm_pruner_eval.lmms.run_context import RunContext
 from vlm_pruner_eval.shown import of_error, without_secrets
 from vlm_pruner_eval.store.answers import Answer, AnswerLog
 from vlm_pruner_eval.store.files import write_atomic
@@ -33,6 +34,8 @@ class Session:
         Loaded, see `lmms.answering.Answering`.
     checkpoint
         Identity of its files, see `provenance.checkpoint_files`.
+    context
+        Who is told of answers.
     sources
         Of runs whose answers are computed together, by run id, see `lmms.shared`.
     command
@@ -48,6 +51,7 @@ class Session:
     model: Any
     task_manager: Any
     checkpoint: Mapping[str, Any]
+    context: RunContext
     sources: Mapping[str, Any] | None = None
     command: str | None = None
     is_one_of_many: bool = False
@@ -82,7 +86,7 @@ class Session:
         run = unit.run
         self.model.configure(method=run.method, pruning_rate=run.pruning_rate, **run.params)
         self.model.resume_at(log.batch_size())
-        self.model.source = (self.sources or {}).get(run.run_id, log)
+        self.model.context = replace(self.context, source=(self.sources or {}).get(run.run_id, log))
         evaluated, problem, trace, raised = Evaluated(), None, None, None
         try:
             evaluated = evaluate(self.model, self.config, unit.task, self.task_manager, log.folder)
@@ -95,7 +99,7 @@ class Session:
             trace = without_secrets(traceback.format_exc())
             problem = of_error(error)
         finally:
-            self.model.source = None
+            self.model.context = replace(self.context, source=None)
         answers = sorted(self.model.answers, key=lambda answer: (answer.task, answer.doc_id, answer.choice or 0))
         problem = _problem(answers, evaluated, problem)
         common = common_cause(unit, answers, raised)

@@ -108,11 +108,12 @@ def work_here(work: Work, opener: Callable[..., Session] = open_session) -> None
     """
     work.say(_header(work))
     session = opener(work.config, work.store, work.todo, console=work.console, load=work.load, task_manager=work.task_manager)
-    session = replace(session, command=work.command)
     work.begin()
     todo = set(work.todo)
     left = dict(Counter(unit.task for unit in todo))
     with SweepProgress(work.console, len(work.units), left) as progress:
+        context = replace(session.context, on_requests=progress.asked, on_answers=progress.answered)
+        session = replace(session, command=work.command, context=context)
         for unit in work.units:
             if unit not in todo:
                 progress.end(_title(unit), unit.task, _SKIPPED[work.status.get(unit)], is_made=False)
@@ -131,8 +132,6 @@ def _make_group(work: Work, session: Session, group: Sequence[WorkUnit], progres
             return
         sharing_session = stack.enter_context(_together(session, claimed, progress))
         for unit in claimed:
-            sharing_session.model.on_requests = progress.asked
-            sharing_session.model.on_answers = progress.answered
             progress.start(_title(unit))
             sharing_session.make(unit)
             progress.end(_title(unit), unit.task, work.outcome(unit, progress.took_s))

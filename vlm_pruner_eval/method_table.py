@@ -1,0 +1,66 @@
+"""Methods with their parameters, read out of the source files: to list them takes no import of torch, which takes seconds."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+
+_FOLDER = Path(__file__).parent / "pruners"
+_BASE = "Pruner"
+_GROUP = "vlm_pruner_eval.pruners"
+
+Parameters = dict[str, object]
+
+
+def method_table() -> dict[str, Parameters]:
+    """Method -> its parameters that have an effect, with their defaults; None for one that has to be given.
+
+    Methods of other packages are imported, as their files may be anywhere.
+    """
+    found = dict(_built_in())
+    for point in entry_points(group=_GROUP):
+        from vlm_pruner_eval.pruners import settings_of
+
+        found[point.name] = settings_of(point.name)
+    return dict(sorted(found.items()))
+
+
+def _built_in() -> Iterator[tuple[str, Parameters]]:
+    shared = _fields(next(node for node in _classes(_FOLDER / "base.py") if node.name == _BASE))
+    for path in _FOLDER.glob("*.py"):
+        for node in _classes(path):
+            if not any(isinstance(base, ast.Name) and base.id == _BASE for base in node.bases):
+                continue
+            constants = _constants(node)
+            known = shared | _fields(node)
+            yield str(constants["name"]), {name: value for name, value in known.items() if name not in constants.get("without_effect", ())}
+
+
+def _classes(path: Path) -> list[ast.ClassDef]:
+    return [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
+
+
+def _fields(node: ast.ClassDef) -> Parameters:
+    """Fields of a dataclass with their defaults, which are literals."""
+    own = [line for line in _annotated(node) if not _is_constant(line)]
+    return {line.target.id: None if line.value is None else ast.literal_eval(line.value) for line in own}
+
+
+def _constants(node: ast.ClassDef) -> dict[str, object]:
+    """Class variables that are text or a frozenset of text."""
+    found = {}
+    for line in filter(_is_constant, _annotated(node)):
+        value = line.value.args[0] if isinstance(line.value, ast.Call) and line.value.args else line.value
+        if isinstance(value, (ast.Constant, ast.Set)):
+            found[line.target.id] = ast.literal_eval(value)
+    return found
+
+
+def _annotated(node: ast.ClassDef) -> list[ast.AnnAssign]:
+    return [line for line in node.body if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)]
+
+
+def _is_constant(line: ast.AnnAssign) -> bool:
+    return ast.unparse(line.annotation).startswith("ClassVar")
