@@ -14,6 +14,7 @@ STANDIN_LOG      a file to which every answer is appended: pid, method, seed, ta
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -26,10 +27,10 @@ from sweep_standin import StandIn, task_manager
 
 from vlm_pruner_eval import cli
 from vlm_pruner_eval.lmms import wrapper
-from vlm_pruner_eval.lmms.plan import Batch, Done, Part
 from vlm_pruner_eval.lmms.prompts import Request
 from vlm_pruner_eval.report import printing
-from vlm_pruner_eval.sweep.executors import workers
+from vlm_pruner_eval.store.answers import Batch, Done
+from vlm_pruner_eval.sweep import runner, workers
 
 
 def tasks_folder() -> Path:
@@ -39,10 +40,10 @@ def tasks_folder() -> Path:
 class Subprocess(StandIn):
     """Takes its time, writes down what it answers, and may die over it."""
 
-    def batches_of(self, asked: Sequence[Request], done: Done, part: Part) -> Iterator[Batch]:
+    def batches_of(self, asked: Sequence[Request], done: Done) -> Iterator[Batch]:
         if self.method == os.environ.get("STANDIN_EXPLODE"):
             raise RuntimeError("the device is gone")
-        for number, batch in enumerate(super().batches_of(asked, done, part), start=1):
+        for number, batch in enumerate(super().batches_of(asked, done), start=1):
             time.sleep(float(os.environ.get("STANDIN_PAUSE", "0")))
             self._write_down(batch)
             yield batch
@@ -70,7 +71,7 @@ def main() -> None:
     wrapper.load = lambda *args, **kwargs: Subprocess(size=int(os.environ.get("STANDIN_SIZE", "3")))
     index = task_manager(tasks_folder())
     lmms_eval.tasks.TaskManager = lambda **kwargs: index
-    workers.COMMAND = (sys.executable, __file__)
+    runner.work_in_processes = functools.partial(workers.work_in_processes, command=(sys.executable, __file__))
     if os.environ.get("STANDIN_REPORT") != "yes":
         printing.write_and_print = lambda directory, out: {"md": directory / "report.md"}
     cli.main()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-import uuid
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from vlm_pruner_eval.errors import ConfigError, StoppedError
-from vlm_pruner_eval.store.files import write_atomic
+from vlm_pruner_eval.store.files import TEMPORARY
 from vlm_pruner_eval.sweep import config as sweep_config
 from vlm_pruner_eval.sweep.opening import open_session
 from vlm_pruner_eval.sweep.work import Work, work_here
@@ -46,12 +46,14 @@ def work_on_ray(work: Work, address: str | None, processes: int | None, opener: 
     """
     address = address or os.environ.get("RAY_ADDRESS") or None
     ray = _import_ray(is_own=address is None)
-    with _connected(ray, address, processes), _token(work.store.root) as token:
+    told = {"sweep": sweep_file(work.config), "root": str(work.store.root.absolute()), "folder": os.getcwd()}
+    told |= {"todo": [unit.path for unit in work.todo], "command": work.command}
+    # a file by which a worker knows the folder when it sees it
+    seen = tempfile.NamedTemporaryFile(dir=work.store.root, prefix=".seen-by-workers.", suffix=TEMPORARY)
+    with _connected(ray, address, processes), seen:
         wants, places = _resources(ray, work.config.model.device)
-        told = {"sweep": sweep_file(work.config), "root": str(work.store.root.absolute()), "token": token, "folder": os.getcwd()}
-        told |= {"todo": [unit.path for unit in work.todo], "command": work.command}
         remote = ray.remote(**wants, max_retries=MOST_DEATHS)(_work)
-        left = [remote.remote(told, opener) for _ in range(min(processes or places, len(work.todo)))]
+        left = [remote.remote(told | {"seen": seen.name}, opener) for _ in range(min(processes or places, len(work.todo)))]
         watch = Watch(work)
         while left:
             ended, left = ray.wait(left, timeout=_LOOK_S)
@@ -66,7 +68,7 @@ def _work(told: Mapping[str, Any], opener: Any) -> None:
     from vlm_pruner_eval.sweep.runner import work_of
 
     root = Path(told["root"])
-    if not (root / told["token"]).is_file():
+    if not (root / Path(told["seen"]).name).is_file():
         raise ConfigError(
             f"output: {told['root']!r} is not seen from the node {os.uname().nodename}; Ray workers write into it, so give a folder on a "
             "disk that every node shares."
@@ -74,8 +76,7 @@ def _work(told: Mapping[str, Any], opener: Any) -> None:
     quieten()
     os.chdir(told["folder"] if Path(told["folder"]).is_dir() else root)
     config = sweep_config.validate(told["sweep"])
-    work = work_of(config, root, Console(stderr=True), todo=set(told["todo"]), command=told["command"])
-    work_here(work, opener)
+    work_here(work_of(config, root, Console(stderr=True), todo=set(told["todo"]), command=told["command"]), opener)
 
 
 def _result(ray: ModuleType, task: Any) -> None:
@@ -85,9 +86,8 @@ def _result(ray: ModuleType, task: Any) -> None:
         cause = error.cause if isinstance(error.cause, (ConfigError, StoppedError)) else None
         raise cause or StoppedError(f"A Ray worker can't go on: {error}") from error
     except ray.exceptions.RayError as error:  # its node died once too often
-        raise StoppedError(
-            f"A Ray worker was lost {MOST_DEATHS + 1} times ({type(error).__name__}); give the same command again."
-        ) from error
+        lost = f"A Ray worker was lost {MOST_DEATHS + 1} times ({type(error).__name__}); give the same command again."
+        raise StoppedError(lost) from error
 
 
 def _resources(ray: ModuleType, device: str | None) -> tuple[dict[str, int], int]:
@@ -99,17 +99,6 @@ def _resources(ray: ModuleType, device: str | None) -> tuple[dict[str, int], int
     if device != "cpu" and gpus:
         return {"num_gpus": 1}, gpus
     return {"num_cpus": 1}, max(1, sum(min(int(node.get("CPU", 0)) // 2, _MOST_ON_A_NODE) for node in nodes))
-
-
-@contextmanager
-def _token(root: Path) -> Iterator[str]:
-    """A file by which a worker knows the folder when it sees it."""
-    name = f".seen-by-workers-{uuid.uuid4().hex}"
-    write_atomic(root / name, "")
-    try:
-        yield name
-    finally:
-        (root / name).unlink(missing_ok=True)
 
 
 def _import_ray(*, is_own: bool) -> ModuleType:
