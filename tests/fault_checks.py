@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from vlm_pruner_eval.sweep.units import units_of
 FOUND = ("lost", "doubled", "repeated", "different", "broken", "left_behind")
 TIMED = ("prefill_ms", "decode_ms", "peak_bytes", "seconds")  # of an answer
 ABOUT_BATCHES = ("batch", "batch_size", "exhausted")
+_NOTHING: Mapping[str, int] = {}
 Key = tuple[str, int, int | None]  # task, document, choice
 
 
@@ -85,7 +87,7 @@ class Watch:
     written: Counter[str] = field(default_factory=Counter)  # by unit, answers that any attempt wrote
     held: dict[str, set[Key]] = field(default_factory=dict)
 
-    def look(self, after: str, written: Counter[str] = Counter()) -> None:  # noqa: B008  # never changed
+    def look(self, after: str, written: Mapping[str, int] = _NOTHING) -> None:
         """Between two attempts; `written` by the last one, see `End`."""
         self.written.update(written)
         for path, want in self.expected.answers.items():
@@ -128,7 +130,7 @@ class Watch:
         store, config = Store(self.output), self.expected.config
         return all(unit.stored(store).status(config.limit) == FINISHED for unit in units_of(config, expand(config)))
 
-    def finish(self, after: str, written: Counter[str] = Counter()) -> None:  # noqa: B008
+    def finish(self, after: str, written: Mapping[str, int] = _NOTHING) -> None:
         """At the end, all is as if nothing had happened."""
         self.look(after, written)
         if not self.is_finished():

@@ -326,10 +326,7 @@ def test_shared_answers_are_shown_while_they_are_computed() -> None:
     """Not when each run reads its own from its journal, which is at the end and all at once."""
     model, told = fresh_model(), []
     set_batch_size(model, 2)
-    model.context.on_requests, model.context.on_answers = (
-        (lambda n: told.append(("asked", n))),
-        (lambda n, is_new: told.append((n, is_new))),
-    )
+    model.context.on_requests, model.context.on_answers = (lambda n: told.append(("asked", n))), (lambda n, is_new: told.append((n, is_new)))
     runs = {"a": Configuration("fastv", "1/2"), "b": Configuration("none", None)}
     try:
         together(model, runs, [request("first", i) for i in range(4)])

@@ -48,9 +48,9 @@ def work_on_ray(work: Work, address: str | None, processes: int | None, opener: 
     ray = _import_ray(is_own=address is None)
     told = {"sweep": sweep_file(work.config), "root": str(work.store.root.absolute()), "folder": os.getcwd()}
     told |= {"todo": [unit.path for unit in work.todo], "command": work.command}
-    # a file by which a worker knows the folder when it sees it
-    seen = tempfile.NamedTemporaryFile(dir=work.store.root, prefix=".seen-by-workers.", suffix=TEMPORARY)
-    with _connected(ray, address, processes), seen:
+    # by this file a worker knows the folder when it sees it
+    known = tempfile.NamedTemporaryFile(dir=work.store.root, prefix=".seen-by-workers.", suffix=TEMPORARY)  # noqa: SIM115
+    with _connected(ray, address, processes), known as seen:
         wants, places = _resources(ray, work.config.model.device)
         remote = ray.remote(**wants, max_retries=MOST_DEATHS)(_work)
         left = [remote.remote(told | {"seen": seen.name}, opener) for _ in range(min(processes or places, len(work.todo)))]
