@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,12 +19,14 @@ from fault_trace import FULL, KILL, POWER
 from sweep_standin import make_config
 from test_cli import behaviour, call, clean_surroundings, write  # noqa: F401  # fixtures
 
+import vlm_pruner_eval
 from vlm_pruner_eval import durable
 from vlm_pruner_eval.errors import StoppedError
 from vlm_pruner_eval.store import files
 from vlm_pruner_eval.store.answers import ANSWERS
 from vlm_pruner_eval.store.files import remove_leftovers, write_atomic
 from vlm_pruner_eval.store.folder import Store
+from vlm_pruner_eval.sweep import provenance
 from vlm_pruner_eval.sweep.grid import expand, grid_of
 
 ANSWER, RECORD, PLAN = "write runs/RUN/UNIT/answers.jsonl", "rename runs/RUN/UNIT/record.json", "open runs/RUN/UNIT/answers.jsonl"
@@ -144,3 +147,20 @@ def test_a_report_that_does_not_fit_is_a_sentence(tmp_path: Path, monkeypatch: p
     assert result.exit_code == 1
     assert "vlm-pruner-eval: The disk is full ([Errno 28] No space left on device)" in result.stderr
     assert call("report", tmp_path / "out").exit_code == 0
+
+
+def test_a_killed_sweep_leaves_no_lock_in_the_users_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`git status` takes one to write down what it found, unless it is told not to."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    package = tmp_path / "package" / "__init__.py"
+    write_atomic(package, "")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    index = tmp_path / ".git" / "index"
+    os.utime(package, (1, 1))  # the index is out of date from here on
+    before = index.read_bytes()
+    monkeypatch.setattr(vlm_pruner_eval, "__file__", str(package))
+    assert len(provenance.git_commit()) == 40
+    assert index.read_bytes() == before
+    subprocess.run([*git, "status", "--porcelain"], check=True)
+    assert index.read_bytes() != before, "the test shows nothing"
