@@ -1,6 +1,6 @@
 """Breaks sweeps in every way that the world does, and shows that nothing is lost, doubled or different afterwards.
 
-    python tests/fault_campaign.py [--seed 0] [--only SECTION ...]
+    python tests/fault_campaign.py [--seed 0] [--lanes 2] [--only SECTION ...]
 
 The last line of its output is a JSON summary. Exit code 1 where anything was found.
 """
@@ -18,8 +18,10 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib import metadata
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,7 @@ def main(argv: list[str]) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lanes", type=int, default=2, help="sections at a time")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--folder", type=Path, help="where results are left for inspection; default: a temporary one")
     args = parser.parse_args(argv)
@@ -100,7 +103,9 @@ def main(argv: list[str]) -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults_", ignore_cleanup_errors=True) as temporary:
         folder = args.folder or Path(temporary)
-        result = summary({name: run(name, SECTIONS[name], folder / name, args.seed) for name in args.only})
+        with ProcessPoolExecutor(args.lanes, mp_context=get_context("fork")) as lanes:
+            begun = {name: lanes.submit(run, name, SECTIONS[name], folder / name, args.seed) for name in args.only}
+        result = summary({name: section.result() for name, section in begun.items()})
     versions = {name: metadata.version(name) for name in ("lmms-eval", "torch", "transformers", "datasets")}
     about = {
         "seconds": round(time.monotonic() - started, 1),

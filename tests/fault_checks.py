@@ -99,6 +99,7 @@ class Watch:
             keys = {key for key, _ in found}
             if not self.may_restart:
                 self._keep(f"{after}: {path}", path, keys)
+            self.held[path] = keys
             if len(found) > len(keys):
                 self.findings.doubled.append(f"{after}: {path}: {len(found) - len(keys)} answers")
             if wrong := [key for key, answer in found if want.get(key) != answer]:
@@ -112,7 +113,6 @@ class Watch:
         if self.written[path] > len(keys):
             kind = self.findings.repeated if len(keys) == len(self.expected.answers[path]) else self.findings.lost
             kind.append(f"{where}: {self.written[path]} answers were written, {len(keys)} are there")
-        self.held[path] = keys
 
     def _parse(self, after: str) -> None:
         """No file that a reader may meet is half written."""
@@ -137,8 +137,8 @@ class Watch:
             self.findings.lost.append(f"{after}: units have no finished record")
             return
         for path, want in self.expected.results.items():
-            if len(self.expected.answers_in(self.output, path)) != len(self.expected.answers[path]):
-                self.findings.lost.append(f"{after}: {path}: answers are missing")
+            if self.held[path] != set(self.expected.answers[path]):
+                self.findings.lost.append(f"{after}: {path}: {len(self.held[path])} answers, expected {len(self.expected.answers[path])}")
             if self.expected.results_in(self.output, path) != want:
                 self.findings.different.append(f"{after}: {path}: record, scores, replicates or configuration")
         here = files_of(self.output)

@@ -123,9 +123,9 @@ def random_kills(section: Section, sweep: Sweep, expected: Expected, *, kills: i
         section.finish(sweep, watch, f"after kill {section.resumes}")
 
 
-def standin_kills(section: Section, *, kills: int, span_s: float, pause_s: float, has_report: bool = True) -> None:
+def standin_kills(section: Section, *, kills: int, span_s: float, pause_s: float, has_report: bool = True, n_runs: int = 7) -> None:
     """The stand-in."""
-    sweep = standin_sweep(section.folder, pause_s=pause_s)
+    sweep = standin_sweep(section.folder, pause_s=pause_s, n_runs=n_runs)
     sweep = sweep if has_report else sweep.unreported()
     weights = {signal.SIGKILL: 0.8, signal.SIGTERM: 0.1, signal.SIGINT: 0.1}
     random_kills(section, sweep, section.reference(sweep), kills=kills, span_s=span_s, signals=weights)
@@ -144,9 +144,9 @@ def minivlm_kills(section: Section, *, kills: int, limit: int) -> None:
         random_kills(section, sweep, own, kills=kills // 2, span_s=span_s, signals={signal.SIGKILL: 1.0})
 
 
-def two_workers(section: Section, *, kills: int, span_s: float, pause_s: float) -> None:
+def two_workers(section: Section, *, kills: int, span_s: float, pause_s: float, n_runs: int = 7) -> None:
     """The same command twice over one folder; one of the two, drawn every time, is killed and started again."""
-    sweep = standin_sweep(section.folder, pause_s=pause_s).unreported()
+    sweep = standin_sweep(section.folder, pause_s=pause_s, n_runs=n_runs).unreported()
     expected = section.reference(sweep)
     made: Counter[str] = Counter()
     while section.kills["SIGKILL"] < kills:

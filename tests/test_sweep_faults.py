@@ -31,8 +31,8 @@ from vlm_pruner_eval.sweep.grid import expand, grid_of
 
 ANSWER, RECORD, PLAN = "write runs/RUN/UNIT/answers.jsonl", "rename runs/RUN/UNIT/record.json", "open runs/RUN/UNIT/answers.jsonl"
 SHORT = {
-    "random": (partial(parts.standin_kills, kills=6, span_s=1.0, pause_s=0.01, has_report=False), 6),
-    "two_workers": (partial(parts.two_workers, kills=6, span_s=0.5, pause_s=0.02), 6),
+    "random": (partial(parts.standin_kills, kills=8, span_s=1.0, pause_s=0.02, n_runs=3, has_report=False), 8),
+    "two_workers": (partial(parts.two_workers, kills=6, span_s=0.4, pause_s=0.02, n_runs=3), 6),
     "kill_at_writes": (partial(parts.at_writes, kind=KILL, each=1, only=(ANSWER, PLAN, RECORD)), 3),
     "power_at_writes": (partial(parts.at_writes, kind=POWER, each=1, only=(ANSWER, RECORD)), 2),
     "full_at_writes": (partial(parts.at_writes, kind=FULL, each=1, only=(ANSWER,)), 0),
@@ -78,8 +78,8 @@ def test_it_would_find_what_it_looks_for(tmp_path: Path) -> None:
     next(sweep.output.rglob("run.json")).write_text("{")
     (sweep.output / ".left.tmp").touch()
     watch.finish("broken")
-    found = watch.findings
-    assert len(found.lost) == 3 and len(found.doubled) == 1 and len(found.broken) == 2
+    watch.look("written again", end.answers)
+    assert all(vars(watch.findings).values()), watch.findings
 
 
 # ---- what campaigns led to

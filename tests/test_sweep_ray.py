@@ -92,8 +92,13 @@ def test_what_a_worker_refuses_is_said_in_full(tasks: Path, tmp_path: Path) -> N
 def test_no_cluster_at_an_address_is_a_sentence(tmp_path: Path) -> None:
     ray = pytest.importorskip("ray", reason="Ray is not installed")
     no_cluster = mock.patch.object(ray, "is_initialized", lambda: False)
-    with no_cluster, mock.patch.object(ray, "init", side_effect=ConnectionError("nobody")), pytest.raises(ConfigError, match=r"no cluster at .* can be joined"):
+    with (
+        no_cluster,
+        mock.patch.object(ray, "init", side_effect=ConnectionError("nobody")),
+        pytest.raises(ConfigError, match=r"no cluster at .* can be joined"),
+    ):
         run_sweep(ray_standin.config(), tmp_path / "out", executor="ray", address="127.0.0.1:1", console=Console(file=io.StringIO()))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,12 +49,11 @@ def work_on_ray(work: Work, address: str | None, processes: int | None, opener: 
     ray = _import_ray(is_own=address is None)
     told = {"sweep": sweep_file(work.config), "root": str(work.store.root.absolute()), "folder": os.getcwd()}
     told |= {"todo": [unit.path for unit in work.todo], "command": work.command}
-    # by this file a worker knows the folder when it sees it
-    known = tempfile.NamedTemporaryFile(dir=work.store.root, prefix=".seen-by-workers.", suffix=TEMPORARY)  # noqa: SIM115
-    with _connected(ray, address, processes), known as seen:
+    seen = partial(tempfile.NamedTemporaryFile, dir=work.store.root, prefix=".seen-by-workers.", suffix=TEMPORARY)
+    with _connected(ray, address, processes), seen() as known:  # the file by which a worker knows the folder when it sees it
         wants, places = _resources(ray, work.config.model.device)
         remote = ray.remote(**wants, max_retries=MOST_DEATHS)(_work)
-        left = [remote.remote(told | {"seen": seen.name}, opener) for _ in range(min(processes or places, len(work.todo)))]
+        left = [remote.remote(told | {"seen": known.name}, opener) for _ in range(min(processes or places, len(work.todo)))]
         watch = Watch(work)
         while left:
             ended, left = ray.wait(left, timeout=_LOOK_S)

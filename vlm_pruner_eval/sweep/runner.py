@@ -210,7 +210,7 @@ def _undone_if_refused(root: Path) -> Iterator[None]:
         if not had_grid and not (root / "runs").exists():
             shutil.rmtree(root / "logs", ignore_errors=True)
             (root / "sweep.json").unlink(missing_ok=True)
-            if root.exists() and not was_there:
+            if not was_there and root.exists() and not any(root.iterdir()):
                 root.rmdir()
         raise
 
