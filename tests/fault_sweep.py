@@ -190,7 +190,7 @@ def standin_sweep(folder: Path, *, pause_s: float = 0.0, n_runs: int = 7, limit:
 
 def minivlm_sweep(folder: Path, *, limit: int = 8, options: tuple[str, ...] = ()) -> Sweep:
     """MiniVLM on two tasks of DIGITSCENES; loaded here, once for all attempts."""
-    from vlm_pruner_eval.bench import tasks_path
+    from vlm_pruner_eval.embedded import tasks_path
 
     args = {"pretrained": "minivlm", "batch_size": 4, "device": "cpu"}
     raw = {

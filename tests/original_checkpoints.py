@@ -37,14 +37,13 @@ TEXT = {
     "tie_word_embeddings": False,
     "use_cache": True,
 }
-# keys of liuhaotian/llava-v1.5-7b's config.json
+# of the keys of liuhaotian/llava-v1.5-7b's config.json
 LLAVA = TEXT | {
     "architectures": ["LlavaLlamaForCausalLM"],
     "model_type": "llava",
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
-    "freeze_mm_mlp_adapter": False,
     "image_aspect_ratio": "pad",
     "mm_hidden_size": VISION,
     "mm_projector_type": "mlp2x_gelu",
@@ -56,10 +55,8 @@ LLAVA = TEXT | {
     "pretraining_tp": 1,
     "rope_scaling": None,
     "torch_dtype": "float16",
-    "transformers_version": "4.31.0",
-    "use_mm_proj": True,
 }
-# keys of lmms-lab/LLaVA-Video-7B-Qwen2's config.json; its text_config and vision_config describe nothing that is in it
+# of the keys of lmms-lab/LLaVA-Video-7B-Qwen2's config.json; its text_config and vision_config describe nothing that is in it
 LLAVA_VIDEO = TEXT | {
     "architectures": ["LlavaQwenForCausalLM"],
     "model_type": "llava",
@@ -67,7 +64,6 @@ LLAVA_VIDEO = TEXT | {
     "eos_token_id": 2,
     "add_faster_video": False,
     "image_aspect_ratio": "anyres_max_9",
-    "image_crop_resolution": None,
     "image_grid_pinpoints": "(1x1),...,(2x2)",
     "image_token_index": 151646,
     "max_window_layers": 4,
@@ -87,7 +83,6 @@ LLAVA_VIDEO = TEXT | {
     "sliding_window": 131072,
     "text_config": {"model_type": "llama"},
     "torch_dtype": "bfloat16",
-    "use_mm_proj": True,
     "use_sliding_window": False,
     "vision_config": {"hidden_size": 1024, "image_size": 336, "model_type": "clip_vision_model", "num_hidden_layers": 24},
     "vocab_size": QWEN_ROWS,

@@ -14,7 +14,6 @@ STANDIN_LOG      a file to which every answer is appended: pid, method, seed, ta
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 import sys
@@ -30,7 +29,7 @@ from vlm_pruner_eval.lmms import wrapper
 from vlm_pruner_eval.lmms.prompts import Request
 from vlm_pruner_eval.report import printing
 from vlm_pruner_eval.store.answers import Batch, Done
-from vlm_pruner_eval.sweep import runner, workers
+from vlm_pruner_eval.sweep import workers
 
 
 def tasks_folder() -> Path:
@@ -71,7 +70,7 @@ def main() -> None:
     wrapper.load = lambda *args, **kwargs: Subprocess(size=int(os.environ.get("STANDIN_SIZE", "3")))
     index = task_manager(tasks_folder())
     lmms_eval.tasks.TaskManager = lambda **kwargs: index
-    runner.work_in_processes = functools.partial(workers.work_in_processes, command=(sys.executable, __file__))
+    workers.COMMAND = (sys.executable, __file__)
     if os.environ.get("STANDIN_REPORT") != "yes":
         printing.write_and_print = lambda directory, out: {"md": directory / "report.md"}
     cli.main()

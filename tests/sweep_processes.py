@@ -18,7 +18,6 @@ import standin_main
 import yaml
 from forked import live, own_streams
 from sweep_standin import N_VISUAL, write_tasks
-
 from vlm_pruner_eval.sweep.store import Store
 
 HERE = Path(__file__).parent

@@ -94,9 +94,9 @@ def test_model_and_protocol_exist(path: Path) -> None:
     module, _, name = MODELS[model.id].rpartition(".")
     family = getattr(importlib.import_module(module), name)
     assert family.model_id == model.id
-    assert model.protocol in family.protocols
+    assert model.protocol in family.family.spec.protocols
     settings = {"max_frames_num", "min_pixels", "max_pixels"}
-    assert {name for name in settings if getattr(model, name) is not None} <= family.takes
+    assert {name for name in settings if getattr(model, name) is not None} <= family.family.spec.takes
 
 
 @every_file

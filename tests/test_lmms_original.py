@@ -28,8 +28,8 @@ from torch import nn
 from vlm_pruner_eval import ConfigError, get_pruner, keep_count, prune
 from vlm_pruner_eval.lmms import load
 from vlm_pruner_eval.lmms.checkpoint import Checkpoint
-from vlm_pruner_eval.lmms.original import pinpoints
-from vlm_pruner_eval.lmms.protocols import vicuna_v1
+from vlm_pruner_eval.lmms.original_format.conversion import pinpoints
+from vlm_pruner_eval.vlms.parts.vicuna import vicuna_v1
 
 CHAT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in it?"}]}]
 N_FRAMES = 3
@@ -64,8 +64,7 @@ def test_videos_equal_the_original_forward(video: Checkpoint) -> None:
     assert len({tuple(answer) for answer in answers}) > 1, "the answers must depend on the video"
 
 
-@pytest.mark.parametrize(("height", "width"), [(60, 130), (130, 60), (100, 100), (30, 140)])
-@pytest.mark.parametrize("most_tiles", [9, 2])
+@pytest.mark.parametrize(("height", "width", "most_tiles"), [(60, 130, 9), (130, 60, 2), (100, 100, 2), (30, 140, 9)])
 def test_images_equal_the_original_forward(tmp_path: Path, height: int, width: int, most_tiles: int) -> None:
     parts, folder, image = parts_of("llava_video")[0], copy_of("llava_video", tmp_path), picture(height, width)
     edit_config(folder, image_aspect_ratio=f"anyres_max_{most_tiles}")
@@ -170,8 +169,7 @@ def hugging_face_layout(parts: Parts, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("as_bin", [False, True], ids=["safetensors", "bin"])
-@pytest.mark.parametrize("with_tower", [True, False], ids=["tower inside", "tower outside"])
+@pytest.mark.parametrize(("with_tower", "as_bin"), [(True, True), (False, False)], ids=["tower inside, bin", "tower outside, safetensors"])
 def test_llava_equals_the_same_weights_in_hugging_face_layout(tmp_path: Path, with_tower: bool, as_bin: bool) -> None:
     parts, clip = llava_parts()
     checkpoint = loaded(write_original(tmp_path, parts, clip, with_tower=with_tower, as_bin=as_bin), "llava", allow_bin=as_bin)
@@ -215,11 +213,10 @@ def test_spare_rows_of_a_table_are_used_before_it_grows(video: Checkpoint) -> No
     assert [config.image_token_id, config.video_token_id] == video.processor.tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
 
 
-@pytest.mark.parametrize("method", ["none", "vlmpruner"])
-@pytest.mark.parametrize(("model_type", "protocol"), [("llava", "hf"), ("llava", "paper"), ("llava_video", "hf")])
-def test_answers_through_the_wrapper(model_type: str, protocol: str, method: str) -> None:
-    rate, source = {"none": 0, "vlmpruner": "2/3"}[method], str(published(model_type))
-    model = load(f"vlmpruner_{model_type}", pretrained=source, protocol=protocol, method=method, pruning_rate=rate, batch_size=2)
+@pytest.mark.parametrize(("model_type", "protocol"), [("llava", "paper"), ("llava_video", "hf")])
+def test_answers_through_the_wrapper(model_type: str, protocol: str) -> None:
+    rate, source = "2/3", str(published(model_type))
+    model = load(f"vlmpruner_{model_type}", pretrained=source, protocol=protocol, method="vlmpruner", pruning_rate=rate, batch_size=2)
     documents = [{"question": f"Q{i}?", "images": [picture(60, 60, i)]} for i in range(2)]
     model.task_dict = {"first": {"test": documents}}
     texts(model, [request("first", i) for i in range(2)])

@@ -19,7 +19,8 @@ from transformers import LlavaNextConfig, LlavaNextImageProcessor
 from vlm_pruner_eval import ConfigError, keep_count
 from vlm_pruner_eval.lmms import PrunedModel, load, prompts
 from vlm_pruner_eval.lmms.prompts import Request
-from vlm_pruner_eval.lmms.protocols import at_most_tiles, pad_to_square, vicuna_v1
+from vlm_pruner_eval.vlms.llava_next import at_most_tiles
+from vlm_pruner_eval.vlms.parts.vicuna import pad_to_square, vicuna_v1
 
 QUESTION = {"role": "user", "content": [{"type": "text", "text": "What is it?\n"}, {"type": "image"}]}
 SYSTEM = (
@@ -55,27 +56,6 @@ def test_padding_is_the_mean_colour_with_the_image_in_the_middle(size: tuple[int
     assert np.asarray(padded)[outside].tolist() == [[122, 116, 104]] * int(outside.sum())
 
 
-def test_a_run_under_the_papers_protocol_sends_that_prompt_and_that_image() -> None:
-    """Through the wrapper, against a plain generate of the prompt and the padded image written out here."""
-    model = load("vlmpruner_llava", pretrained=tiny_llava(), protocol="paper")
-    model.task_dict = fresh_model().task_dict
-    answers = texts(model, [request("first", i) for i in range(3)])
-    for i, answer in enumerate(answers):
-        document = model.task_dict["first"]["test"][i]
-        prompt = f"{SYSTEM} USER: <image>\n{document['question']} ASSISTANT:"
-        mean = [int(value * 255) for value in model.processor.image_processor.image_mean]
-        (image,) = document["images"]  # 70 wide, 60 high
-        padded = Image.new("RGB", (70, 70), tuple(mean))
-        padded.paste(image, (0, 5))
-        inputs = model.processor(text=[prompt], images=[padded], return_tensors="pt")
-        inputs.pop("token_type_ids", None)
-        with torch.no_grad():
-            ids = model.model.generate(**inputs, max_new_tokens=GREEDY["max_new_tokens"], do_sample=False)
-        assert answer == model.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert model.describe()["protocol"] == "paper"
-    assert answers != texts(fresh_model_without_pruning(), [request("first", i) for i in range(3)])
-
-
 def metaspace_copy(family: str, folder: Path, prepend: str) -> str:
     """A tiny checkpoint whose tokenizer writes spaces as Llama's does, and puts one at the start of a text or of every piece."""
     copy = shutil.copytree(tiny_llava() if family == "llava" else checkpoint(family), folder / prepend)
@@ -104,12 +84,6 @@ def test_an_answer_has_at_most_the_tokens_of_llavas_scripts_where_the_task_names
     assert prompts.generation({}, fresh_model().defaults).kwargs["max_new_tokens"] == 1024
 
 
-def fresh_model_without_pruning():
-    model = fresh_model()
-    model.configure("none")
-    return model
-
-
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
@@ -125,27 +99,54 @@ def test_a_family_without_a_paper_protocol_says_why(family: str, reason: str) ->
         load(f"vlmpruner_{family}", pretrained="x", protocol="paper")
 
 
-def paper_model(family: str, **model_args: object) -> PrunedModel:
-    """A tiny checkpoint under the paper's protocol, with images of many sizes, (height, width)."""
-    model = load(f"vlmpruner_{family}", pretrained=checkpoint(family), protocol="paper", **model_args)
+SIZES = [(40, 40), (100, 100), (480, 640), (60, 400), (500, 50), (112, 112), (1200, 1300)]
+
+
+def model_of(family: str, protocol: str = "paper") -> PrunedModel:
+    """A tiny checkpoint under a protocol, with images of many sizes, (height, width)."""
+    model = load(f"vlmpruner_{family}", pretrained=checkpoint(family), protocol=protocol)
     generator = np.random.default_rng(0)
     images = [Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in SIZES]
     model.task_dict = {"first": {"test": [{"question": f"What is {i}?", "images": [image]} for i, image in enumerate(images)]}}
     return model
 
 
-SIZES = [(40, 40), (100, 100), (480, 640), (60, 400), (500, 50), (112, 112), (1200, 1300)]
-
-
 def inputs_of(model: PrunedModel, i: int) -> dict[str, torch.Tensor]:
     return model._inputs([model.prompt_of(Request.of(0, request("first", i)))])
+
+
+# ---- LLaVA and LLaVA-NeXT
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_a_run_under_the_papers_protocol_sends_that_prompt_and_that_image(family: str) -> None:
+    """Through the wrapper, against a plain generate of the prompt and the image, padded for LLaVA-1.5, made here."""
+    model, requests = model_of(family), [request("first", i) for i in range(len(SIZES))]
+    answers = texts(model, requests)
+    mean = tuple(int(value * 255) for value in model.processor.image_processor.image_mean)
+    for i, answer in enumerate(answers):
+        (image,) = model.task_dict["first"]["test"][i]["images"]
+        if family == "llava":
+            padded = Image.new("RGB", (max(image.size),) * 2, mean)
+            padded.paste(image, ((padded.width - image.width) // 2, (padded.height - image.height) // 2))
+            image = padded
+        inputs = model.processor(text=[f"{SYSTEM} USER: <image>\nWhat is {i}? ASSISTANT:"], images=[image], return_tensors="pt")
+        inputs.pop("token_type_ids", None)
+        with torch.no_grad():
+            ids = model.model.generate(**inputs, max_new_tokens=GREEDY["max_new_tokens"], do_sample=False, pad_token_id=0)
+        assert answer == model.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert model.describe()["protocol"] == "paper"
+    assert answers != texts(model_of(family, "hf"), requests)
+    model.configure("vlmpruner", "8/9")
+    model.generate_until(requests)
+    assert [a.record.n_kept for a in model.answers] == [keep_count(a.record.n_visual, "8/9") for a in model.answers]
 
 
 # ---- Qwen2-VL
 
 
 def test_qwen2_vl_makes_about_1280_tokens_of_every_image_and_keeps_its_own_template() -> None:
-    model = paper_model("qwen2_vl")
+    model = model_of("qwen2_vl")
     assert (model.processor.image_processor.patch_size, model.processor.image_processor.merge_size) == (14, 2)  # as published
     for i, (height, width) in enumerate(SIZES):
         inputs = inputs_of(model, i)
@@ -171,8 +172,7 @@ def test_pixels_beside_the_papers_protocol_contradict_it(name: str) -> None:
 
 
 def test_llava_next_shows_at_most_four_views_of_any_image() -> None:
-    model, free = paper_model("llava_next"), load("vlmpruner_llava_next", pretrained=checkpoint("llava_next"))
-    free.task_dict = model.task_dict
+    model, free = model_of("llava_next"), model_of("llava_next", "hf")
     newline_rows = 12  # at most: three tiles of four rows
     n_views = {"paper": [], "hf": []}
     for i in range(len(SIZES)):
@@ -205,22 +205,6 @@ def test_the_second_reading_has_newline_tokens_among_the_papers_2304() -> None:
     assert model.protocol.render([QUESTION], model.processor) == f"{SYSTEM} USER: <image>\nWhat is it? ASSISTANT:"
     with pytest.raises(ConfigError, match=r"got 'paper_two_tiles', expected hf or paper for vlmpruner_llava: it is a reading of another"):
         load("vlmpruner_llava", pretrained="x", protocol="paper_two_tiles")
-
-
-def test_llava_next_is_asked_as_vicuna_and_pruned_as_asked() -> None:
-    """Through the wrapper, against a plain generate of the prompt written out here."""
-    model = paper_model("llava_next")
-    answers = texts(model, [request("first", i) for i in range(len(SIZES))])
-    for i, answer in enumerate(answers):
-        prompt = f"{SYSTEM} USER: <image>\nWhat is {i}? ASSISTANT:"
-        inputs = model.processor(text=[prompt], images=model.task_dict["first"]["test"][i]["images"], return_tensors="pt")
-        inputs.pop("token_type_ids", None)
-        with torch.no_grad():
-            ids = model.model.generate(**inputs, max_new_tokens=GREEDY["max_new_tokens"], do_sample=False, pad_token_id=0)
-        assert answer == model.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    model.configure("vlmpruner", "8/9")
-    model.generate_until([request("first", i) for i in range(len(SIZES))])
-    assert [a.record.n_kept for a in model.answers] == [keep_count(a.record.n_visual, "8/9") for a in model.answers]
 
 
 def test_llava_next_around_another_language_model_has_no_paper_protocol() -> None:

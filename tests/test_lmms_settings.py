@@ -17,51 +17,26 @@ from vlm_pruner_eval.lmms.families import VlmPrunerLlava
 NAN = float("nan")
 
 
+# what can be written in --model_args is in bad_model_args.py; here is what only Python can say, and the closest match
 @pytest.mark.parametrize(
     ("model_args", "sentences"),
     [
-        ({}, ["pretrained: missing"]),
-        ({"pretrained": 7}, ["pretrained: got 7 (int), expected text"]),
         ({"pretrained": "x", "metod": "fastv"}, ["metod: unknown argument; did you mean 'method'?"]),
-        ({"pretrained": "x", "method": "vlmpruner", "pruning_rate": 0, "treshold": 1}, ["treshold: unknown argument; did you mean 'thres"]),
-        ({"pretrained": "x", "trust_remote_code": True}, ["trust_remote_code: unknown argument"]),
         ({"pretrained": "x", "method": "vlmprunner", "pruning_rate": 0.5}, ["'vlmprunner', which is unknown; did you mean 'vlmpruner'?"]),
-        ({"pretrained": "x", "method": NAN}, ["method: got nan (float)"]),
-        ({"pretrained": "x", "method": "fastv"}, ["pruning_rate: missing, but method=fastv needs it"]),
-        ({"pretrained": "x", "pruning_rate": 0.5}, ["pruning_rate: got 0.5 with method=none, which prunes nothing"]),
-        ({"pretrained": "x", "method": "none", "pruning_rate": "lots"}, ["pruning_rate: got 'lots'"]),
-        ({"pretrained": "x", "method": "fastv", "pruning_rate": 1.5}, ["pruning_rate: got 1.5, expected a number in [0, 1)"]),
-        ({"pretrained": "x", "method": "fastv", "pruning_rate": NAN}, ["pruning_rate: got nan"]),
-        ({"pretrained": "x", "method": "vlmpruner", "pruning_rate": 0.5, "threshold": NAN}, ["threshold: got nan"]),
-        ({"pretrained": "x", "method": "vlmpruner", "pruning_rate": 0.5, "threshold_step": 0}, ["threshold_step"]),
         ({"pretrained": "x", "dtype": "float15"}, ["dtype: got 'float15'; did you mean 'float16'?"]),
         ({"pretrained": "x", "dtype": NAN}, ["dtype: got nan (float), expected text"]),
-        ({"pretrained": "x", "attn_implementation": "spda"}, ["attn_implementation: got 'spda'; did you mean 'sdpa'?"]),
-        ({"pretrained": "x", "protocol": "papr"}, ["protocol: got 'papr'; did you mean 'paper'?"]),
-        ({"pretrained": "x", "batch_size": 0}, ["batch_size: got 0, expected a whole number, 1 or more"]),
-        ({"pretrained": "x", "batch_size": "auto"}, ["batch_size: got 'auto'"]),
-        ({"pretrained": "x", "batch_size": 2.5}, ["batch_size: got 2.5"]),
-        ({"pretrained": "x", "batch_size": True}, ["batch_size: got True"]),
-        ({"pretrained": "x", "revision": 1234567}, ["revision: got 1234567 (int), expected text"]),
-        ({"pretrained": "x", "max_frames_num": 0}, ["max_frames_num: got 0, expected a whole number, 1 or more."]),
-        ({"pretrained": "x", "max_frames_num": "all"}, ["max_frames_num: got 'all', expected a whole number, 1 or more."]),
+        ({"pretrained": "x", "batch_size": None}, ["batch_size: got None, expected a whole number, 1 or more"]),
         ({"pretrained": "x", "min_pixels": 1.5}, ["min_pixels: got 1.5, expected a whole number, 1 or more."]),
         ({"pretrained": "x", "max_pixels": -1}, ["max_pixels: got -1, expected a whole number, 1 or more."]),
-        ({"pretrained": "x", "max_pixels": True}, ["max_pixels: got True, expected a whole number, 1 or more."]),
-        ({"pretrained": "x", "min_pixels": 9, "max_pixels": "8"}, ["min_pixels: got 9, expected at most max_pixels, which is 8."]),
-        ({"pretrained": "x", "allow_bin": 1}, ["allow_bin: got 1, expected True or False."]),
-        ({"pretrained": "x", "allow_bin": "yes"}, ["allow_bin: got 'yes', expected True or False."]),
-        ({"pretrained": "x", "batch_size": None}, ["batch_size: got None, expected a whole number, 1 or more"]),
         ({"pretrained": "x", "workers": -1}, ["workers: got -1, expected a whole number, from 0 to 64."]),
         ({"pretrained": "x", "workers": 65}, ["workers: got 65, expected a whole number, from 0 to 64."]),
-        ({"pretrained": "x", "workers": True}, ["workers: got True, expected a whole number, from 0 to 64."]),
         # all of them at once
         (
             {"dtype": "f", "batch_size": -1, "method": "fastv", "pruning_rate": 2},
             ["pretrained: missing", "dtype: got", "batch_size: got", "pruning_rate: got 2"],
         ),
     ],
-)  # fmt: skip
+)
 def test_each_problem_is_a_sentence(model_args: dict, sentences: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         settings.parse(model_args)
@@ -102,7 +77,6 @@ def test_command_line_arguments_are_joined(arg_string: object, additional: dict 
 @pytest.mark.parametrize(
     ("arg_string", "additional", "sentence"),
     [
-        ("pretrained", {}, "model_args: got 'pretrained', expected name=value pairs"),
         ("pretrained=a,batch_size=8", {"batch_size": "4"}, "batch_size: got 8 in model_args and '4' beside it"),
         ("pretrained=a,device=cpu", {"device": "cuda"}, "device: got 'cpu' in model_args and 'cuda' beside it"),
         ("pretrained=a", {"max_batch_size": 64}, "max_batch_size: unknown argument"),
@@ -119,12 +93,19 @@ def test_lmms_eval_builds_a_model_that_refuses_failures(tmp_path: Path) -> None:
     model = VlmPrunerLlava.create_from_arg_string(
         f"pretrained={folder},method=random,pruning_rate=0.5", {"batch_size": "2", "device": "cpu"}
     )
-    assert (model.context.refuses_failures, model.batch_size, model.device, model.rank, model.world_size) == (True, 2, torch.device("cpu"), 0, 1)
+    assert (model.context.refuses_failures, model.batch_size, model.device, model.rank, model.world_size) == (
+        True,
+        2,
+        torch.device("cpu"),
+        0,
+        1,
+    )
     assert load("vlmpruner_llava", pretrained=str(folder)).refuses_failures is False
 
 
 # ---- settings that not every family has
-VIDEO_TAKERS = ("llava_onevision", "llava_video", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")
+QWEN = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+VIDEO_TAKERS = ("internvl", "llava_onevision", "llava_video", *QWEN)
 
 
 @pytest.mark.parametrize(
@@ -132,8 +113,8 @@ VIDEO_TAKERS = ("llava_onevision", "llava_video", "qwen2_vl", "qwen2_5_vl", "qwe
     [
         ("vlmpruner_llava", {"max_frames_num": 8}, VIDEO_TAKERS),
         ("vlmpruner_llava_next", {"max_frames_num": 8}, VIDEO_TAKERS),
-        ("vlmpruner_internvl", {"min_pixels": 8}, VIDEO_TAKERS[2:5]),
-        ("vlmpruner_llava_video", {"max_pixels": 8}, VIDEO_TAKERS[2:5]),
+        ("vlmpruner_internvl", {"min_pixels": 8}, QWEN),
+        ("vlmpruner_llava_video", {"max_pixels": 8}, QWEN),
     ],
 )
 def test_a_setting_of_other_families_is_refused_with_their_names(model_id: str, given: dict, takers: tuple[str, ...]) -> None:
@@ -158,25 +139,8 @@ def test_an_unknown_id_names_the_closest() -> None:
         load("vlmpruner_lava", pretrained="x")
 
 
-@pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "~/nowhere-at-all", "nowhere", "a/b/c"])
-def test_a_missing_folder_is_a_sentence(path: str) -> None:
-    with pytest.raises(ConfigError, match=f"there is nothing at {path}, expected the folder of a checkpoint"):
-        load("vlmpruner_llava", pretrained=path)
-
-
-def test_a_hub_id_that_is_out_of_reach_is_a_sentence() -> None:
-    assert locate("owner/name") == "owner/name"
-    with pytest.raises(ConfigError, match=r"the configuration of owner/name can't be read .* needs the network or a copy in the cache"):
-        load("vlmpruner_llava", pretrained="owner/name")
-
-
 def test_minivlm_is_the_embedded_checkpoint() -> None:
     assert json.loads(Path(locate("minivlm"), "config.json").read_text())["model_type"] == "llava"
-
-
-def test_a_folder_without_checkpoint_is_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"holds no config.json"):
-        load("vlmpruner_llava", pretrained=str(tmp_path))
 
 
 def test_another_kind_of_checkpoint_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
@@ -218,10 +182,3 @@ def test_a_system_turn_is_put_before_chats_that_have_none() -> None:
     assert prompts._with_system(asked, "Be brief.") == told
     assert prompts._with_system(told, "Be kind.") == told
     assert prompts._with_system(asked, None) == asked
-
-
-def test_a_protocol_with_its_own_system_sentence_takes_no_other() -> None:
-    with pytest.raises(
-        ConfigError, match=r"system_prompt: got 'Be brief.', but protocol=paper has its own; leave it out, or use protocol=hf"
-    ):
-        load("vlmpruner_llava", pretrained="minivlm", protocol="paper", system_prompt="Be brief.")

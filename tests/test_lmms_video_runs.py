@@ -22,9 +22,9 @@ from vlm_pruner_eval import ConfigError, PruningError, keep_count
 from vlm_pruner_eval.lmms import PrunedModel, load
 from vlm_pruner_eval.lmms.inputs import move_inputs
 from vlm_pruner_eval.lmms.prompts import Request
-from vlm_pruner_eval.lmms.resolve import family_class
+from vlm_pruner_eval.vlms import family_named
 
-FAMILIES = [name for name in sorted([*PROCESSORS, "llava_video"]) if "video" in family_class(f"vlmpruner_{name}").kinds]
+FAMILIES = [name for name in sorted([*PROCESSORS, "llava_video"]) if "video" in family_named(f"vlmpruner_{name}").spec.media]
 QWEN = [name for name in FAMILIES if name.startswith("qwen")]
 MAX_FRAMES = 6
 LENGTHS = [[40], [5], [1], [5, 5], [30], [40], [], []]  # frames of the videos of each document

@@ -1,64 +1,41 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
-from sweep_standin import Behaviour, StandIn, make_config, task_manager, write_tasks
-from vlm_pruner_eval.report.sheets.scores import differences
+from report_sweeps import copied, edit, folder
 
+from vlm_pruner_eval.report.answer_arrays import DocumentAnswer, document_answer, flips
 from vlm_pruner_eval.report.load import Results, load_results
 from vlm_pruner_eval.report.rows import rows_of
 from vlm_pruner_eval.report.stats import paired
-from vlm_pruner_eval.report.stats.answers import DocumentAnswer, document_answer, flips
 from vlm_pruner_eval.report.stats.compare import compare
 from vlm_pruner_eval.report.stats.comparisons import AVERAGE, Comparison, Comparisons
-from vlm_pruner_eval.sweep.runner import run_sweep
+from vlm_pruner_eval.report.tables.layout import differences
 from vlm_pruner_eval.sweep.scores import percentile_interval
 
 TASKS = ["tiny_mean", "tiny_pairs"]
 
 
 @pytest.fixture(scope="module")
-def sweeps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """96 documents of 48 pairs a task; the second sweep asks eight questions an image, the third has a task without draws."""
-    root = tmp_path_factory.mktemp("sweeps")
-    tasks = task_manager(write_tasks(root / "tasks", n=96))
-    methods = ["vlmpruner", "fastv", "uniform", {"name": "random", "seeds": [0, 1, 2]}, "blind"]
-    for name, behaviour, changes in (
-        ("plain", Behaviour(), {"methods": methods}),
-        ("images", Behaviour(questions_an_image=8), {"methods": ["vlmpruner"]}),
-        ("state", Behaviour(), {"methods": ["vlmpruner"], "tasks": ["tiny_mean", "tiny_state"]}),
-    ):
-        config = make_config(**{"limit": None} | changes)
-        load = lambda *args, behaviour=behaviour, **kwargs: StandIn(behaviour)  # noqa: E731
-        run_sweep(config, root / name, console=Console(file=io.StringIO()), load=load, task_manager=tasks)
-    return {name: root / name for name in ("plain", "images", "state")}
+def plain() -> tuple[Results, Comparisons]:
+    """96 documents of 48 pairs a task."""
+    return compared(folder("plain"))
 
 
-@pytest.fixture(scope="module")
-def plain(sweeps: dict[str, Path]) -> tuple[Results, Comparisons]:
-    results = load_results(sweeps["plain"])
-    return results, compare(results)
+def compared(root: Path) -> tuple[Results, Comparisons]:
+    results = load_results(root)
+    return results, compare(results, rows_of(results))
 
 
 @pytest.fixture
-def copy(sweeps: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
-    return lambda which: Path(shutil.copytree(sweeps[which], tmp_path / which))
-
-
-def edit(folder: Path, key: str, change: Callable[[dict[str, Any]], None]) -> None:
-    (path,) = folder.glob(f"runs/{key}-*/run.json")
-    record = json.loads(path.read_text())
-    change(record)
-    path.write_text(json.dumps(record))
+def changed(tmp_path: Path) -> Path:
+    return copied("plain", tmp_path)
 
 
 def run_of(results: Results, key: str) -> tuple[dict[str, np.ndarray], dict[str, list[dict[str, Any]]]]:
@@ -179,11 +156,10 @@ def test_iso_compute_rows_do_not_compete(plain: tuple[Results, Comparisons]) -> 
     assert "vlmpruner" not in {name for contest in compare(results, rows).contests for name in (contest.best, contest.runner_up)}
 
 
-def test_nobody_wins_on_the_embedded_benchmark(copy: Callable[[str], Path]) -> None:
-    folder = copy("plain")
-    for path in (folder / "sweep.json", *folder.glob("runs/*/*.json*")):
+def test_nobody_wins_on_the_embedded_benchmark(changed: Path) -> None:
+    for path in (changed / "sweep.json", *changed.glob("runs/*/*.json*")):
         path.write_text(path.read_text().replace("tiny_", "digitscenes_"))
-    comparisons = compare(load_results(folder))
+    comparisons = compared(changed)[1]
     assert comparisons.contests
     assert not any(contest.decided for contest in comparisons.contests)
     assert not any(cell.bold for cell in comparisons.cells)
@@ -202,9 +178,9 @@ def test_the_power_is_that_of_the_observed_spread(plain: tuple[Results, Comparis
     assert [(power[task].n_documents, power[task].n_clusters) for task in TASKS] == [(96, 48), (96, 48)]
 
 
-def test_questions_about_one_image_make_one_cluster(sweeps: dict[str, Path]) -> None:
-    results = load_results(sweeps["images"])
-    power = compare(results).power
+def test_questions_about_one_image_make_one_cluster() -> None:
+    results, comparisons = compared(folder("images"))
+    power = comparisons.power
     assert [(entry.n_documents, entry.n_clusters) for entry in power] == [(96, 12), (96, 12)]
     clusters = results.runs[0].record["tasks"]["tiny_mean"]["clusters"]
     assert clusters == results.runs[1].record["tasks"]["tiny_mean"]["clusters"]
@@ -212,8 +188,8 @@ def test_questions_about_one_image_make_one_cluster(sweeps: dict[str, Path]) -> 
     assert len(images) == 12
 
 
-def test_a_task_that_cannot_be_resampled_says_why(sweeps: dict[str, Path]) -> None:
-    comparisons = compare(load_results(sweeps["state"]))
+def test_a_task_that_cannot_be_resampled_says_why() -> None:
+    comparisons = compared(folder("state"))[1]
     cell = known(comparisons, "vlmpruner", "tiny_state")
     assert (cell.difference.low, cell.p, cell.p_holm) == (None, None, None)
     assert cell.flip_rate is not None
@@ -224,33 +200,10 @@ def test_a_task_that_cannot_be_resampled_says_why(sweeps: dict[str, Path]) -> No
     assert not [note for note in comparisons.notes if "in this row" in note]
 
 
-def test_runs_of_an_older_version_have_no_intervals_and_say_so(copy: Callable[[str], Path]) -> None:
-    folder = copy("plain")
-    for path in folder.glob("runs/*/draws.json"):
-        path.unlink()
-    for path in folder.glob("runs/*/run.json"):
-        record = json.loads(path.read_text())
-        for scores in record["tasks"].values():
-            del scores["clusters"]
-        path.write_text(json.dumps(record))
-    for path in folder.glob("runs/*/samples.jsonl"):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        path.write_text(
-            "".join(json.dumps({key: value for key, value in line.items() if key not in ("score", "images")}) + "\n" for line in lines)
-        )
-    comparisons = compare(load_results(folder))
-    cell = known(comparisons, "fastv", "tiny_mean")
-    assert (cell.difference.low, cell.p, cell.mcnemar_p, cell.bold) == (None, None, None, False)
-    assert cell.flip_rate > 0
-    assert comparisons.power == ()
-    assert any("not available" in note and "run made by an older version" in note for note in comparisons.notes)
-
-
-def test_draws_of_other_clusters_are_not_paired(copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = copy("plain")
-    edit(folder, "fastv-2of3", lambda record: record["tasks"]["tiny_mean"]["clusters"].update(digest="other"))
+def test_draws_of_other_clusters_are_not_paired(changed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit(changed, "fastv-2of3", lambda record: record["tasks"]["tiny_mean"]["clusters"].update(digest="other"))
     monkeypatch.setattr("vlm_pruner_eval.report.load.document_problems", lambda records, documents: [])  # it refuses such a table
-    comparisons = compare(load_results(folder))
+    comparisons = compared(changed)[1]
     assert known(comparisons, "fastv", "tiny_mean").difference.low is None
     assert known(comparisons, "fastv", "tiny_pairs").difference.low is not None
     assert known(comparisons, "uniform", "tiny_mean").difference.low is not None
@@ -258,20 +211,18 @@ def test_draws_of_other_clusters_are_not_paired(copy: Callable[[str], Path], mon
     assert note == "fastv: its relative average has no interval and no p value: tiny_mean has none in this row."
 
 
-def test_without_the_unpruned_run_rows_are_compared_with_each_other_only(copy: Callable[[str], Path]) -> None:
-    folder = copy("plain")
-    shutil.rmtree(next(folder.glob("runs/unpruned-*")))
-    comparisons = compare(load_results(folder))
+def test_without_the_unpruned_run_rows_are_compared_with_each_other_only(changed: Path) -> None:
+    shutil.rmtree(next(changed.glob("runs/unpruned-*")))
+    comparisons = compared(changed)[1]
     assert all(cell.difference is None and cell.flip_rate is None for cell in comparisons.cells)
     assert {contest.task for contest in comparisons.contests} == set(TASKS)
     assert comparisons.contests[0].difference.low is not None
-    assert "The unpruned run is not finished" in comparisons.notes[0]
+    assert "unpruned run is not finished" in comparisons.notes[0]
 
 
-def test_a_sweep_without_any_run_has_nothing_to_compare(copy: Callable[[str], Path]) -> None:
-    folder = copy("plain")
-    shutil.rmtree(folder / "runs")
-    comparisons = compare(load_results(folder))
+def test_a_sweep_without_any_run_has_nothing_to_compare(changed: Path) -> None:
+    shutil.rmtree(changed / "runs")
+    comparisons = compared(changed)[1]
     assert (comparisons.cells, comparisons.contests, comparisons.pairs, comparisons.power) == ((), (), (), ())
 
 
@@ -297,29 +248,29 @@ def test_flips_need_the_same_documents() -> None:
     assert flips(ours, theirs, ["c"]) is None
 
 
-def test_averages_without_an_interval_say_why(copy: Callable[[str], Path]) -> None:
-    folder = copy("plain")
-    (path,) = folder.glob("runs/unpruned-*/draws.json")
+def test_averages_without_an_interval_say_why(changed: Path) -> None:
+    (path,) = changed.glob("runs/unpruned-*/draws.json")
     draws = json.loads(path.read_text())
     draws["tiny_mean"][0] = 0.0
     path.write_text(json.dumps(draws))
-    comparisons = compare(load_results(folder))
+    comparisons = compared(changed)[1]
     assert {cell.score.low for cell in comparisons.cells if cell.task == AVERAGE} == {None}
     assert any("in some resamples of tiny_mean the unpruned model scores 0" in note for note in comparisons.notes)
 
 
-def test_a_row_that_scores_as_unpruned_has_no_interval_and_says_so(copy: Callable[[str], Path]) -> None:
+def test_a_row_that_scores_as_unpruned_has_no_interval_and_says_so(changed: Path) -> None:
     """Documents that are all alike say nothing of the width of an interval, and a p of 1 would sound as if they did."""
-    folder = copy("plain")
-    (unpruned,) = folder.glob("runs/unpruned-*")
-    (pruned,) = folder.glob("runs/vlmpruner-2of3-*")
+    (unpruned,) = changed.glob("runs/unpruned-*")
+    (pruned,) = changed.glob("runs/vlmpruner-2of3-*")
     shutil.copy(unpruned / "draws.json", pruned / "draws.json")
-    edit(folder, "vlmpruner-2of3", lambda record: record.update(tasks=json.loads((unpruned / "run.json").read_text())["tasks"]))
-    results = load_results(folder)
-    rows, comparisons = rows_of(results), compare(results)
+    edit(changed, "vlmpruner-2of3", lambda record: record.update(tasks=json.loads((unpruned / "run.json").read_text())["tasks"]))
+    results = load_results(changed)
+    rows = rows_of(results)
+    comparisons = compare(results, rows)
     cell = comparisons.of("vlmpruner", "2/3", "tiny_mean")
     assert (cell.difference, cell.alike) == (paired.Estimate(0.0), 96)
-    (line,) = [line for group in differences(rows, results, comparisons).groups for line in group.lines if line.head == "vlmpruner"]
-    assert [(entry.text, entry.small) for entry in line.entries] == [(f"{0.0:+.1f}", (f"{n} of {n} equal",)) for n in (96, 96, 192)]
+    table = differences(rows, results.tasks, comparisons)
+    (line,) = [line for line in table.lines if line.head == "vlmpruner"]
+    assert [(entry.text, entry.small) for entry in table.cells(line)] == [(f"{0.0:+.1f}", (f"{n} of {n} equal",)) for n in (96, 96, 192)]
     other = comparisons.of("fastv", "2/3", "tiny_mean")
     assert other.alike is None and other.difference.low < other.difference.value < other.difference.high

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
-from sweep_standin import N_LAYERS, N_VISUAL, StandIn, make_config, task_manager, write_tasks
+from report_sweeps import PEAKS, SHAPE, copied, edit, folder
+from sweep_standin import N_LAYERS
 from test_hook_exact import MIXED, ONE
 from tiny_models import generate, prompts
-from vlm_pruner_eval.report.efficiency import EfficiencyRow, efficiency
 
 from vlm_pruner_eval import get_pruner, prune
 from vlm_pruner_eval.cost import DecoderShape, kv_bytes, literature_flops, prefill_flops
 from vlm_pruner_eval.hf_compat import cache_of
 from vlm_pruner_eval.ledger import SampleRecord
-from vlm_pruner_eval.lmms.log import Answer
 from vlm_pruner_eval.report.load import load_results
-from vlm_pruner_eval.report.rows import rows_of
+from vlm_pruner_eval.report.rows import Row, rows_of
 from vlm_pruner_eval.sweep import records
-from vlm_pruner_eval.sweep.runner import run_sweep
 from vlm_pruner_eval.timing import time_forwards
-
-SHAPE = DecoderShape(hidden=64, intermediate=96, n_heads=4, n_kv_heads=2, head_dim=16, vocabulary=120)
-PEAKS = {"none": 9000, "vlmpruner": 5000, "random": 4000, "blind": 3000}
 
 
 # ---- measured in the hook
@@ -119,99 +111,46 @@ def test_decoded_tokens_per_second_are_rows_over_a_step() -> None:
 
 
 # ---- rows
-class Costly(StandIn):
-    """The stand-in with a shape, and answers that carry what a GPU would measure."""
-
-    def describe(self) -> dict[str, object]:
-        return super().describe() | {"shape": dataclasses.asdict(SHAPE)}
-
-    def _answer(self, doc_id: int, task: str, split: str) -> Answer:
-        answer = super()._answer(doc_id, task, split)
-        text = 50 - N_VISUAL
-        lengths = [text + n for n in answer.record.visual_lengths]
-        prefill_ms = {"none": 20.0, "vlmpruner": 8.0, "random": 5.0 + self.params.get("seed", 0), "blind": 1.0}[self.method]
-        record = dataclasses.replace(answer.record, kv_lengths=lengths, kv_bytes=10 * sum(lengths))
-        return dataclasses.replace(answer, record=record, prefill_ms=prefill_ms, peak_bytes=PEAKS[self.method] + doc_id)
+def costs(root: Path) -> dict[str, Row]:
+    """By label, those at 2/3 and without a rate."""
+    return {row.label: row for row in rows_of(load_results(root)) if row.pruning_rate != "8/9"}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("costs")
-    tasks = task_manager(write_tasks(root / "tasks"))
-    run_sweep(make_config(), root / "out", console=Console(file=io.StringIO()), load=lambda *_, **__: Costly(), task_manager=tasks)
-    return root / "out"
-
-
-def by_label(folder: Path) -> dict[str, EfficiencyRow]:
-    return {row.label: row for row in efficiency(load_results(folder))}
-
-
-def test_rows_are_those_of_the_main_table(folder: Path) -> None:
-    results = load_results(folder)
-    assert [(row.label, row.pruning_rate) for row in efficiency(results)] == [(row.label, row.pruning_rate) for row in rows_of(results)]
-
-
-def test_costs_of_a_row(folder: Path) -> None:
-    rows = by_label(folder)
+def test_costs_of_a_row() -> None:
+    rows = costs(folder("good"))
     full, pruned = [50] * N_LAYERS, [50, 50, 26, 26]
-    row = rows["vlmpruner"]
-    assert (row.kept, row.layer_averaged, row.batch_sizes) == (12.0, 24.0, (1,))
-    assert row.flops == prefill_flops(SHAPE, pruned, logits=1)
-    assert row.literature_flops == literature_flops(SHAPE, pruned)
-    assert row.flops_share == row.flops / prefill_flops(SHAPE, full, logits=1)
-    assert (row.kv_bytes_counted, row.kv_bytes_measured) == (kv_bytes(SHAPE, pruned, 4), 10 * sum(pruned))
-    assert row.peak_bytes == PEAKS["vlmpruner"] + 11
-    assert (row.prefill_ms, row.prefill_speedup) == ({"median": 8.0, "iqr": 0.0}, 2.5)
-    assert row.decode_ms["median"] == 2.0 and row.decoded_tokens_per_s["median"] == 500.0 and row.selection_ms["median"] == 0.5
-    assert (rows["unpruned"].flops_share, rows["unpruned"].prefill_speedup) == (1.0, 1.0)
-    assert rows["blind"].flops < row.flops < rows["unpruned"].flops
+    row, found = rows["vlmpruner"], rows["vlmpruner"].costs
+    assert (row.kept["mean"], row.layer_averaged, found.batch_sizes) == (12.0, 24.0, (1,))
+    assert found.flops == prefill_flops(SHAPE, pruned, logits=1)
+    assert found.literature_flops == literature_flops(SHAPE, pruned)
+    assert found.flops_share == found.flops / prefill_flops(SHAPE, full, logits=1)
+    assert (found.kv_bytes_counted, found.kv_bytes_measured) == (kv_bytes(SHAPE, pruned, 4), 10 * sum(pruned))
+    assert found.peak_bytes == PEAKS["vlmpruner"] + 11
+    assert (row.prefill_ms, found.prefill_speedup) == ({"median": 8.0, "iqr": 0.0}, 2.5)
+    assert (found.decode_ms["median"], found.decoded_tokens_per_s["median"], row.selection_ms["median"]) == (2.0, 500.0, 0.5)
+    assert (rows["unpruned"].costs.flops_share, rows["unpruned"].costs.prefill_speedup) == (1.0, 1.0)
+    assert rows["blind"].costs.flops < found.flops < rows["unpruned"].costs.flops
 
 
-def test_seeds_share_a_row(folder: Path) -> None:
-    row = by_label(folder)["random"]
+def test_seeds_share_a_row() -> None:
+    row = costs(folder("good"))["random"]
     assert row.prefill_ms["median"] == 6.0, "the median of 5, 6 and 7"
-    assert row.prefill_speedup == pytest.approx(20 / 6)
-    assert row.flops == prefill_flops(SHAPE, [50, 50, 26, 26], logits=1)
+    assert row.costs.prefill_speedup == pytest.approx(20 / 6)
+    assert row.costs.flops == prefill_flops(SHAPE, [50, 50, 26, 26], logits=1)
 
 
-def rewritten(folder: Path, tmp_path: Path, change) -> Path:
-    """A copy of the results whose records went through `change`."""
-    for path in folder.rglob("*"):
-        target = tmp_path / path.relative_to(folder)
-        if path.is_dir():
-            target.mkdir(parents=True, exist_ok=True)
-        elif path.name == "run.json":
-            record = json.loads(path.read_text())
-            change(record)
-            target.write_text(json.dumps(record))
-        else:
-            target.write_bytes(path.read_bytes())
-    return tmp_path
+def test_other_conditions_have_no_speedup(tmp_path: Path) -> None:
+    root = copied("good", tmp_path)
+    edit(root, "vlmpruner-2of3", lambda record: record["provenance"].update(processor="another"))
+    edit(root, "blind", lambda record: record["times"].update(batch_sizes=[8]))
+    rows = costs(root)
+    assert [rows[label].costs.prefill_speedup for label in ("vlmpruner", "blind")] == [None, None]
+    assert rows["random"].costs.prefill_speedup is not None
 
 
-def test_other_conditions_have_no_speedup(folder: Path, tmp_path: Path) -> None:
-    def move(record: dict) -> None:
-        if record["method"] == "vlmpruner":
-            record["provenance"]["processor"] = "another"
-        if record["method"] == "blind":
-            record["times"]["batch_sizes"] = [8]
-
-    rows = by_label(rewritten(folder, tmp_path, move))
-    assert [rows[label].prefill_speedup for label in ("vlmpruner", "blind")] == [None, None]
-    assert rows["random"].prefill_speedup is not None
-
-
-def test_records_of_an_older_version_have_times_only(folder: Path, tmp_path: Path) -> None:
-    def age(record: dict) -> None:
-        del record["memory"], record["times"]["decoded_tokens_per_s"]
-
-    row = by_label(rewritten(folder, tmp_path, age))["vlmpruner"]
-    assert (row.kept, row.prefill_ms["median"]) == (12.0, 8.0)
-    assert (row.flops, row.flops_share, row.kv_bytes_measured, row.peak_bytes, row.decoded_tokens_per_s) == (None,) * 5
-
-
-def test_a_run_that_is_not_finished_has_no_row(folder: Path, tmp_path: Path) -> None:
-    copy = rewritten(folder, tmp_path, lambda record: record.update(status="failed" if record["method"] == "none" else "finished"))
-    rows = by_label(copy)
-    assert "unpruned" not in rows
-    assert (rows["vlmpruner"].flops_share, rows["vlmpruner"].prefill_speedup) == (None, None)
+def test_a_row_without_a_finished_run_has_no_costs_and_nothing_is_a_share_of_it(tmp_path: Path) -> None:
+    root = copied("good", tmp_path)
+    edit(root, "unpruned", lambda record: record.update(status="failed"))
+    rows = costs(root)
+    assert rows["unpruned"].costs is None
+    assert (rows["vlmpruner"].costs.flops_share, rows["vlmpruner"].costs.prefill_speedup) == (None, None)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
 from PIL import Image
-from vlm_pruner_eval.report.figures.all import WORDS, costs, draw_all
-from vlm_pruner_eval.report.html.svg import inline
+from report_sweeps import copied, edit, folder
 
-from vlm_pruner_eval.report.figures import pareto, radar, rates, style
+from vlm_pruner_eval.report.figures import pareto, rates, style
 from vlm_pruner_eval.report.figures.pareto import Cost, front, points_of
-from vlm_pruner_eval.report.load import Results
-from vlm_pruner_eval.report.rows import Cell, Row
+from vlm_pruner_eval.report.figures.report_figures import WORDS, costs, draw_all
+from vlm_pruner_eval.report.load import load_results
+from vlm_pruner_eval.report.rows import Cell, Row, rows_of
 from vlm_pruner_eval.report.stats.comparisons import AVERAGE, Comparison, Comparisons
 from vlm_pruner_eval.report.stats.paired import Estimate
-from vlm_pruner_eval.sweep.store import Store
 
 TASKS = ["gqa", "mme", "pope", "ocrbench"]
 SVG = "{http://www.w3.org/2000/svg}"
@@ -129,88 +127,26 @@ def test_pareto_has_a_panel_for_each_cost_that_is_known(rows: list[Row], tmp_pat
     assert not (tmp_path / "none.svg").exists()
 
 
-def test_times_of_other_machines_or_batches_are_no_axis(rows: list[Row], tmp_path: Path) -> None:
-    results = stand_in(tmp_path)
-    assert [cost.label for cost in costs(results)] == ["prefill of a batch, ms (median)", "prefill of a prompt, GFLOPs (mean)"]
-    results.runs[0].record["provenance"]["processor"] = "Abacus"
-    assert [cost.label for cost in costs(results)] == ["prefill of a prompt, GFLOPs (mean)"]
-
-
-# ---- the radar
-def test_the_radar_shows_percent_of_unpruned_on_every_axis(rows: list[Row], tmp_path: Path) -> None:
-    assert radar.relative_scores(rows[3], rows[0], TASKS) == pytest.approx([94.0] * 4)
-    _, svg = radar.draw(rows, TASKS, tmp_path / "radar")
-    found = texts(svg)
-    assert {*TASKS, "66.7 % removed (2/3)", "88.9 % removed (8/9)", "VLM-Pruner", "unpruned"} <= set(found)
-    assert "blind" not in found
-    assert radar._rings([84.0, 98.0]) == [80, 85, 90, 95, 100]
-    assert radar._rings([0.0, 120.0]) == [0, 25, 50, 75, 100, 125]
-    assert radar._rings([60.0, 400.0]) == [0, 100, 200, 300, 400]
-    assert len(radar._rings([0.0, 7000.0])) < 10
-
-
-def test_a_radar_names_the_benchmarks_that_have_no_axis(rows: list[Row], tmp_path: Path) -> None:
-    zero = dataclasses.replace(rows[0], cells=rows[0].cells | {"ocrbench": Cell(0.0)})
-    _, svg = radar.draw([zero, *rows[1:]], TASKS, tmp_path / "radar")
-    found = texts(svg)
-    assert "ocrbench" not in found and "gqa" in found
-    assert "no score above 0 there: ocrbench." in " ".join(found)
-
-
-def test_a_radar_needs_three_benchmarks_and_whole_rows(rows: list[Row], tmp_path: Path) -> None:
-    assert radar.draw(rows, TASKS[:2], tmp_path / "two") == []
-    assert radar.draw(rows[1:], TASKS, tmp_path / "no_unpruned") == []
-    hollow = dataclasses.replace(rows[1], cells=rows[1].cells | {"gqa": Cell(None)}, label="hollow")
-    _, svg = radar.draw([*rows, hollow], TASKS, tmp_path / "hollow")
-    assert "hollow" not in texts(svg)
+def test_times_of_other_machines_or_batches_are_no_axis(tmp_path: Path) -> None:
+    root = copied("good", tmp_path)
+    both = ["prefill of a batch, ms (median)", "prefill of a prompt, GFLOPs (mean)"]
+    results = load_results(root)
+    assert [cost.label for cost in costs(rows_of(results), results)] == both
+    edit(root, "blind", lambda record: record["provenance"].update(processor="Abacus"))
+    results = load_results(root)
+    assert [cost.label for cost in costs(rows_of(results), results)] == both[1:]
 
 
 # ---- all of them
-def stand_in(root: Path) -> Results:
-    from vlm_pruner_eval.report.load import RunResult
-
-    times = {"prefill_ms": {"median": 5.0, "iqr": 1.0}, "selection_ms": None, "decode_ms": None, "batch_sizes": [1]}
-    tasks = {task: {"main": {"metric": "m", "value": 50.0, "low": 40.0, "high": 60.0, "n": 9}, "metrics": {}} for task in TASKS}
-    tokens = {"asked": None, "kept": None, "layer_averaged": None, "quirks": {}}
-    runs = []
-    for label, method, rate in (("unpruned", "none", None), ("VLM-Pruner", "vlmpruner", "2/3")):
-        memory = {"flops": {"mean": 7e9}}
-        record = {"tasks": tasks, "tokens": tokens, "times": times, "memory": memory, "provenance": {"processor": "P"}, "config": {}}
-        runs.append(RunResult(label, label, label, method, rate, None, "finished", record, asked_rate=rate))
-    return Results(Store(root), "name", {"tasks": TASKS, "model": {}}, tuple(runs), ())
-
-
-def test_all_figures_are_drawn_and_old_ones_are_removed(rows: list[Row], tmp_path: Path) -> None:
-    results = stand_in(tmp_path)
-    drawn = draw_all(rows, results, tmp_path / "out")
-    assert set(drawn) == set(WORDS) == {"accuracy_vs_rate", "pareto", "radar"}
-    assert {path.name for paths in drawn.values() for path in paths} == {path.name for path in (tmp_path / "out").iterdir()}
-    again = draw_all(rows[:1], results, tmp_path / "out")
-    assert set(again) == {"accuracy_vs_rate"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"accuracy_vs_rate.png", "accuracy_vs_rate.svg"}
-
-
-def test_intervals_of_averages_come_from_the_comparisons(rows: list[Row], tmp_path: Path) -> None:
-    results = stand_in(tmp_path)
-    plain = draw_all(rows, results, tmp_path / "a")["accuracy_vs_rate"][1].read_bytes()
-    compared = Comparisons((Comparison("VLM-Pruner", "2/3", AVERAGE, Estimate(98.0, 80.0, 99.0)),))
-    assert draw_all(rows, results, tmp_path / "b", compared)["accuracy_vs_rate"][1].read_bytes() != plain
-
-
-# ---- in a page
-def test_an_inlined_figure_keeps_its_references_and_takes_the_pages_colours(rows: list[Row], tmp_path: Path) -> None:
-    _, svg = rates.draw(rows, TASKS, tmp_path / "rates")
-    page = inline(svg, name="one", title="A <title>", description="Told & shown")
-    root = ET.fromstring(page)
-    ids = [element.attrib["id"] for element in root.iter() if "id" in element.attrib]
-    assert len(ids) == len(set(ids))
-    assert all(name.startswith("one-") for name in ids)
-    used = re.findall(r"url\(#([^)]+)\)", page) + [element.attrib["href"][1:] for element in root.iter() if "href" in element.attrib]
-    assert len(used) > 20
-    assert set(used) <= set(ids)
-    assert (root[0].tag, root[0].text, root[1].tag, root[1].text) == ("title", "A <title>", "desc", "Told & shown")
-    assert "xmlns" not in page
-    assert "http" not in page
-    assert style.INK not in page
-    assert "var(--ink)" in page
-    assert "_$odd{<&>" in ["".join(element.itertext()).strip() for element in root.iter("text")]
+def test_all_figures_are_drawn_and_old_ones_are_removed(tmp_path: Path) -> None:
+    results, out = load_results(folder("good")), tmp_path / "out"
+    listed = rows_of(results)
+    drawn = draw_all(listed, results, out)
+    assert set(drawn) == set(WORDS) == {"accuracy_vs_rate", "pareto"}
+    assert {path.name for paths in drawn.values() for path in paths} == {path.name for path in out.iterdir()}
+    plain = drawn["accuracy_vs_rate"][1].read_bytes()
+    # intervals of averages come from the comparisons
+    compared = Comparisons((Comparison("vlmpruner", "2/3", AVERAGE, Estimate(83.0, 80.0, 99.0)),))
+    assert draw_all(listed, results, out, compared)["accuracy_vs_rate"][1].read_bytes() != plain
+    assert set(draw_all(listed[:1], results, out)) == {"accuracy_vs_rate"}
+    assert {path.name for path in out.iterdir()} == {"accuracy_vs_rate.png", "accuracy_vs_rate.svg"}

@@ -5,19 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from report_sweeps import HOSTILE, RELEASE, copied
 from rich.console import Console
-from sweep_standin import StandIn, make_config, task_manager, write_tasks
 from typer.testing import CliRunner
 
 from vlm_pruner_eval.cli import app
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.report.build import build, report_of
+from vlm_pruner_eval.report.build import build
+from vlm_pruner_eval.report.contents import report_of
 from vlm_pruner_eval.report.load import load_results
 from vlm_pruner_eval.report.paper import printed
 from vlm_pruner_eval.report.paper.differences import OF_TASK, differences
@@ -27,30 +27,18 @@ from vlm_pruner_eval.report.paper.printed import Erratum, Number, PrintedNumbers
 from vlm_pruner_eval.report.paper.recompute import recompute_averages, recompute_lines
 from vlm_pruner_eval.report.rows import rows_of
 from vlm_pruner_eval.report.writers.screen import print_paper
-from vlm_pruner_eval.sweep.runner import run_sweep
-from vlm_pruner_eval.sweep.scores import MAIN_METRICS, Main
 
-RESULTS = Path(__file__).parent.parent / "results" / "paper"
+RESULTS = Path(__file__).parent.parent / "results"
 HEADER = "paper,table,vlm,method,retained_tokens,pruning_rate_percent,benchmark,metric,value,read_from\n"
-MODEL = {"id": "vlmpruner_llava", "pretrained": "llava-hf/llava-1.5-7b-hf", "protocol": "paper", "visual_tokens": 36, "layers": 4}
-RELEASE = {"name": "vlmpruner", "official_quirks": True, "label": "VLM-Pruner (release)"}
-METHODS = [
-    RELEASE,
-    {"name": "vlmpruner", "label": "VLM-Pruner"},
-    {"name": "vlmpruner", "official_quirks": True, "pivots": 2, "label": "pivots 2"},
-    {"name": "fastv", "label": "FastV"},
-    {"name": "uniform", "iso_layer": 2, "layer": 0, "label": "iso"},
-]
 COLUMNS = {"tiny_mean": "A", "tiny_pairs": "B"}
 Change = Callable[[dict[tuple[str, float, str], float]], None]
 
 
 # ---- the printed numbers themselves
-def test_the_package_and_the_results_folder_hold_the_same_printed_numbers() -> None:
-    names = {path.name for path in printed.DATA.glob("*.csv")}
-    assert names == {path.name for path in RESULTS.glob("*.csv")} == {"vlm_pruner.csv", "errata.csv"}
-    for name in names:
-        assert (printed.DATA / name).read_bytes() == (RESULTS / name).read_bytes()
+def test_the_printed_numbers_lie_in_the_package_and_nowhere_else() -> None:
+    names = {"vlm_pruner.csv", "errata.csv"}
+    assert {path.name for path in printed.DATA.glob("*.csv")} == names
+    assert not [path for path in RESULTS.rglob("*.csv") if path.name in names]
 
 
 def test_every_printed_average_is_derived_again() -> None:
@@ -139,40 +127,26 @@ def test_what_we_do_otherwise_than_the_authors_is_known_of_every_table() -> None
 
 
 # ---- a sweep of a model of the paper
-@pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    root = tmp_path_factory.mktemp("paper")
-    config = make_config(model=MODEL, pruning_rates=["2/3", "8/9"], methods=METHODS, limit=None)
-    model = StandIn()
-    described = model.describe() | {"layers": 4}
-    model.describe = lambda: described
-    with pytest.MonkeyPatch.context() as patch:
-        for task, metric in (("tiny_mean", "right"), ("tiny_pairs", "both")):
-            patch.setitem(MAIN_METRICS, task, Main((metric,)))
-        tasks = task_manager(write_tasks(root / "tasks"))
-        run_sweep(config, root / "sweep", console=Console(file=io.StringIO()), load=lambda *args, **kwargs: model, task_manager=tasks)
-    yield root / "sweep"
-
-
 @pytest.fixture
-def folder(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(printed, "BENCHMARKS", COLUMNS)
-    return Path(shutil.copytree(sweep, tmp_path / "up" / "sweep"))
+    return copied("paper", tmp_path)
 
 
-def numbers(folder: Path, **extra: Any) -> PrintedNumbers:
+def numbers(root: Path, **extra: Any) -> PrintedNumbers:
     """A paper that prints our own numbers, which are therefore all equivalent."""
     cells = {}
-    for row in rows_of(load_results(folder)):
-        if row.label in ("unpruned", "VLM-Pruner (release)", "FastV"):
+    for row in rows_of(load_results(root)):
+        if row.label in ("unpruned", RELEASE["label"], HOSTILE):
             scores = {COLUMNS[task]: cell.value for task, cell in row.cells.items()} | {"Avg": row.relative.value}
             for benchmark, value in scores.items():
                 cells["LLaVA-1.5-7B", printed.METHODS[row.method], round(row.percent or 0.0, 1), benchmark] = Number(value, "T", "print")
     return PrintedNumbers(cells, **extra)
 
 
-def paper(folder: Path, table: PrintedNumbers) -> PaperTable:
-    return paper_for(load_results(folder), printed=table)
+def paper(root: Path, table: PrintedNumbers | None) -> PaperTable | None:
+    results = load_results(root)
+    return paper_for(results, rows_of(results), table)
 
 
 def verdicts(table: PaperTable) -> dict[tuple[str, float | None, str], str | None]:
@@ -197,84 +171,84 @@ KEY = ("LLaVA-1.5-7B", "VLM-Pruner", 66.7, "A")
 CELL = ("VLM-Pruner (release)", 66.7, "tiny_mean")
 
 
-def test_only_release_rows_with_the_papers_parameters_get_a_verdict(folder: Path) -> None:
-    table = paper(folder, numbers(folder))
+def test_only_release_rows_with_the_papers_parameters_get_a_verdict(changed: Path) -> None:
+    table = paper(changed, numbers(changed))
     assert (table.vlm, table.gate.status) == ("LLaVA-1.5-7B", REPRODUCES)
     given = {key for key, verdict in verdicts(table).items() if verdict is not None}
     assert given == {(RELEASE["label"], percent, name) for percent in (66.7, 88.9) for name in ("tiny_mean", "tiny_pairs", "Avg")}
     assert {verdicts(table)[key] for key in given} == {EQUIVALENT}
     # the sane row and the paper's own baseline stand beside the printed number all the same; an ablation and an iso-compute row don't
     assert of(table, "VLM-Pruner", 66.7, "tiny_mean").difference == pytest.approx(0)
-    assert of(table, "FastV", 66.7, "tiny_mean").printed is not None
+    assert of(table, HOSTILE, 66.7, "tiny_mean").printed is not None
     assert of(table, "pivots 2", 66.7, "tiny_mean").printed is None
     iso = next(item for item in table.rows if item.row.label == "iso")
     assert iso.cells["tiny_mean"].printed is None
 
 
 @pytest.mark.parametrize(("by", "verdict"), [(0.49, EQUIVALENT), (-0.49, EQUIVALENT), (0.51, OUTSIDE), (-0.51, OUTSIDE)])
-def test_equivalent_means_within_half_a_point(folder: Path, by: float, verdict: str) -> None:
-    table = paper(folder, shifted(numbers(folder), KEY, by))
+def test_equivalent_means_within_half_a_point(changed: Path, by: float, verdict: str) -> None:
+    table = paper(changed, shifted(numbers(changed), KEY, by))
     changed = {key: value for key, value in verdicts(table).items() if value not in (None, EQUIVALENT)}
     assert changed == ({CELL: OUTSIDE} if verdict == OUTSIDE else {})
     assert of(table, *CELL).difference == pytest.approx(-by)
 
 
-def test_twice_the_noise_that_reproduce_measured_widens_the_tolerance(folder: Path) -> None:
-    far = shifted(numbers(folder), KEY, 0.9)
-    assert of(paper(folder, far), *CELL).verdict == OUTSIDE
-    assert "noise of the unpruned model was not measured" in paper(folder, far).noise
+def test_twice_the_noise_that_reproduce_measured_widens_the_tolerance(changed: Path) -> None:
+    far = shifted(numbers(changed), KEY, 0.9)
+    assert of(paper(changed, far), *CELL).verdict == OUTSIDE
+    assert "noise of the unpruned model was not measured" in paper(changed, far).noise
     measured = {
-        "config": load_results(folder).config,
+        "config": load_results(changed).config,
         "noise": {"variants": {"batch1-sdpa": {}, "batch1-eager": {}}, "average_spread": 0.2, "tasks": {"tiny_mean": {"spread": 0.46}}},
     }
-    (folder.parent / "reproduce.json").write_text(json.dumps(measured))
-    table = paper(folder, far)
+    (changed.parent / "reproduce.json").write_text(json.dumps(measured))
+    table = paper(changed, far)
     assert (of(table, *CELL).verdict, of(table, *CELL).tolerance) == (EQUIVALENT, pytest.approx(0.92))
     assert of(table, "VLM-Pruner (release)", 66.7, "tiny_pairs").tolerance == 0.5
     assert "batch1-sdpa, batch1-eager" in table.noise
-    (folder.parent / "reproduce.json").write_text(json.dumps(measured | {"config": {"another": "sweep"}}))
-    assert of(paper(folder, far), *CELL).verdict == OUTSIDE
-    (folder.parent / "reproduce.json").write_text("{")
+    (changed.parent / "reproduce.json").write_text(json.dumps(measured | {"config": {"another": "sweep"}}))
+    assert of(paper(changed, far), *CELL).verdict == OUTSIDE
+    (changed.parent / "reproduce.json").write_text("{")
     with pytest.raises(ConfigError, match="can't be read as the noise floor"):
-        paper(folder, far)
+        paper(changed, far)
 
 
-def test_removing_one_printed_number_makes_exactly_its_cell_not_run(folder: Path) -> None:
-    table = numbers(folder)
+def test_removing_one_printed_number_makes_exactly_its_cell_not_run(changed: Path) -> None:
+    table = numbers(changed)
     fewer = PrintedNumbers({key: number for key, number in table.numbers.items() if key != KEY})
-    before, after = verdicts(paper(folder, table)), verdicts(paper(folder, fewer))
+    before, after = verdicts(paper(changed, table)), verdicts(paper(changed, fewer))
     assert {key for key in before if before[key] != after[key]} == {CELL}
-    cell = of(paper(folder, fewer), *CELL)
+    cell = of(paper(changed, fewer), *CELL)
     assert (cell.verdict, cell.reason, cell.printed, cell.cell.value is not None) == (NOT_RUN, "no printed number", None, True)
 
 
-def test_removing_one_sample_file_makes_exactly_its_row_not_run(folder: Path) -> None:
-    table = numbers(folder)
-    before = verdicts(paper(folder, table))
-    (run,) = folder.glob("runs/vlm-pruner-release-2of3-*")
+def test_removing_one_sample_file_makes_exactly_its_row_not_run(changed: Path) -> None:
+    table = numbers(changed)
+    before = verdicts(paper(changed, table))
+    (run,) = changed.glob("runs/vlm-pruner-release-2of3-*")
     (run / "samples.jsonl").unlink()
-    after = verdicts(paper(folder, table))
+    after = verdicts(paper(changed, table))
     gone = {(RELEASE["label"], 66.7, name) for name in ("tiny_mean", "tiny_pairs", "Avg")}
     assert {key for key in before if before[key] != after[key]} == gone
-    assert {of(paper(folder, table), *key).reason for key in gone} == {"not run: samples missing"}
-    text = build(folder)["md"].read_text()
+    assert {of(paper(changed, table), *key).reason for key in gone} == {"not run: samples missing"}
+    text = build(changed)["md"].read_text()
     assert "| VLM-Pruner (release) | not run: samples missing | not run: samples missing | n/a |" in text
     assert "The answers (samples.jsonl) of vlm-pruner-release-2of3 are missing" in text
 
 
-def test_without_the_unpruned_answers_nothing_is_claimed(folder: Path) -> None:
-    table = numbers(folder)
-    (run,) = folder.glob("runs/unpruned-*")
+def test_without_the_unpruned_answers_nothing_is_claimed(changed: Path) -> None:
+    table = numbers(changed)
+    (run,) = changed.glob("runs/unpruned-*")
     (run / "samples.jsonl").unlink()
-    after = paper(folder, table)
+    after = paper(changed, table)
     assert (after.gate.status, after.gate.stops) == (FAILS, True)
     assert "it is not run: samples missing" in after.gate.sentence
     assert of(after, *CELL).verdict == NO_CLAIM
 
 
-def test_nothing_is_claimed_about_pruned_rows_when_the_unpruned_one_fails_the_gate(folder: Path) -> None:
-    far = shifted(numbers(folder), ("LLaVA-1.5-7B", printed.METHODS["none"], 0.0, "A"), -0.6)
-    table = paper(folder, far)
+def test_nothing_is_claimed_about_pruned_rows_when_the_unpruned_one_fails_the_gate(changed: Path) -> None:
+    far = shifted(numbers(changed), ("LLaVA-1.5-7B", printed.METHODS["none"], 0.0, "A"), -0.6)
+    table = paper(changed, far)
     assert table.gate.sentence == "The unpruned row does not reproduce: tiny_mean (1 of 2 tasks) outside."
     assert {verdict for verdict in verdicts(table).values() if verdict is not None} == {NO_CLAIM}
     console = Console(file=io.StringIO(), record=True, width=250)
@@ -285,70 +259,58 @@ def test_nothing_is_claimed_about_pruned_rows_when_the_unpruned_one_fails_the_ga
 @pytest.mark.parametrize(
     ("name", "value", "reason"), [("protocol", "hf", "protocol hf"), ("id", "vlmpruner_internvl", "model id vlmpruner_i")]
 )
-def test_another_protocol_or_model_is_not_comparable(folder: Path, name: str, value: str, reason: str) -> None:
-    table = numbers(folder)
-    for path in (folder / "sweep.json", *folder.glob("runs/*/run.json")):
+def test_another_protocol_or_model_is_not_comparable(changed: Path, name: str, value: str, reason: str) -> None:
+    table = numbers(changed)
+    for path in (changed / "sweep.json", *changed.glob("runs/*/run.json")):
         held = json.loads(path.read_text())
         held["config"]["model"][name] = value
         path.write_text(json.dumps(held))
-    found = paper(folder, table)
+    found = paper(changed, table)
     assert (found.gate.status, of(found, *CELL).verdict) == (INCOMPARABLE, "not comparable")
     assert reason in found.gate.sentence
 
 
-def test_an_average_over_an_impossible_upper_bound_has_no_verdict(folder: Path) -> None:
+def test_an_average_over_an_impossible_upper_bound_has_no_verdict(changed: Path) -> None:
     key = ("LLaVA-1.5-7B", printed.METHODS["none"], 0.0, "B")
     erratum = Erratum(7, "B is misprinted.", (("LLaVA-1.5-7B", printed.METHODS["none"], None, "B"),), {key: 75.0})
-    table = numbers(folder, errata=(erratum,))
-    found = paper(folder, shifted(table, key, 100.0))
+    table = numbers(changed, errata=(erratum,))
+    found = paper(changed, shifted(table, key, 100.0))
     assert (of(found, *CELL).verdict, of(found, RELEASE["label"], 66.7, "Avg").verdict) == (EQUIVALENT, "not comparable")
-    assert [note.number for note in found.footnotes] == [7]
-    assert found.footnotes[0].text.startswith("B is misprinted.")
+    (note,) = found.footnotes
+    assert note.startswith("Note 7: B is misprinted.")
 
 
-def test_a_checkpoint_that_is_not_the_papers_has_no_printed_numbers(folder: Path) -> None:
-    for path in (folder / "sweep.json", *folder.glob("runs/*/run.json")):
+def test_a_checkpoint_that_is_not_the_papers_has_no_printed_numbers(changed: Path) -> None:
+    for path in (changed / "sweep.json", *changed.glob("runs/*/run.json")):
         path.write_text(path.read_text().replace("llava-hf/llava-1.5-7b-hf", "somewhere/tiny"))
-    assert paper_for(load_results(folder)) is None
-    assert "Printed numbers: none for this checkpoint." in build(folder)["md"].read_text()
-
-
-def test_a_grid_of_an_older_version_is_not_held_against_the_paper(folder: Path) -> None:
-    """It does not say in what a row differs from the method's defaults, so it could be an ablation."""
-    path = folder / "sweep.json"
-    grid = json.loads(path.read_text())
-    for line in grid["runs"]:
-        del line["changed"], line["asked_rate"], line["iso_layer"], line["parameters"]
-    path.write_text(json.dumps(grid))
-    results = load_results(folder)
-    assert {row.release for row in rows_of(results)} == {True, False}, "parameters are read from the records"
-    assert {compared.printed for item in paper_for(results).rows for compared in item.cells.values()} == {None}
+    assert paper(changed, None) is None
+    assert "No numbers are printed for this checkpoint" in build(changed)["md"].read_text()
 
 
 # ---- how it is shown
-def test_the_report_says_what_the_authors_did_otherwise(folder: Path, monkeypatch: Any) -> None:
-    text = build(folder)["md"].read_text()
+def test_the_report_says_what_the_authors_did_otherwise(changed: Path, monkeypatch: Any) -> None:
+    text = build(changed)["md"].read_text()
     assert "Known differences" not in text
     monkeypatch.setitem(OF_TASK, "tiny_mean", ("another mean.",))
-    paths = build(folder)
+    paths = build(changed)
     assert "\n- tiny_mean: another mean.\n" in paths["md"].read_text()
     assert json.loads(paths["json"].read_text())["paper"]["differences"] == ["tiny_mean: another mean."]
     assert "tiny_mean: another mean." in paths["html"].read_text()
 
 
-def test_the_report_shows_ours_the_printed_number_the_difference_and_the_verdict(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    far = shifted(numbers(folder), KEY, 2.0)
+def test_the_report_shows_ours_the_printed_number_the_difference_and_the_verdict(changed: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    far = shifted(numbers(changed), KEY, 2.0)
     lines = [f"VLM-Pruner,T,{key[0]},{key[1]},1,{key[2]},{key[3]},acc,{value.value},print" for key, value in far.numbers.items()]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.csv").write_text(HEADER + "\n".join(lines) + "\n")
     monkeypatch.setattr(printed, "DATA", tmp_path / "data")
-    made = report_of(load_results(folder))
+    made = report_of(load_results(changed))
     cell = of(made.paper, *CELL)
-    paths = build(folder)
+    paths = build(changed)
     text = paths["md"].read_text()
     assert "## Our scores beside the paper's for LLaVA-1.5-7B" in text
     assert f"paper {cell.printed.value:g} (-2.00); outside]" in text
-    assert "**The unpruned row reproduces: 2 of 2 tasks with a printed number are inside.** Ours: lmms-eval" in text
+    assert "The unpruned row reproduces: 2 of 2 tasks with a printed number are inside. Ours: lmms-eval" in text
     assert "protocol paper, splits tiny_mean: test, tiny_pairs: test." in text
     held = {(row["label"], row["pruning_rate"]): row for row in json.loads(paths["json"].read_text())["paper"]["rows"]}
     assert held[RELEASE["label"], "2/3"]["cells"]["tiny_mean"]["verdict"] == OUTSIDE

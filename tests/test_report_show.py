@@ -16,8 +16,7 @@ from typer.testing import CliRunner
 
 from vlm_pruner_eval import ConfigError
 from vlm_pruner_eval.cli import app
-from vlm_pruner_eval.report.geometry.boxes import Medium
-from vlm_pruner_eval.report.geometry.views import views
+from vlm_pruner_eval.report.geometry.views import Medium, views
 from vlm_pruner_eval.report.load import Results, load_results
 from vlm_pruner_eval.report.show.draw import LARGE, SMALL, draw, geometry_of
 from vlm_pruner_eval.report.show.flips import Flip, drawable_first, find_flips

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from vlm_pruner_eval.sweep.store import Store
 
 from vlm_pruner_eval.report.load import load_results
+from vlm_pruner_eval.report.rows import rows_of
 from vlm_pruner_eval.report.stats.paired import Estimate
 from vlm_pruner_eval.report.stats.strata import CAPABILITIES, CONTROLS, OF_CATEGORY, OF_TASK, Stratum, capability_of, strata
-from vlm_pruner_eval.sweep.store import Store
 
 Score = Callable[[str, int], float | None]
 N = 12
@@ -44,8 +44,9 @@ def write(root: Path, runs: dict[tuple[str, str | None, int | None], Score], *, 
             "problem": None,
             "config": config,
             "tasks": {task: {"metrics": {}, "main": main} for task in TASKS},
-            "tokens": {"asked": None, "kept": None, "layer_averaged": None, "quirks": {}},
-            "times": {"prefill_ms": None, "selection_ms": None, "decode_ms": None, "batch_sizes": []},
+            "tokens": {"asked": None, "kept": None, "layer_averaged": None, "quirks": {}, "samples_with_images": 0},
+            "times": dict.fromkeys(("prefill_ms", "selection_ms", "decode_ms", "decoded_tokens_per_s")) | {"batch_sizes": []},
+            "memory": dict.fromkeys(("flops", "literature_flops", "kv_bytes_counted", "kv_bytes_measured", "peak_bytes")),
             "provenance": {"processor": "p"},
             "n_answers": N * len(TASKS),
         }
@@ -53,6 +54,11 @@ def write(root: Path, runs: dict[tuple[str, str | None, int | None], Score], *, 
         grid.append(line)
     store.begin("strata", config, grid)
     return root
+
+
+def found_in(root: Path) -> list[Stratum]:
+    results = load_results(root)
+    return strata(results, rows_of(results))
 
 
 def right(task: str, doc: int) -> float:
@@ -104,7 +110,7 @@ def test_parts_weigh_the_same_and_scores_are_relative(tmp_path: Path) -> None:
     """OCR is all of ocrbench (unpruned 1.0, here 0.5) and 3 documents of MME (unpruned 1.0, here 1/3): (50 + 33.3) / 2."""
     scores = {"ocrbench": lambda doc: float(doc % 2), "mme_total": lambda doc: float(doc in (0, 1, 2)), "gqa": lambda doc: 0.0}
     root = write(tmp_path, {("none", None, None): right, ("uniform", "8/9", None): lambda task, doc: scores[task](doc)})
-    found = strata(load_results(root))
+    found = found_in(root)
     assert list(dict.fromkeys(stratum.name for stratum in found)) == ["OCR", "spatial", "counting"]
     ocr = of(found, "OCR", "uniform")
     assert (ocr.method, ocr.pruning_rate, ocr.control) == ("uniform", "8/9", None)
@@ -116,7 +122,7 @@ def test_parts_weigh_the_same_and_scores_are_relative(tmp_path: Path) -> None:
 
 def test_the_unpruned_score_is_the_denominator(tmp_path: Path) -> None:
     runs = {("none", None, None): lambda task, doc: 0.5 + 0.5 * (doc < 6), ("uniform", "8/9", None): lambda task, doc: 0.25}
-    ocr = of(strata(load_results(write(tmp_path, runs))), "spatial", "uniform")
+    ocr = of(found_in(write(tmp_path, runs)), "spatial", "uniform")
     assert ocr.score.value == pytest.approx(100 * 0.75 / (1.0 + 1.0 + 0.5)), "documents 1, 5 and 9"
 
 
@@ -128,7 +134,7 @@ def test_intervals_resample_images(tmp_path: Path) -> None:
 
     def width(folder: str, images: Callable[[int], str]) -> float:
         root = write(tmp_path / folder, {("none", None, None): right, ("uniform", "8/9", None): score}, images=images)
-        estimate = of(strata(load_results(root)), "OCR", "uniform").score
+        estimate = of(found_in(root), "OCR", "uniform").score
         assert estimate.low < estimate.value < estimate.high
         return estimate.high - estimate.low
 
@@ -137,7 +143,7 @@ def test_intervals_resample_images(tmp_path: Path) -> None:
 
 def test_no_spread_is_no_interval(tmp_path: Path) -> None:
     root = write(tmp_path, {("none", None, None): right, ("uniform", "8/9", None): lambda task, doc: 0.0})
-    assert of(strata(load_results(root)), "OCR", "uniform").score == Estimate(0.0)
+    assert of(found_in(root), "OCR", "uniform").score == Estimate(0.0)
 
 
 def test_resamples_without_a_part_are_left_out_and_too_many_are_no_interval(tmp_path: Path) -> None:
@@ -147,19 +153,19 @@ def test_resamples_without_a_part_are_left_out_and_too_many_are_no_interval(tmp_
         return None if task == "mme_total" and doc in (4, 8) else 1.0
 
     runs = {("none", None, None): of_unpruned, ("uniform", "8/9", None): lambda task, doc: float(doc % 2)}
-    ocr = of(strata(load_results(write(tmp_path, runs))), "OCR", "uniform")
+    ocr = of(found_in(write(tmp_path, runs)), "OCR", "uniform")
     assert (ocr.n_documents, ocr.score) == (13, Estimate(25.0))
 
 
 def test_seeds_are_averaged_by_document(tmp_path: Path) -> None:
     runs = {("none", None, None): right} | {("random", "8/9", seed): lambda task, doc, seed=seed: float(seed == 0) for seed in range(4)}
-    found = of(strata(load_results(write(tmp_path, runs))), "OCR", "random")
+    found = of(found_in(write(tmp_path, runs)), "OCR", "random")
     assert (found.score.value, found.n_documents) == (25.0, 15)
 
 
 def test_a_part_that_the_unpruned_model_never_gets_right_has_no_ratio(tmp_path: Path) -> None:
     runs = {("none", None, None): lambda task, doc: float(task != "ocrbench"), ("uniform", "8/9", None): right}
-    assert of(strata(load_results(write(tmp_path, runs))), "OCR", "uniform").parts == ("mme_total: OCR",)
+    assert of(found_in(write(tmp_path, runs)), "OCR", "uniform").parts == ("mme_total: OCR",)
 
 
 # ---- hard subsets
@@ -173,7 +179,7 @@ HARD = {
 
 
 def test_the_hard_subset_is_what_unpruned_gets_right_and_the_control_wrong(tmp_path: Path) -> None:
-    hard = [stratum for stratum in strata(load_results(write(tmp_path, HARD))) if stratum.control]
+    hard = [stratum for stratum in found_in(write(tmp_path, HARD)) if stratum.control]
     assert [(s.name, s.label, s.pruning_rate, s.control) for s in hard] == [
         ("hard: pool fails", "vlmpruner", "8/9", "pool"),
         ("hard: pool fails", "blind", "8/9", "pool"),
@@ -184,7 +190,7 @@ def test_the_hard_subset_is_what_unpruned_gets_right_and_the_control_wrong(tmp_p
 
 def test_a_score_of_100_on_few_documents_has_wilsons_interval(tmp_path: Path) -> None:
     """12 documents of 4 images, all right: the lower end is that of 4 out of 4."""
-    vlmpruner = next(s for s in strata(load_results(write(tmp_path, HARD))) if s.control and s.label == "vlmpruner")
+    vlmpruner = next(s for s in found_in(write(tmp_path, HARD)) if s.control and s.label == "vlmpruner")
     z = 1.959963985
     assert vlmpruner.score.high == 100.0
     assert vlmpruner.score.low == pytest.approx(100 * 4 / (4 + z**2))
@@ -195,7 +201,7 @@ def test_each_control_and_rate_has_a_subset_of_its_own(tmp_path: Path) -> None:
         ("downsample", "8/9", None): lambda task, doc: float(doc != 3),
         ("pool", "2/3", None): lambda task, doc: float(doc != 0),
     }
-    hard = [stratum for stratum in strata(load_results(write(tmp_path, runs))) if stratum.control]
+    hard = [stratum for stratum in found_in(write(tmp_path, runs)) if stratum.control]
     assert {(s.name, s.pruning_rate, s.n_documents) for s in hard} == {
         ("hard: pool fails", "2/3", 3),
         ("hard: pool fails", "8/9", 12),
@@ -206,18 +212,10 @@ def test_each_control_and_rate_has_a_subset_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_control_that_fails_nowhere_has_no_subset(tmp_path: Path) -> None:
-    assert not [s for s in strata(load_results(write(tmp_path, HARD | {("pool", "8/9", None): right}))) if s.control]
+    assert not [s for s in found_in(write(tmp_path, HARD | {("pool", "8/9", None): right})) if s.control]
 
 
 # ---- what is not there
 def test_without_scores_or_without_the_unpruned_run_there_is_nothing(tmp_path: Path) -> None:
-    assert strata(load_results(write(tmp_path / "old", dict.fromkeys(HARD, lambda task, doc: None)))) == []
-    assert strata(load_results(write(tmp_path / "none", {("pool", "8/9", None): right}))) == []
-
-
-def test_the_same_every_time(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    table = rng.random((3, N)).round()
-    runs = HARD | {("uniform", "8/9", None): lambda task, doc: float(table[TASKS.index(task), doc])}
-    root = write(tmp_path, runs)
-    assert strata(load_results(root)) == strata(load_results(root))
+    assert found_in(write(tmp_path / "old", dict.fromkeys(HARD, lambda task, doc: None))) == []
+    assert found_in(write(tmp_path / "none", {("pool", "8/9", None): right})) == []

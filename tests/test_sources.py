@@ -5,14 +5,12 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-import pytest
-
 import vlm_pruner_eval
 
 PACKAGE = Path(vlm_pruner_eval.__file__).parent
 # Modules that run code when they read data, and the files that may import them: `original_weights` only for the name of an exception.
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "jsonpickle", "pty", "commands"}
-MAY_IMPORT = {"lmms/original_weights.py": {"pickle"}}
+MAY_IMPORT = {"lmms/original_format/original_weights.py": {"pickle"}}
 FORBIDDEN_CALLS = {
     "eval", "exec", "compile", "__import__", "os.system", "os.popen", "os.execv", "os.execvp", "os.spawnl", "yaml.load", "yaml.load_all",
     "yaml.unsafe_load", "yaml.full_load", "subprocess.getoutput", "subprocess.getstatusoutput", "asyncio.create_subprocess_shell",
@@ -55,30 +53,29 @@ def _is_unsafe(key: object, value: ast.expr) -> bool:
     return key in WITHOUT_KEYWORDS and isinstance(value, ast.Constant) and value.value is WITHOUT_KEYWORDS[key]
 
 
-SOURCES = sorted(PACKAGE.rglob("*.py"))
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_no_source_runs_code_from_data(path: Path) -> None:
-    assert violations(path.read_text(encoding="utf-8"), MAY_IMPORT.get(path.relative_to(PACKAGE).as_posix(), frozenset())) == []
+def test_no_source_runs_code_from_data() -> None:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).as_posix()
+        found[name] = violations(path.read_text(encoding="utf-8"), MAY_IMPORT.get(name, frozenset()))
+    assert {name: lines for name, lines in found.items() if lines} == {}
 
 
 def test_the_pickle_module_is_only_asked_for_an_exception_where_weights_are_read() -> None:
-    tree = ast.parse((PACKAGE / "lmms" / "original_weights.py").read_text())
+    tree = ast.parse((PACKAGE / "lmms" / "original_format" / "original_weights.py").read_text())
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle"}
     assert used == {"UnpicklingError"}
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "import pickle", "from pickle import loads", "import os, shelve", "def f():\n    import marshal", "import joblib.numpy_pickle",
-        "eval(x)", "exec('a')", "__import__(name)", "os.system('ls')", "os.popen(x)", "yaml.load(text)", "yaml.load(text, yaml.SafeLoader)",
-        "yaml.unsafe_load(x)", "f(Loader=yaml.UnsafeLoader)", "subprocess.run('ls', shell=True)", "subprocess.getoutput('ls')",
-        "torch.load(p)", "torch.load(p, weights_only=False)", "torch.load(p, weights_only=flag)", "np.load(p)", "x.load(allow_pickle=True)",
-        "AutoModel.from_pretrained(p, trust_remote_code=True)", "AutoModel.from_pretrained(p, trust_remote_code=flag)",
-        "where = {'trust_remote_code': trust}", "M.from_pretrained(p, use_safetensors=False)", "m(weights_only=False)",
-    ],
-)  # fmt: skip
-def test_the_scan_would_notice(source: str) -> None:
-    assert violations(source)
+UNSAFE = [
+    "import pickle", "from pickle import loads", "import os, shelve", "def f():\n    import marshal", "import joblib.numpy_pickle",
+    "eval(x)", "exec('a')", "__import__(name)", "os.system('ls')", "os.popen(x)", "yaml.load(text)", "yaml.load(text, yaml.SafeLoader)",
+    "yaml.unsafe_load(x)", "f(Loader=yaml.UnsafeLoader)", "subprocess.run('ls', shell=True)", "subprocess.getoutput('ls')",
+    "torch.load(p)", "torch.load(p, weights_only=False)", "torch.load(p, weights_only=flag)", "np.load(p)", "x.load(allow_pickle=True)",
+    "AutoModel.from_pretrained(p, trust_remote_code=True)", "AutoModel.from_pretrained(p, trust_remote_code=flag)",
+    "where = {'trust_remote_code': trust}", "M.from_pretrained(p, use_safetensors=False)", "m(weights_only=False)",
+]  # fmt: skip
+
+
+def test_the_scan_would_notice() -> None:
+    assert [source for source in UNSAFE if not violations(source)] == []

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 from sweep_standin import StandIn, make_config, task_manager, write_tasks
 from test_sweep_scores import Task, rows_of
+from vlm_pruner_eval.sweep.store import FAILED, Store
 
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.build import build
@@ -23,7 +24,6 @@ from vlm_pruner_eval.sweep.aggregations import Aggregation
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
 from vlm_pruner_eval.sweep.scores import score_task
-from vlm_pruner_eval.sweep.store import FAILED, Store
 
 BROKEN = """
 include: tiny_mean.yaml

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from sweep_standin import Behaviour, StandIn, make_config, task_manager, write_tasks
+from vlm_pruner_eval.lmms.plan import Part
+from vlm_pruner_eval.sweep.directory import hold
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.lmms.plan import Part
 from vlm_pruner_eval.report.build import build
 from vlm_pruner_eval.report.current import current_report
 from vlm_pruner_eval.sweep import early, identity
 from vlm_pruner_eval.sweep.config import SweepConfig
-from vlm_pruner_eval.sweep.directory import hold
 from vlm_pruner_eval.sweep.runner import run_sweep
 
 

@@ -11,16 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 from sweep_standin import N_LAYERS, N_VISUAL, StandIn, make_config, task_manager, write_tasks
-
-from vlm_pruner_eval.bench import questions_path
-from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.lmms.journal import Journal
+from vlm_pruner_eval.sweep.store import Store
+
+from vlm_pruner_eval.embedded import questions_path
+from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.sweep import estimate
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.grid import Run, expand
 from vlm_pruner_eval.sweep.preview import Preview, preview, print_preview
 from vlm_pruner_eval.sweep.runner import run_sweep
-from vlm_pruner_eval.sweep.store import Store
 
 MODEL = {"id": "vlmpruner_llava", "pretrained": "somewhere/tiny", "visual_tokens": 576, "layers": 32}
 MINIVLM = {"id": "vlmpruner_llava", "pretrained": "minivlm", "batch_size": 4, "device": "cpu", "visual_tokens": 576, "layers": 5}

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 from sweep_standin import RIGHT_PERCENT, Behaviour, StandIn, make_config, task_manager, write_tasks
+from vlm_pruner_eval.lmms.plan import BatchSize
+from vlm_pruner_eval.sweep.store import Store
 
 import vlm_pruner_eval
 from vlm_pruner_eval import ConfigError, selftest
 from vlm_pruner_eval.errors import StoppedError
 from vlm_pruner_eval.lmms.log import Answer
-from vlm_pruner_eval.lmms.plan import BatchSize
 from vlm_pruner_eval.lmms.prompts import Request
 from vlm_pruner_eval.sweep import identity, scores
 from vlm_pruner_eval.sweep.config import SweepConfig
@@ -26,7 +27,6 @@ from vlm_pruner_eval.sweep.grid import expand
 from vlm_pruner_eval.sweep.preview import preview
 from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
 from vlm_pruner_eval.sweep.session import without_model
-from vlm_pruner_eval.sweep.store import Store
 
 METHOD = '''
 from dataclasses import dataclass

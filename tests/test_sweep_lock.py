@@ -16,15 +16,15 @@ from pathlib import Path
 
 import pytest
 from sweep_processes import wait_until
-
-from vlm_pruner_eval.errors import ConfigError, StoppedError
 from vlm_pruner_eval.lmms.plan import Part
-from vlm_pruner_eval.sweep import lock as locks
-from vlm_pruner_eval.sweep import processes
 from vlm_pruner_eval.sweep.directory import claim, claimed_by, hold, last_claim
 from vlm_pruner_eval.sweep.holder import Holder, living
 from vlm_pruner_eval.sweep.lock import Lock, holder_of
 from vlm_pruner_eval.sweep.processes import is_running, machine_id, start_of
+
+from vlm_pruner_eval.errors import ConfigError, StoppedError
+from vlm_pruner_eval.sweep import lock as locks
+from vlm_pruner_eval.sweep import processes
 
 
 @pytest.fixture

@@ -12,15 +12,15 @@ from lmms_requests import fresh_model, request, set_batch_size
 from rich.console import Console
 from sweep_standin import Behaviour, StandIn, make_config, task_manager, write_tasks
 from test_lmms_shared import together
+from vlm_pruner_eval.lmms.journal import Journal
+from vlm_pruner_eval.sweep.speed import Speed, duration
 
 from vlm_pruner_eval.errors import OutOfMemoryError
-from vlm_pruner_eval.lmms.journal import Journal
 from vlm_pruner_eval.lmms.shared import Configuration
 from vlm_pruner_eval.sweep.grid import expand
 from vlm_pruner_eval.sweep.progress import SweepProgress
 from vlm_pruner_eval.sweep.runner import run_sweep
 from vlm_pruner_eval.sweep.score_line import score_line, title
-from vlm_pruner_eval.sweep.speed import Speed, duration
 
 
 class Clock:
@@ -326,7 +326,10 @@ def test_shared_answers_are_shown_while_they_are_computed() -> None:
     """Not when each run reads its own from its journal, which is at the end and all at once."""
     model, told = fresh_model(), []
     set_batch_size(model, 2)
-    model.context.on_requests, model.context.on_answers = (lambda n: told.append(("asked", n))), (lambda n, is_new: told.append((n, is_new)))
+    model.context.on_requests, model.context.on_answers = (
+        (lambda n: told.append(("asked", n))),
+        (lambda n, is_new: told.append((n, is_new))),
+    )
     runs = {"a": Configuration("fastv", "1/2"), "b": Configuration("none", None)}
     try:
         together(model, runs, [request("first", i) for i in range(4)])

@@ -14,11 +14,11 @@ import pytest
 import torch
 from rich.console import Console
 from sweep_standin import StandIn, make_config, task_manager, write_tasks
+from vlm_pruner_eval.sweep.store import Store
 
 from vlm_pruner_eval.sweep import checksums, machine, provenance
 from vlm_pruner_eval.sweep.grid import expand
 from vlm_pruner_eval.sweep.runner import run_sweep
-from vlm_pruner_eval.sweep.store import Store
 
 DRIVERS = {
     "550.54.15": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC version:  gcc 12.2.0\n",

@@ -19,17 +19,17 @@ from rich.console import Console
 from sweep_processes import Surroundings, last_json, left_behind, wait_until
 from sweep_standin import Behaviour, StandIn, make_config, task_manager, write_tasks
 from test_sweep_shared import manager  # noqa: F401  # a fixture
-
-from vlm_pruner_eval.errors import ConfigError, StoppedError
 from vlm_pruner_eval.lmms.plan import Part
-from vlm_pruner_eval.sweep.config import SweepConfig, load, validate
 from vlm_pruner_eval.sweep.directory import claim, hold
 from vlm_pruner_eval.sweep.executors import Local, choose, gpus, local
 from vlm_pruner_eval.sweep.executors.allotment import sweep_file
+from vlm_pruner_eval.sweep.store import Store
+
+from vlm_pruner_eval.errors import ConfigError, StoppedError
+from vlm_pruner_eval.sweep.config import SweepConfig, load, validate
 from vlm_pruner_eval.sweep.grid import expand
 from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
 from vlm_pruner_eval.sweep.score_line import title
-from vlm_pruner_eval.sweep.store import Store
 
 pytestmark = pytest.mark.slow
 

@@ -16,11 +16,13 @@ from lmms_eval.tasks import TaskManager
 from rich.console import Console
 from test_cli import clean_surroundings, write  # noqa: F401  # a fixture that is always on
 from typer.testing import CliRunner
+from vlm_pruner_eval.lmms.journal import Journal
+from vlm_pruner_eval.sweep.groups import groups
+from vlm_pruner_eval.sweep.store import Store
 
 from vlm_pruner_eval import cli
-from vlm_pruner_eval.bench import questions_path, tasks_path
+from vlm_pruner_eval.embedded import questions_path, tasks_path
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.lmms.journal import Journal
 from vlm_pruner_eval.lmms.wrapper import load
 from vlm_pruner_eval.pruners.uniform import Uniform
 from vlm_pruner_eval.report.build import build
@@ -28,11 +30,9 @@ from vlm_pruner_eval.report.load import load_results
 from vlm_pruner_eval.sweep import main as sweep_main
 from vlm_pruner_eval.sweep.config import SweepConfig, validate
 from vlm_pruner_eval.sweep.grid import expand
-from vlm_pruner_eval.sweep.groups import groups
 from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
-from vlm_pruner_eval.sweep.store import Store
 
-UTILS = "from vlm_pruner_eval.bench.tasks.utils import doc_to_text, doc_to_visual, exist_docs\n"
+UTILS = "from vlm_pruner_eval.embedded.tasks.utils import doc_to_text, doc_to_visual, exist_docs\n"
 CHOICE = """
 task: exist_choice
 dataset_path: parquet

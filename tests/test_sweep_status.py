@@ -17,11 +17,11 @@ import pytest
 from rich.console import Console
 from sweep_standin import Behaviour, StandIn, make_config, task_manager, write_tasks
 from typer.testing import CliRunner
+from vlm_pruner_eval.lmms.journal import Journal
+from vlm_pruner_eval.lmms.lines import encode
 
 from vlm_pruner_eval.cli import app
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.lmms.journal import Journal
-from vlm_pruner_eval.lmms.lines import encode
 from vlm_pruner_eval.sweep.grid import expand
 from vlm_pruner_eval.sweep.runner import run_sweep
 from vlm_pruner_eval.sweep.status import SweepStatus, print_status, read_status

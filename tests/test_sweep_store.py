@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.sweep.files import write_atomic
 from vlm_pruner_eval.sweep.store import Store, to_json
+
+from vlm_pruner_eval.errors import ConfigError
 
 RECORD = {"run_id": "r-1", "status": "finished", "provenance": {"checkpoint": {"config.json": "abc"}}}
 

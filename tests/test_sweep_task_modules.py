@@ -11,6 +11,7 @@ import pytest
 from lmms_eval.tasks import TaskManager
 from rich.console import Console
 from sweep_standin import make_config, task_manager, write_tasks
+from vlm_pruner_eval.sweep.store import Store
 
 from vlm_pruner_eval.doctor import data_sets
 from vlm_pruner_eval.doctor.finding import FAIL
@@ -18,7 +19,6 @@ from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.reproduce.run import reproduce
 from vlm_pruner_eval.sweep import opening
 from vlm_pruner_eval.sweep.preview import preview
-from vlm_pruner_eval.sweep.store import Store
 from vlm_pruner_eval.sweep.task_modules import module_problems
 
 MINIVLM = {"id": "vlmpruner_llava", "pretrained": "minivlm", "device": "cpu", "visual_tokens": 576, "layers": 5}

@@ -15,15 +15,15 @@ import torch.distributed
 from rich.console import Console
 from sweep_processes import TORCHRUN, Fork, Surroundings, last_json, left_behind, wait_until
 from test_sweep_shards import MINIVLM, N_ANSWERS, pictures
-
-from vlm_pruner_eval.errors import ConfigError, PruningError, StoppedError
 from vlm_pruner_eval.lmms.plan import Part
-from vlm_pruner_eval.sweep.config import load
 from vlm_pruner_eval.sweep.directory import hold
 from vlm_pruner_eval.sweep.executors import ranks as ranks_module
 from vlm_pruner_eval.sweep.executors.ranks import Ranks, rank_of
-from vlm_pruner_eval.sweep.runner import run_sweep
 from vlm_pruner_eval.sweep.store import Store
+
+from vlm_pruner_eval.errors import ConfigError, PruningError, StoppedError
+from vlm_pruner_eval.sweep.config import load
+from vlm_pruner_eval.sweep.runner import run_sweep
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,9 @@ from toy_pruners import StateNorm
 
 from vlm_pruner_eval import ConfigError, prune
 from vlm_pruner_eval.vlms import families, family_of
-from vlm_pruner_eval.vlms.base import Layout
-from vlm_pruner_eval.vlms.llava_next import LlavaNext, anyres_layout
+from vlm_pruner_eval.vlms.family import Layout
+from vlm_pruner_eval.vlms.llava_next import LlavaNext
+from vlm_pruner_eval.vlms.parts.anyres import anyres_layout
 from vlm_pruner_eval.vlms.qwen2_vl import Qwen2VL
 
 QWEN = sorted(name for name, tiny in FAMILIES.items() if tiny.mrope)
@@ -141,5 +142,5 @@ def test_quirks_of_a_family_are_applied_by_its_file(tiny_model, look, quirks):
 
 def test_the_family_of_a_model_is_found_by_its_type(tiny_model, family):
     found = family_of(tiny_model(family))
-    assert tiny_model(family).config.model_type in found.model_types
+    assert tiny_model(family).config.model_type in found.spec.model_types
     assert found.mrope == FAMILIES[family].mrope

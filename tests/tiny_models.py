@@ -9,12 +9,35 @@ from dataclasses import dataclass
 
 import torch
 import transformers
+from recompute import (  # noqa: F401 - for tests
+    N_LAYERS,
+    View,
+    generate,
+    masked_recompute,
+    next_positions,
+    seen_after,
+    step_logits,
+    views_from,
+)
+from tiny_processors import (
+    IMAGE,
+    PAD,
+    PINPOINTS,
+    TURN_ENDS,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    VOCAB,
+    internvl_processor,
+    next_processor,
+    onevision_processor,
+    qwen_processor,
+)
 from torch import Tensor, nn
+from transformers import ProcessorMixin
 
-from vlm_pruner_eval.vlms import llava_video
+from vlm_pruner_eval.lmms.original_format import llava_video_model
 
-VOCAB, IMAGE, VIDEO, VISION_START, VISION_END, PAD = 120, 100, 101, 102, 103, 0
-N_LAYERS = 5
 TEXT = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -35,7 +58,6 @@ IMAGE_IDS = {"image_token_id": IMAGE, "image_token_index": IMAGE}
 VIDEO_IDS = {"video_token_id": VIDEO, "video_token_index": VIDEO}
 
 SIZES = [(50, 100), (112, 80), (40, 140), (100, 100)]  # (height, width) of anyres images
-PINPOINTS = [[56, 112], [112, 56], [112, 112], [56, 168]]
 GRIDS = [(1, 4, 6), (1, 8, 4), (1, 6, 6), (1, 4, 4)]  # (frames, rows, cols) in patches, before the 2 x 2 merge
 VIDEO_GRIDS = [(2, 4, 4), (3, 4, 6)]
 
@@ -44,9 +66,10 @@ Segments = Sequence[int | str]  # a number of text tokens, "i<k>" for image k, "
 
 @dataclass(frozen=True)
 class TinyFamily:
-    """How to make a tiny model of a family, and a prompt for it. One entry in FAMILIES puts it into every behaviour test.
+    """A recipe for a tiny model of a family, and for a prompt. One entry in FAMILIES puts it into every behaviour test.
 
     `scopes(kind, k)`: tokens of each budget scope that image or video k makes. `features(kind, ks, dtype)`: its tensors.
+    `processor`: of its checkpoint on disk, whose answers end in the token `ends`; None if tiny_checkpoints.py writes another one.
     `framed`: how the placeholder tokens of one image or video stand in the prompt.
     """
 
@@ -54,6 +77,8 @@ class TinyFamily:
     config: Callable[[], object]
     scopes: Callable[[str, int], list[int]]
     features: Callable[[str, list[int], torch.dtype], dict[str, Tensor]]
+    processor: Callable[[], ProcessorMixin] | None = None
+    ends: str = TURN_ENDS
     framed: Callable[[str, int, list[int]], list[int]] = lambda kind, k, tokens: tokens
     videos: bool = False
     mrope: bool = False
@@ -73,7 +98,7 @@ def _llava_config() -> object:
     return transformers.LlavaConfig(vision_config=dict(CLIP), text_config=text, vision_feature_layer=-2, image_seq_length=16, **IMAGE_IDS)
 
 
-def _llava_features(kind: str, ks: list[int], dtype: torch.dtype) -> dict[str, Tensor]:
+def llava_features(kind: str, ks: list[int], dtype: torch.dtype) -> dict[str, Tensor]:
     return {"pixel_values": torch.stack([_random(f"i{k}", 3, 56, 56) for k in ks]).to(dtype)}
 
 
@@ -199,41 +224,73 @@ def _internvl_features(kind: str, ks: list[int], dtype: torch.dtype) -> dict[str
 
 FAMILIES = {
     "internvl": TinyFamily(
-        "InternVLForConditionalGeneration", _internvl_config, lambda kind, k: [4] * (k + 1), _internvl_features, _qwen_framed
+        "InternVLForConditionalGeneration",
+        _internvl_config,
+        lambda kind, k: [4] * (k + 1),
+        _internvl_features,
+        internvl_processor,
+        framed=_qwen_framed,
     ),
-    "llava": TinyFamily("LlavaForConditionalGeneration", _llava_config, lambda kind, k: [16], _llava_features),
+    "llava": TinyFamily("LlavaForConditionalGeneration", _llava_config, lambda kind, k: [16], llava_features),
     "llava_next": TinyFamily(
-        "LlavaNextForConditionalGeneration", _next_config, lambda kind, k: [_anyres_tokens(SIZES[k])], _anyres_features
+        "LlavaNextForConditionalGeneration",
+        _next_config,
+        lambda kind, k: [_anyres_tokens(SIZES[k])],
+        _anyres_features,
+        next_processor,
+        "</s>",
     ),
     "llava_onevision": TinyFamily(
         "LlavaOnevisionForConditionalGeneration",
         _onevision_config,
         lambda kind, k: [_anyres_tokens(SIZES[k]) if kind == "i" else 4 * (k + 2) + 1],
         _anyres_features,
+        onevision_processor,
         videos=True,
     ),
     "llava_video": TinyFamily(
         "LlavaVideoForConditionalGeneration",
-        lambda: _onevision_config(llava_video.LlavaVideoConfig),
+        lambda: _onevision_config(llava_video_model.LlavaVideoConfig),
         lambda kind, k: [_anyres_tokens(SIZES[k]) if kind == "i" else 2 * (2 + 1) * (k + 2)],
         _anyres_features,
         videos=True,
     ),
     "qwen2_vl": TinyFamily(
-        "Qwen2VLForConditionalGeneration", _qwen2_config, _qwen_scopes, _qwen_features(14), _qwen_framed, videos=True, mrope=True
+        "Qwen2VLForConditionalGeneration",
+        _qwen2_config,
+        _qwen_scopes,
+        _qwen_features(14),
+        qwen_processor("Qwen2VLProcessor", "Qwen2VLVideoProcessor", 14),
+        framed=_qwen_framed,
+        videos=True,
+        mrope=True,
     ),
     "qwen2_5_vl": TinyFamily(
-        "Qwen2_5_VLForConditionalGeneration", _qwen25_config, _qwen_scopes, _qwen_features(14), _qwen_framed, videos=True, mrope=True
+        "Qwen2_5_VLForConditionalGeneration",
+        _qwen25_config,
+        _qwen_scopes,
+        _qwen_features(14),
+        qwen_processor("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor", 14),
+        framed=_qwen_framed,
+        videos=True,
+        mrope=True,
     ),
     "qwen3_vl": TinyFamily(
-        "Qwen3VLForConditionalGeneration", _qwen3_config, _qwen_scopes, _qwen_features(16), _qwen3_framed, videos=True, mrope=True
+        "Qwen3VLForConditionalGeneration",
+        _qwen3_config,
+        _qwen_scopes,
+        _qwen_features(16),
+        qwen_processor("Qwen3VLProcessor", "Qwen3VLVideoProcessor", 16),
+        framed=_qwen3_framed,
+        videos=True,
+        mrope=True,
     ),
 }
 
 
 def _class_named(name: str) -> type:
     """A class of transformers, or the one of ours that it does not have."""
-    return getattr(llava_video, name) if hasattr(llava_video, name) else getattr(transformers, name)
+    return getattr(llava_video_model, name) if hasattr(llava_video_model, name) else getattr(transformers, name)
 
 
 def build(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -292,93 +349,3 @@ def _wants_token_types(tiny: TinyFamily) -> bool:
 def scopes_of(family: str, sample: Segments) -> list[int]:
     """Tokens of every budget scope of one prompt, in order."""
     return [n for segment in sample if isinstance(segment, str) for n in FAMILIES[family].scopes(segment[0], int(segment[1:]))]
-
-
-def next_positions(model: nn.Module, inputs: dict[str, Tensor], n: int = 1, *, after: int = 0) -> dict[str, Tensor]:
-    """The position_ids that generate() would pass for `n` more tokens, `after` steps behind a prompt of one row."""
-    positions = torch.arange(n)[None] + inputs["input_ids"].shape[1] + after
-    if not hasattr(model.model, "get_rope_index"):
-        return {"position_ids": positions}
-    grids = {name: value for name, value in inputs.items() if name.endswith("grid_thw") or name == "mm_token_type_ids"}
-    delta = model.model.get_rope_index(inputs["input_ids"], **grids)[1]
-    return {"position_ids": (positions + delta).expand(3, 1, n)}
-
-
-def generate(model: nn.Module, inputs: dict[str, Tensor], n: int = 6, **kwargs: object) -> object:
-    """Greedy decoding of exactly `n` tokens, with the logits of every step; never an image token."""
-    settings = {"do_sample": False, "suppress_tokens": [IMAGE, VIDEO, VISION_START, VISION_END]} | kwargs
-    with torch.no_grad():
-        return model.generate(**inputs, max_new_tokens=n, return_dict_in_generate=True, output_logits=True, **settings)
-
-
-def step_logits(output: object) -> Tensor:
-    """Logits [B, n, vocabulary] of the generated tokens."""
-    return torch.stack(output.logits, 1)
-
-
-@dataclass(frozen=True)
-class View:
-    """What one decoder layer may use in `masked_recompute`.
-
-    `seen` [B, L] bool: positions that it may look at. `positions` [B, L + n]: position ids other than the model's own.
-    `edit`: applied to its input [B, L + n, D] (merged states).
-    """
-
-    seen: Tensor
-    positions: Tensor | None = None
-    edit: Callable[[Tensor], Tensor] | None = None
-
-
-def masked_recompute(model: nn.Module, inputs: dict[str, Tensor], views: dict[int, View], new: Tensor | None = None) -> Tensor:
-    """Logits [B, L + n, vocabulary] of the same rule without cutting anything: the definition of pruning, the slow way.
-
-    The full-length sequence runs through every layer without a cache; layer i may not look at the positions that its view
-    excludes. Rows of excluded positions hold meaningless values.
-    """
-    x = dict(inputs)
-    n_new = 0 if new is None else new.shape[1]
-    if new is not None:
-        x["input_ids"] = torch.cat([x["input_ids"], new], 1)
-        x["attention_mask"] = torch.cat([x["attention_mask"], x["attention_mask"].new_ones(len(new), n_new)], 1)
-        if "mm_token_type_ids" in x:
-            x["mm_token_type_ids"] = torch.cat([x["mm_token_type_ids"], x["mm_token_type_ids"].new_zeros(len(new), n_new)], 1)
-    attended = x["attention_mask"].bool()
-    if not any(name.endswith("grid_thw") for name in x):  # multi-dimensional positions are the model's own business
-        x["position_ids"] = (attended.long().cumsum(-1) - 1).clamp(min=0)
-    causal = torch.ones(attended.shape[1], attended.shape[1]).tril().bool()
-    text, dtype = model.model.language_model, next(model.parameters()).dtype
-
-    def hook(view: View):
-        visible = torch.cat([view.seen, view.seen.new_ones(len(attended), n_new)], 1) & attended
-        allowed = causal[None, None] & visible[:, None, None, :]
-        bias = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
-
-        def apply(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            hidden, changed = args[0], {"attention_mask": bias}
-            if view.positions is not None:
-                changed["position_embeddings"] = text.rotary_emb(hidden, view.positions)
-            return ((view.edit(hidden) if view.edit else hidden, *args[1:]), kwargs | changed)
-
-        return apply
-
-    handles = [text.layers[i].register_forward_pre_hook(hook(view), with_kwargs=True) for i, view in views.items()]
-    try:
-        with torch.no_grad():
-            return model(**x, use_cache=False).logits
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def seen_after(inputs: dict[str, Tensor], kept_positions: Sequence[Sequence[int]]) -> Tensor:
-    """Bool [B, L]: attended text, and of the visual tokens only `kept_positions` of each row."""
-    seen = inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE) & (inputs["input_ids"] != VIDEO)
-    for row, kept in zip(seen, kept_positions, strict=True):
-        row[list(kept)] = True
-    return seen
-
-
-def views_from(records: Sequence[object], inputs: dict[str, Tensor]) -> dict[int, View]:
-    """The views that one prefill's records describe, for methods with one stage."""
-    view = View(seen_after(inputs, [record.kept_positions for record in records]))
-    return dict.fromkeys(range(records[0].layer, N_LAYERS), view)

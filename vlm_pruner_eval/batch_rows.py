@@ -11,7 +11,8 @@ from torch import Tensor
 
 from vlm_pruner_eval.errors import PruningError
 from vlm_pruner_eval.timing import Span
-from vlm_pruner_eval.vlms.base import Scope, joined
+from vlm_pruner_eval.vlms.family import Scope
+from vlm_pruner_eval.vlms.parts.scopes import joined
 
 
 @dataclass

@@ -23,7 +23,7 @@ from vlm_pruner_eval.pruners.checks import check_selection
 from vlm_pruner_eval.refusals import refuse_read_positions
 from vlm_pruner_eval.timing import Span
 from vlm_pruner_eval.types import Selection, Stage, TextTokens, VisualTokens
-from vlm_pruner_eval.vlms.base import Family, Scope
+from vlm_pruner_eval.vlms.family import Family, Scope
 
 
 class Prefill:

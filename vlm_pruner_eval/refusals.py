@@ -12,7 +12,8 @@ from vlm_pruner_eval.cut import Cut, CutState
 from vlm_pruner_eval.errors import PruningError
 from vlm_pruner_eval.pruners.base import FROM_PREVIOUS_LAYER, Pruner
 from vlm_pruner_eval.types import Stage
-from vlm_pruner_eval.vlms.base import SINGLY, Family, Layout
+from vlm_pruner_eval.vlms.family import Family, Layout
+from vlm_pruner_eval.vlms.parts.scopes import SINGLY
 
 
 def problems_of(pruner: Pruner, stages: Sequence[Stage], text: nn.Module, *, mrope: bool) -> list[str]:

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.lmms.original import is_original, load_original, model_type_of
-from vlm_pruner_eval.lmms.original_weights import Source
+from vlm_pruner_eval.lmms.original_format.conversion import is_original, load_original, model_type_of
+from vlm_pruner_eval.lmms.original_format.original_weights import Source, first_line
 from vlm_pruner_eval.lmms.settings import Settings
 
 
@@ -88,7 +88,7 @@ def _model(source: str, config: PretrainedConfig, settings: Settings, dtype: str
         )
     except OSError as error:
         advice = "" if settings.allow_bin else " Pickled .bin weights are read on request only: add allow_bin=True to model_args."
-        raise ConfigError(f"pretrained: the weights of {settings.pretrained} can't be read ({_first_line(error)}).{advice}") from error
+        raise ConfigError(f"pretrained: the weights of {settings.pretrained} can't be read ({first_line(error)}).{advice}") from error
     lacking = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
     if lacking:
         raise ConfigError(
@@ -114,7 +114,7 @@ def locate(pretrained: str) -> str:
         Text that reads as a path, with nothing there.
     """
     if pretrained == "minivlm":
-        from vlm_pruner_eval.bench import minivlm_path
+        from vlm_pruner_eval.embedded import minivlm_path
 
         return str(minivlm_path())
     path = os.path.expanduser(pretrained)  # os.path: text that can be no path is nothing that exists, not an exception
@@ -157,7 +157,7 @@ def _read_config(read: Callable, source: str, settings: Settings, where: dict) -
         return read(source, **where)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"pretrained: the configuration of {settings.pretrained} can't be read ({_first_line(error)}). "
+            f"pretrained: the configuration of {settings.pretrained} can't be read ({first_line(error)}). "
             "A hub id needs the network or a copy in the cache; a folder needs a config.json that transformers knows."
         ) from error
 
@@ -166,7 +166,7 @@ def _processor(source: str, settings: Settings, where: dict) -> ProcessorMixin:
     try:
         processor = AutoProcessor.from_pretrained(source, **where)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"pretrained: the processor of {settings.pretrained} can't be read ({_first_line(error)}).") from error
+        raise ConfigError(f"pretrained: the processor of {settings.pretrained} can't be read ({first_line(error)}).") from error
     if not isinstance(processor, ProcessorMixin):
         raise ConfigError(
             f"pretrained: {settings.pretrained} has a {type(processor).__name__} alone, expected a processor of images and text."
@@ -182,7 +182,3 @@ def _pad_left(processor: ProcessorMixin) -> None:
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Where a model runs."""
+"""Device that a model runs on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vlm_pruner_eval.errors import ConfigError
 
 
 def pick_device(wanted: str | None, accelerator: Accelerator) -> torch.device:
-    """The device that was asked for; None: this process's GPU, or the CPU where there is none.
+    """Return the device that was asked for; None: this process's GPU, or the CPU if there is none.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What lmms-eval's entry-point group `lmms_eval.models` calls: models, packaged tasks, prompts, exit codes.
+"""Entry point of lmms-eval's group `lmms_eval.models`: models, packaged tasks, prompts, exit codes.
 
 lmms-eval 0.7.3 has an entry point for models only, so the rest is done by wrapping a few of its functions. Every wrapper
 leaves runs of models that are not ours as they are, and wrapping twice is the same as wrapping once.
@@ -20,7 +20,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
 from vlm_pruner_eval.errors import ConfigError, PruningError, closest
-from vlm_pruner_eval.shown import of_error, short, spelled_out, without_secrets
+from vlm_pruner_eval.redact import of_error, short, spelled_out, without_secrets
+from vlm_pruner_eval.vlms import by_model_id
 
 if TYPE_CHECKING:
     import argparse
@@ -28,29 +29,10 @@ if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest, ModelRegistryV2
 
 # The classes behind our model ids, by path: naming them imports nothing.
-_FAMILIES = "vlm_pruner_eval.lmms.families"
-MODELS = {
-    "vlmpruner_llava": f"{_FAMILIES}.VlmPrunerLlava",
-    "vlmpruner_llava_next": f"{_FAMILIES}.VlmPrunerLlavaNext",
-    "vlmpruner_llava_onevision": f"{_FAMILIES}.VlmPrunerLlavaOnevision",
-    "vlmpruner_llava_video": f"{_FAMILIES}.VlmPrunerLlavaVideo",
-    "vlmpruner_qwen2_vl": f"{_FAMILIES}.VlmPrunerQwen2VL",
-    "vlmpruner_qwen2_5_vl": f"{_FAMILIES}.VlmPrunerQwen25VL",
-    "vlmpruner_qwen3_vl": f"{_FAMILIES}.VlmPrunerQwen3VL",
-    "vlmpruner_internvl": f"{_FAMILIES}.VlmPrunerInternVL",
-}
+MODELS = {model_id: f"vlm_pruner_eval.lmms.families.VlmPruner{type(family).__name__}" for model_id, family in by_model_id().items()}
 
 # Tasks choose their prompts by the name given to --model, so each of our ids asks under the name of its stock wrapper.
-STOCK_PROMPTS = {
-    "vlmpruner_llava": "llava_hf",
-    "vlmpruner_llava_next": "llava_hf",
-    "vlmpruner_llava_onevision": "llava_hf",
-    "vlmpruner_llava_video": "llava_vid",
-    "vlmpruner_qwen2_vl": "qwen2_vl",
-    "vlmpruner_qwen2_5_vl": "qwen2_5_vl",
-    "vlmpruner_qwen3_vl": "qwen3_vl",
-    "vlmpruner_internvl": "internvl_hf",
-}
+STOCK_PROMPTS = {model_id: family.spec.stock_prompt for model_id, family in by_model_id().items()}
 
 _GROUP = "lmms_eval.models"  # of entry points
 _PREFIX = "vlmpruner"  # of every id, and of those that are meant to be one
@@ -89,7 +71,7 @@ def task_folders() -> tuple[Path, ...]:
     ConfigError
         The installation is incomplete.
     """
-    from vlm_pruner_eval.bench import tasks_path
+    from vlm_pruner_eval.embedded import tasks_path
 
     return (tasks_path(), Path(__file__).parent / "tasks")
 
@@ -259,7 +241,7 @@ def exit_with(sentence: str, *, code: int) -> NoReturn:
 
 
 def _argument_problem(args: argparse.Namespace) -> str | None:
-    """What lmms-eval would only log: no task at all, and an output folder that it finds unwritable after hours of work."""
+    """Sentence about what lmms-eval would only log: no task, or an output folder that can't be written; None if all is well."""
     if args.tasks is None:
         return "--tasks is missing, expected names of tasks, separated by commas; `--tasks list` prints them."
     if not args.output_path:

@@ -19,9 +19,9 @@ from transformers import ProcessorMixin
 
 from vlm_pruner_eval.lmms.pictures import EXPECTED, loaded, whole_files
 from vlm_pruner_eval.lmms.pictures import as_rgb as _as_rgb
-from vlm_pruner_eval.lmms.protocols import Protocol
 from vlm_pruner_eval.lmms.settings import Settings
 from vlm_pruner_eval.lmms.videos import Video, open_video
+from vlm_pruner_eval.vlms.family import PromptProtocol
 
 WINDOW_BATCHES = 8  # batches whose images are held in memory, so that prompts of like length meet in one batch
 SAMPLING = ("temperature", "top_p", "top_k")
@@ -109,7 +109,7 @@ def build(
     task_dict: Mapping,
     processor: ProcessorMixin,
     kinds: Collection[str],
-    protocol: Protocol,
+    protocol: PromptProtocol,
     settings: Settings,
     in_turn: AbstractContextManager[None] | None = None,
 ) -> Prompt:

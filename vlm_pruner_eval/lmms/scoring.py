@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlm_pruner_eval.lmms import prompts
 from vlm_pruner_eval.lmms.ahead import Ahead, Job, Made, Step, Turn
@@ -15,15 +15,12 @@ from vlm_pruner_eval.lmms.loglikelihood import PREFILL, Target, by_prompt, conti
 from vlm_pruner_eval.lmms.prompts import Prompt
 from vlm_pruner_eval.store.answers import Answer, Batch, Done
 
-if TYPE_CHECKING:
-    from vlm_pruner_eval.lmms.wrapper import PrunedModel
-
 
 class Scorer:
     """Scores continuations with a loaded model, by its own method; prompts are made ahead as for generated answers."""
 
-    def __init__(self, model: PrunedModel):
-        self._model = model
+    def __init__(self, model: Any):
+        self._model = model  # a PrunedModel, whose file imports this one
 
     def batches(self, targets: Sequence[Target], done: Done) -> Iterator[Batch]:
         """Targets with their answers, those in `done` left out."""

@@ -12,11 +12,13 @@ from vlm_pruner_eval.budget import Rate, parse_rate
 from vlm_pruner_eval.errors import ConfigError, closest
 from vlm_pruner_eval.lmms.plugin import MODELS
 from vlm_pruner_eval.pruners import Pruner, get_pruner, parameters, pruner_class
-from vlm_pruner_eval.shown import short, spelled_out
+from vlm_pruner_eval.redact import short, spelled_out
+from vlm_pruner_eval.vlms import FamilySpec, by_model_id
+from vlm_pruner_eval.vlms.family import PIXEL_SETTINGS, VIDEO_SETTINGS
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
-PROTOCOLS = ("hf", "paper", "paper_two_tiles")
+PROTOCOLS = tuple(dict.fromkeys(name for family in by_model_id().values() for name in family.spec.protocols))
 DEVICE = re.compile(r"(cpu|cuda|mps|xpu|npu|hpu)(:\d{1,3})?", re.ASCII)
 # What git allows in the name of a branch or tag, and the hub with it.
 REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
@@ -27,7 +29,7 @@ COUNTS = ("batch_size", "workers", "max_frames_num", "min_pixels", "max_pixels")
 
 @dataclass(frozen=True)
 class Settings:
-    """How a checkpoint is loaded and asked; the method is kept apart, since it can be switched on a loaded model.
+    """Settings of loading and asking a checkpoint; the method is kept apart, since it can be switched on a loaded model.
 
     Attributes
     ----------
@@ -38,11 +40,11 @@ class Settings:
     dtype
         "auto": float32 on CPU, the checkpoint's own on a GPU.
     device
-        Default: this process's GPU, or the CPU where there is none.
+        Default: this process's GPU, or the CPU if there is none.
     batch_size
         Prompts per generate call.
     workers
-        Threads that read and decode documents while the model answers earlier ones; 0: none. No answer depends on it. None: 2 where
+        Threads that read and decode documents while the model answers earlier ones; 0: none. No answer depends on it. None: 2 if
         a GPU answers, 0 on a CPU, whose cores the model itself is timed on.
     protocol
         Whose prompt and image handling; "hf" is the checkpoint's own chat template and processor, "paper" that of the
@@ -55,7 +57,7 @@ class Settings:
     system_prompt
         A system turn put before every chat that has none; None: what the checkpoint's template does by itself.
     allow_bin
-        Whether weights may be read from pickled .bin files, where there are no safetensors.
+        True if weights may be read from pickled .bin files in the absence of safetensors.
     """
 
     pretrained: str
@@ -121,6 +123,41 @@ def build_pruner(method: str, pruning_rate: Rate | None, params: Mapping[str, ob
             "name a method (method=vlmpruner), or leave the rate out."
         )
     return get_pruner(method, pruning_rate=pruning_rate, **params)
+
+
+def resolve(parsed: Settings, spec: FamilySpec) -> Settings:
+    """Return the settings as a family runs them, with its default number of frames and what the protocol fixes.
+
+    Raises
+    ------
+    ConfigError
+        A protocol or a setting that the family does not have, or a setting that the protocol fixes.
+    """
+    if parsed.protocol not in spec.protocols:
+        why = "it is a reading of another family's numbers" if "paper" in spec.protocols else spec.why_no_paper
+        raise ConfigError(
+            f"protocol: got {parsed.protocol!r}, expected {' or '.join(spec.protocols)} for {spec.model_id}: {why}; "
+            "protocol=hf is the checkpoint's own prompt and image handling."
+        )
+    fixed, problems = spec.protocols[parsed.protocol].fixes, []
+    for name in sorted(VIDEO_SETTINGS | PIXEL_SETTINGS):
+        value = getattr(parsed, name)
+        if value is not None and name not in spec.takes:
+            takers = ", ".join(model_id for model_id, family in by_model_id().items() if name in family.spec.takes)
+            problems.append(f"{name}: got {value}, expected none for {spec.model_id}, which has no such setting; {takers} have it.")
+        elif value is not None and name in fixed:
+            problems.append(
+                f"{name}: got {value}, but protocol={parsed.protocol} means {fixed[name]} on {spec.model_id}; "
+                "leave it out, or use protocol=hf."
+            )
+    if parsed.system_prompt is not None and parsed.protocol != "hf":
+        problems.append(
+            f"system_prompt: got {parsed.system_prompt!r}, but protocol={parsed.protocol} has its own; leave it out, or use protocol=hf."
+        )
+    if problems:
+        raise ConfigError(problems)
+    defaults = {"max_frames_num": spec.frames} if "max_frames_num" in spec.takes and parsed.max_frames_num is None else {}
+    return dataclasses.replace(parsed, **defaults, **fixed)
 
 
 def named_problems(given: Mapping[str, object]) -> list[str]:

@@ -34,20 +34,17 @@ from vlm_pruner_eval.lmms.checkpoint import load_checkpoint
 from vlm_pruner_eval.lmms.checks import check_prompt_lengths, check_records, no_op_sentence
 from vlm_pruner_eval.lmms.device import pick_device
 from vlm_pruner_eval.lmms.downsampling import as_planned, hooked, sized
-from vlm_pruner_eval.lmms.geometry import describe_geometry
 from vlm_pruner_eval.lmms.inputs import Prepared, bound_pixels, build_inputs, move_inputs
 from vlm_pruner_eval.lmms.log import Reading
 from vlm_pruner_eval.lmms.loglikelihood import Target
 from vlm_pruner_eval.lmms.prompts import Defaults, Generation, Prompt, Request
-from vlm_pruner_eval.lmms.protocols import HF, Protocol
-from vlm_pruner_eval.lmms.resolve import family_class, resolve
 from vlm_pruner_eval.lmms.run_context import RunContext
 from vlm_pruner_eval.lmms.scoring import Scorer
 from vlm_pruner_eval.pruners import Pruner
-from vlm_pruner_eval.shown import of_error
+from vlm_pruner_eval.redact import of_error
 from vlm_pruner_eval.store.answers import Answer, Batch, Done
 from vlm_pruner_eval.timing import time_forwards
-from vlm_pruner_eval.vlms import family_of
+from vlm_pruner_eval.vlms import Family, family_named, family_of
 
 Taker = Callable[[], Prepared]
 OfBatch = Callable[[list[Prompt], Generation, Taker], Iterable[tuple[Request, Any]]]
@@ -79,27 +76,23 @@ class PrunedModel(Answering):
 
     is_simple = False
     model_id: ClassVar[str]
-    model_types: ClassVar[frozenset[str]]
-    kinds: ClassVar[tuple[str, ...]] = ("image",)  # of media
-    takes: ClassVar[frozenset[str]] = frozenset()  # settings that not every family has
-    default_frames: ClassVar[int] = 32  # of a video
-    defaults: Defaults = Defaults()  # the protocol may have a shorter answer
-    protocols: ClassVar[Mapping[str, Protocol]] = {"hf": HF}
-    why_no_paper: ClassVar[str] = "the paper has no numbers of this family"  # where `protocols` lacks "paper"
+    family: ClassVar[Family]
 
     def __init__(self, **model_args: object):
         super().__init__()
+        spec = self.family.spec
+        self.family.check_complete()
         parsed, method, pruner = settings.parse(model_args)
-        self.settings = resolve(parsed, type(self))
-        self.protocol = self.protocols[self.settings.protocol]
-        if self.protocol.new_tokens is not None:
-            self.defaults = dataclasses.replace(self.defaults, new_tokens=self.protocol.new_tokens)
+        self.settings = settings.resolve(parsed, spec)
+        self.kinds = spec.media
+        self.protocol = spec.protocols[self.settings.protocol]
+        self.defaults = Defaults(self.protocol.new_tokens or spec.new_tokens, spec.stops_at_blank_line)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = pick_device(self.settings.device, self.accelerator)
         if self.settings.workers is None:
             self.settings = dataclasses.replace(self.settings, workers=default_workers(self.device))
-        checkpoint = load_checkpoint(self.settings, self.device, self.model_types, self.model_id)
+        checkpoint = load_checkpoint(self.settings, self.device, spec.model_types, self.model_id)
         self._model, self.processor, self.config = checkpoint.model, checkpoint.processor, checkpoint.model.config
         # held by whoever uses the processor, see `Ahead`: a fast tokenizer can't be used by two, and downsample changes sizes for a batch
         self.processing = RLock()
@@ -109,6 +102,7 @@ class PrunedModel(Answering):
         # under torchrun the other ranks would go on with larger batches; the paper's protocol fixes the batch
         self.may_shrink = not self.settings.protocol.startswith("paper") and self._world_size == 1
         self._use(method, pruner)
+        self.describe()  # a family that can't be described is refused before it answers
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str | Mapping[str, object], additional_config: dict | None = None) -> PrunedModel:
@@ -166,7 +160,10 @@ class PrunedModel(Answering):
                 name: value if isinstance(value, (bool, int, float, str, type(None))) else str(value) for name, value in params.items()
             },
             "shape": dataclasses.asdict(DecoderShape.of(self.config.get_text_config())),
-            "geometry": describe_geometry(self.config, self.processor, self.protocol),
+            "geometry": {
+                "family": self.config.model_type,
+                **self.family.geometry(self.config, self.processor, self.protocol),
+            },
         }
 
     def __repr__(self) -> str:
@@ -317,6 +314,20 @@ class PrunedModel(Answering):
         """The answer that records a failure, which is logged, see `failures`."""
         self.failures.tell(request.sample_id, error)
         return Answer(request.task, request.split, request.doc_id, "", error=of_error(error))
+
+
+@functools.cache
+def family_class(model_id: str) -> type[PrunedModel]:
+    """Return the class behind one of our lmms-eval ids.
+
+    Raises
+    ------
+    ConfigError
+        An unknown id.
+    """
+    family = family_named(model_id)
+    attributes = {"family": family, "model_id": model_id, "__doc__": family.__doc__, "__module__": "vlm_pruner_eval.lmms.families"}
+    return type(f"VlmPruner{type(family).__name__}", (PrunedModel,), attributes)
 
 
 def load(model_id: str, **model_args: object) -> PrunedModel:

@@ -60,7 +60,7 @@ def _write_tables(report: Report, folder: Path) -> None:
     """Write the tables as LaTeX and as numbers, and remove those of an earlier report."""
     folder.mkdir(exist_ok=True)
     for path in [*folder.glob("*.tex"), *folder.glob("*.csv")]:
-        path.unlink()
+        path.unlink(missing_ok=True)  # another process may be writing the same report
     model, tasks = report.results.config["model"], report.results.tasks
     documents = {task: cell.n for row in report.rows[:1] for task, cell in row.cells.items()}
     counted = ", ".join(f"{task} {documents[task]}" for task in tasks if documents.get(task))
@@ -96,15 +96,13 @@ def _paper_json(paper: PaperTable) -> dict[str, Any]:
         {
             "label": item.row.label,
             "pruning_rate": item.row.pruning_rate,
-            "release": item.release,
+            "release": item.row.release,
             "cells": {task: _compared_json(compared) for task, compared in item.cells.items()},
             "average": _compared_json(item.average),
         }
         for item in paper.rows
     ]
-    held = {name: getattr(paper, name) for name in ("vlm", "setting", "noise", "rule", "differences")}
-    footnotes = [dataclasses.asdict(note) for note in paper.footnotes]
-    return held | {"gate": dataclasses.asdict(paper.gate), "rows": rows, "footnotes": footnotes}
+    return dataclasses.asdict(paper) | {"rows": rows}
 
 
 def _compared_json(compared: Compared) -> dict[str, Any]:

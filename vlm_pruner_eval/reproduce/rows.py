@@ -58,7 +58,7 @@ def as_json(rows: list[ReproducedRow]) -> list[dict[str, Any]]:
         {
             **{name: getattr(item.row, name) for name in ("label", "method", "pruning_rate", "status")},
             "removed_percent": item.row.percent,
-            "release": item.release,
+            "release": item.row.release,
             "scores": {task: compared_json(compared) for task, compared in item.cells.items() if item.row.cells},
             "relative_average": compared_json(item.average),
             "tokens_asked": item.row.asked,

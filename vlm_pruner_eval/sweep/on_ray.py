@@ -19,7 +19,7 @@ from vlm_pruner_eval.errors import ConfigError, StoppedError
 from vlm_pruner_eval.store.files import TEMPORARY
 from vlm_pruner_eval.sweep import config as sweep_config
 from vlm_pruner_eval.sweep.opening import open_session
-from vlm_pruner_eval.sweep.work import Work, work_here
+from vlm_pruner_eval.sweep.work import Work, work_here, work_of
 from vlm_pruner_eval.sweep.workers import MOST_DEATHS, Watch, sweep_file
 
 _MOST_ON_A_NODE = 4  # workers without a GPU, unless more are asked for: every one holds the model in memory
@@ -65,7 +65,6 @@ def work_on_ray(work: Work, address: str | None, processes: int | None, opener: 
 def _work(told: Mapping[str, Any], opener: Any) -> None:
     """One worker: what `sweep` does in a process of its own."""
     from vlm_pruner_eval.sweep.progress import quieten
-    from vlm_pruner_eval.sweep.runner import work_of
 
     root = Path(told["root"])
     if not (root / Path(told["seen"]).name).is_file():

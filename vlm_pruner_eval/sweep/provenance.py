@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import vlm_pruner_eval
-from vlm_pruner_eval.shown import without_secrets
-from vlm_pruner_eval.store.schema import Provenance, plain
+from vlm_pruner_eval.redact import without_secrets
+from vlm_pruner_eval.store.schema import plain
+from vlm_pruner_eval.store.summaries import Provenance
 from vlm_pruner_eval.sweep import machine
 from vlm_pruner_eval.sweep.checksums import sha256
 
@@ -142,7 +143,7 @@ def checkpoint_files(pretrained: str, revision: str | None = None) -> dict[str, 
 
 def _folder(pretrained: str) -> Path | None:
     if pretrained == "minivlm":
-        from vlm_pruner_eval.bench import minivlm_path
+        from vlm_pruner_eval.embedded import minivlm_path
 
         return minivlm_path()
     return Path(pretrained) if os.path.isdir(pretrained) else None  # os.path: text that can be no path raises nothing

@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
-from vlm_pruner_eval.ending import BAD_INPUT
 from vlm_pruner_eval.errors import ConfigError, StoppedError
+from vlm_pruner_eval.exit_codes import BAD_INPUT
 from vlm_pruner_eval.store.claims import Claim, last_holder, process_words
 from vlm_pruner_eval.store.files import write_atomic
 from vlm_pruner_eval.store.schema import FAILED, UnitRecord
@@ -124,7 +124,7 @@ class Worker:
         return [line.removeprefix(_SAYS) for line in self.output() if line.startswith(_SAYS)]
 
 
-def work_in_processes(work: Work, gpus: Sequence[str | None], command: Sequence[str] = COMMAND) -> None:
+def work_in_processes(work: Work, gpus: Sequence[str | None], command: Sequence[str] | None = None) -> None:
     """Make the units by as many processes as `gpus`, each with one of them, or with what this process sees (None).
 
     A process that dies is replaced, and its unit goes on from its log; a unit over which `MOST_DEATHS` processes died has failed.
@@ -136,7 +136,8 @@ def work_in_processes(work: Work, gpus: Sequence[str | None], command: Sequence[
     """
     folder = work.store.root / "logs"
     write_todo(work, folder)
-    argv = [*command, "sweep", str(folder / "sweep.yaml"), "--output", str(work.store.root), "--todo", str(folder / "todo.json")]
+    told = ["--output", str(work.store.root), "--todo", str(folder / "todo.json")]
+    argv = [*(command or COMMAND), "sweep", str(folder / "sweep.yaml"), *told]
     threads = max(1, len(os.sched_getaffinity(0)) // len(gpus)) if hasattr(os, "sched_getaffinity") else 1
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
     workers = [

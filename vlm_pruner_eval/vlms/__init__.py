@@ -6,29 +6,50 @@ import functools
 import importlib
 import inspect
 import pkgutil
+from typing import TYPE_CHECKING
 
-from torch import nn
+from vlm_pruner_eval.errors import ConfigError, closest
+from vlm_pruner_eval.vlms.family import Family, FamilySpec, unknown_family
 
-from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.vlms.base import Family, unknown_family
+if TYPE_CHECKING:
+    from torch import nn
 
-__all__ = ["Family", "families", "family_of"]
+__all__ = ["Family", "FamilySpec", "by_model_id", "families", "family_named", "family_of"]
+
+
+@functools.cache
+def by_model_id() -> dict[str, Family]:
+    """Known families by their id in lmms-eval, sorted; imports neither torch nor transformers."""
+    found = {}
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        for _, cls in inspect.getmembers(module, inspect.isclass):
+            if issubclass(cls, Family) and cls.__module__ == module.__name__ and "spec" in vars(cls):
+                found[cls.spec.model_id] = cls()
+    return dict(sorted(found.items()))
 
 
 @functools.cache
 def families() -> dict[str, Family]:
     """Known families by Hugging Face ``model_type``."""
-    found = {}
-    for info in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{info.name}")
-        for _, cls in inspect.getmembers(module, inspect.isclass):
-            if issubclass(cls, Family) and cls.__module__ == module.__name__:
-                found |= dict.fromkeys(cls.model_types, cls())
-    return found
+    return {model_type: family for family in by_model_id().values() for model_type in family.spec.model_types}
+
+
+def family_named(model_id: str) -> Family:
+    """Return the family of an id of lmms-eval.
+
+    Raises
+    ------
+    ConfigError
+        An unknown id.
+    """
+    if model_id not in by_model_id():
+        raise ConfigError(f"model: got {model_id!r}, which is unknown; {closest(model_id, by_model_id())}")
+    return by_model_id()[model_id]
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of a loaded Hugging Face model.
+    """Return the family of a loaded Hugging Face model.
 
     Raises
     ------

@@ -2,64 +2,83 @@
 
 from __future__ import annotations
 
-import sys
-from typing import ClassVar
+import functools
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor, nn
+from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.vlms.family import HF, FamilySpec, FeatureCall, Layout, PromptProtocol
+from vlm_pruner_eval.vlms.parts import vicuna
+from vlm_pruner_eval.vlms.parts.anyres import Anyres, anyres_layout
 
-from vlm_pruner_eval.host import to_host
-from vlm_pruner_eval.types import row_major
-from vlm_pruner_eval.vlms.base import Family, FeatureCall, Layout
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig, ProcessorMixin
 
 RELEASE_STRIP = 24  # columns that the release of VLM-Pruner takes for granted
+TILES = 3  # of the paper's protocol: with the base view 4 x 576 = 2304 tokens
 
 
-class LlavaNext(Family):
+def at_most_tiles(n_tiles: int, config: PretrainedConfig, processor: ProcessorMixin) -> None:
+    """Leave LLaVA-NeXT the shapes of at most `n_tiles` tiles.
+
+    Three is how we read "max pixels 1344 x 336, at most 2304 tokens": with the base view at most 4 x 576 patch tokens an image,
+    newline tokens on top. Two is the reading with newline tokens among them. Model and processor each hold the list of shapes,
+    and must agree on it.
+
+    Paper: arXiv 2512.02700, experimental settings of LLaVA-NeXT.
+
+    Raises
+    ------
+    ConfigError
+        A language model other than Vicuna's, or a checkpoint that has no such shape.
+    """
+    language_model = config.get_text_config().model_type
+    if language_model != "llama":
+        raise ConfigError(
+            f"protocol: got 'paper' for a LLaVA-NeXT around {language_model!r}, expected one around Vicuna ('llama'), whose conversation "
+            "template the protocol has; use protocol=hf, or llava-v1.6-vicuna."
+        )
+    side = config.vision_config.image_size
+    shapes = [list(shape) for shape in config.image_grid_pinpoints if (shape[0] // side) * (shape[1] // side) <= n_tiles]
+    if not shapes:
+        raise ConfigError(
+            f"protocol: got 'paper' for a checkpoint whose image_grid_pinpoints are {config.image_grid_pinpoints}, expected one or more of "
+            f"at most {n_tiles} tiles of {side} x {side} pixels; use protocol=hf."
+        )
+    config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints = shapes
+
+
+def _prepare(n_tiles: int, config: PretrainedConfig, processor: ProcessorMixin) -> None:
+    at_most_tiles(n_tiles, config, processor)
+    vicuna.check_split(config, processor)
+
+
+def _paper(n_tiles: int) -> PromptProtocol:
+    prepare = functools.partial(_prepare, n_tiles)
+    return PromptProtocol(render=vicuna.render, prepare=prepare, new_tokens=vicuna.NEW_TOKENS)
+
+
+class LlavaNext(Anyres):
     """``LlavaNextForConditionalGeneration``: frame 0 is the base view, frame 1 the unpadded grid of tiles."""
 
-    model_types: ClassVar[frozenset[str]] = frozenset({"llava_next"})
+    spec: ClassVar[FamilySpec] = FamilySpec(
+        model_id="vlmpruner_llava_next",
+        model_types=frozenset({"llava_next"}),
+        stock_prompt="llava_hf",
+        protocols={"hf": HF, "paper": _paper(TILES), "paper_two_tiles": _paper(TILES - 1)},
+    )
 
     def layouts(self, core: nn.Module, kind: str, call: FeatureCall) -> list[Layout]:
         """Coordinates packed by the model's own function, so that they can't drift from the features."""
+        from vlm_pruner_eval.device_copy import to_host
+
         strategy = call.get("vision_feature_select_strategy") or core.config.vision_feature_select_strategy
         return [anyres_layout(core, size, vision_feature_select_strategy=strategy) for size in to_host(*call["image_sizes"])]
 
     def release_layout(self, layout: Layout) -> Layout:
         """Every tile and newline token on one strip of 24 columns, as the release has it."""
+        import torch
+
         cell = torch.arange(layout.n_tokens)
         strip = torch.stack([torch.zeros_like(cell), cell // RELEASE_STRIP, cell % RELEASE_STRIP], -1)
         return Layout(strip, (RELEASE_STRIP, RELEASE_STRIP))
-
-
-def anyres_layout(core: nn.Module, size: Tensor, *, tiled: bool = True, **pack_arguments: object) -> Layout:
-    """The layout of one image of `size` (height, width), from a coordinate tensor pushed through `pack_image_features`.
-
-    Parameters
-    ----------
-    size : Tensor [2]
-        In the memory of the host.
-    tiled
-        False: the base view alone, as OneVision encodes several images.
-    pack_arguments
-        Further arguments of the model's `pack_image_features`.
-
-    Returns
-    -------
-    Layout
-        Frame 0 = base view, frame 1 = tiles; newline tokens are (-1, -1, -1); grid = the unpadded tiles (or the base view).
-    """
-    vision = core.config.vision_config
-    side = vision.image_size // vision.patch_size
-    tiles = [row_major(side, side).float()]
-    if tiled:
-        shape_of = sys.modules[core.pack_image_features.__module__].get_anyres_image_grid_shape
-        rows, cols = shape_of(size, core.config.image_grid_pinpoints, vision.image_size)
-        offsets = [torch.tensor([1.0, row * side, col * side]) for row in range(rows) for col in range(cols)]
-        tiles += [row_major(side, side).float() + offset for offset in offsets]
-    newline = torch.tensor([-1.0, -1.0, -1.0])
-    packed, _ = core.pack_image_features([torch.stack(tiles)], size[None], image_newline=newline, **pack_arguments)
-    coords = packed[0]
-    finest = coords[coords[:, 0] == coords[:, 0].max()]
-    spread = finest.amax(0) - finest.amin(0)
-    return Layout(coords, (int(spread[1]) + 1, int(spread[2]) + 1))

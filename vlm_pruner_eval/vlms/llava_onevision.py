@@ -3,37 +3,43 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import nn
+from vlm_pruner_eval.vlms.family import FamilySpec, FeatureCall, Layout
+from vlm_pruner_eval.vlms.parts.anyres import Anyres, anyres_layout
 
-from vlm_pruner_eval.hf_compat import video_pixels
-from vlm_pruner_eval.host import to_host
-from vlm_pruner_eval.types import row_major
-from vlm_pruner_eval.vlms.base import Family, FeatureCall, Layout
-from vlm_pruner_eval.vlms.llava_next import anyres_layout
+if TYPE_CHECKING:
+    from torch import nn
 
 
-class LlavaOnevision(Family):
+class LlavaOnevision(Anyres):
     """``LlavaOnevisionForConditionalGeneration``; a video is one scope with a frame per frame and one closing newline token."""
 
-    model_types: ClassVar[frozenset[str]] = frozenset({"llava_onevision"})
-    kinds: ClassVar[tuple[str, ...]] = ("image", "video")
+    spec: ClassVar[FamilySpec] = FamilySpec(
+        model_id="vlmpruner_llava_onevision",
+        model_types=frozenset({"llava_onevision"}),
+        stock_prompt="llava_hf",
+        media=("image", "video"),
+    )
 
     def layouts(self, core: nn.Module, kind: str, call: FeatureCall) -> list[Layout]:
         """Images by the model's own packing; videos as frames x ceil(side / 2)^2."""
+        from vlm_pruner_eval.device_copy import to_host
+        from vlm_pruner_eval.hf_compat import video_pixels
+
         if kind == "video":
-            return self._videos(core, call)
+            pixels = video_pixels(call)
+            return [self.video_layout(core, pixels.shape[1])] * len(pixels)
         sizes, counts = to_host(*call["image_sizes"]), call.get("batch_num_images")
         alone = [True] * len(sizes) if counts is None else [bool(n == 1) for n in counts for _ in range(int(n))]
         ratio = call.get("vision_aspect_ratio") or getattr(core.config, "vision_aspect_ratio", "anyres_max_9")
         return [anyres_layout(core, size, tiled=tiled, vision_aspect_ratio=ratio) for size, tiled in zip(sizes, alone, strict=True)]
 
-    def _videos(self, core: nn.Module, call: FeatureCall) -> list[Layout]:
+    def video_layout(self, core: nn.Module, n_frames: int) -> Layout:
+        """Layout of a video: pooled frames, then one newline token."""
+        import torch
+
         vision = core.config.vision_config
         side = math.ceil(vision.image_size // vision.patch_size / 2)
-        pixels = video_pixels(call)
-        frame = row_major(side, side)
-        frames = [frame + torch.tensor([t, 0, 0]) for t in range(pixels.shape[1])]
-        return [Layout(torch.cat([*frames, torch.tensor([[-1, -1, -1]])]), (side, side))] * len(pixels)
+        frames = Layout.of_frames(side, side, n_frames)
+        return Layout(torch.cat([frames.coords, torch.tensor([[-1, -1, -1]])]), frames.grid)

@@ -1,151 +1,49 @@
 """LLaVA-Video (arXiv 2410.02713): LLaVA-OneVision, but a newline token closes every row of every frame of a video.
 
-Its checkpoints exist in the original format only (`vlm_pruner_eval.lmms.original` reads them), so the model is made here from
-transformers' OneVision classes.
+Its checkpoints exist in the authors' original format only, see `lmms.original_format`, which has its model, too.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor, nn
-from transformers import (
-    BatchFeature,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    LlavaOnevisionModel,
-    LlavaOnevisionPreTrainedModel,
-    LlavaOnevisionProcessor,
-)
-from transformers.processing_utils import ProcessingKwargs
-
-from vlm_pruner_eval.hf_compat import HAS_VIDEO_PLACEHOLDERS, video_pixels
-from vlm_pruner_eval.types import row_major
-from vlm_pruner_eval.vlms.base import FeatureCall, Layout
+from vlm_pruner_eval.vlms.family import NO_SCRIPT, FamilySpec, Layout
 from vlm_pruner_eval.vlms.llava_onevision import LlavaOnevision
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig
 
 
 class LlavaVideo(LlavaOnevision):
-    """`LlavaVideoForConditionalGeneration`; a video is one scope, its frames one after the other, row-major."""
+    """``LlavaVideoForConditionalGeneration``; a video is one scope, its frames one after the other, row-major.
 
-    model_types: ClassVar[frozenset[str]] = frozenset({"llava_video"})
-
-    def _videos(self, core: nn.Module, call: FeatureCall) -> list[Layout]:
-        side = pooled_side(core.config)
-        closed = torch.cat([row_major(side, side).view(side, side, 3), torch.full((side, 1, 3), -1)], 1)
-        pixels = video_pixels(call)
-        frames = []
-        for t in range(pixels.shape[1]):
-            frame = closed.clone()
-            frame[:, :-1, 0] = t
-            frames.append(frame.view(-1, 3))
-        return [Layout(torch.cat(frames), (side, side))] * len(pixels)
-
-
-class LlavaVideoConfig(LlavaOnevisionConfig):
-    """The configuration of LLaVA-OneVision, under a model type of its own.
-
-    ``mm_spatial_pool_mode`` is the one of the checkpoint's config.json, out of `POOL_MODES`.
+    64 frames, as the authors' own example has it; lmms-eval's llava_vid takes 20 unless told. Their sentence with the times of
+    the frames (`add_time_instruction` of llava_vid, off there by default) is not put before the question: the pruning paper
+    does not say if its numbers were made with it.
     """
 
-    model_type = "llava_video"
-    mm_spatial_pool_mode: str = "bilinear"
+    spec: ClassVar[FamilySpec] = FamilySpec(
+        model_id="vlmpruner_llava_video",
+        model_types=frozenset({"llava_video"}),
+        stock_prompt="llava_vid",
+        media=("image", "video"),
+        frames=64,
+        why_no_paper=NO_SCRIPT,
+    )
+
+    def video_layout(self, core: nn.Module, n_frames: int) -> Layout:
+        """Layout of a video: pooled frames, whose rows each end in a newline token."""
+        import torch
+
+        side = pooled_side(core.config)
+        cells = Layout.of_frames(side, side, n_frames).coords.view(-1, side, 3)
+        newlines = torch.full((len(cells), 1, 3), -1)
+        return Layout(torch.cat([cells, newlines], 1).view(-1, 3), (side, side))
 
 
-POOL_MODES = ("bilinear", "average")
-
-
-def pooled_side(config: LlavaVideoConfig) -> int:
+def pooled_side(config: PretrainedConfig) -> int:
     """Tokens along one side of a video frame after pooling by 2: of 27 patches, 14 by interpolation and 13 by averages."""
     patches = config.vision_config.image_size // config.vision_config.patch_size
     return patches // 2 if config.mm_spatial_pool_mode == "average" else math.ceil(patches / 2)
-
-
-class LlavaVideoModel(LlavaOnevisionModel):
-    """LLaVA-OneVision without language-model head, whose videos have a newline token behind every row.
-
-    Paper: arXiv 2410.02713, with the release's ``mm_newline_position: grid``.
-    """
-
-    config_class = LlavaVideoConfig
-
-    def apply_pooling(self, image_features: Tensor) -> Tensor:
-        """Pool frames as OneVision does, or by averages of 2 x 2 patches, then close every row with the newline embedding.
-
-        Parameters
-        ----------
-        image_features : Tensor [frames, side * side, D]
-
-        Returns
-        -------
-        Tensor [frames, rows * (rows + 1), D]
-            With rows = `pooled_side`.
-        """
-        side = pooled_side(self.config)
-        if self.config.mm_spatial_pool_mode == "average":
-            frames = image_features.unflatten(1, (math.isqrt(image_features.shape[1]), -1)).permute(0, 3, 1, 2)
-            rows = nn.functional.avg_pool2d(frames, 2).permute(0, 2, 3, 1)  # a last odd row or column is left out
-        else:
-            rows = super().apply_pooling(image_features).unflatten(1, (side, side))
-        newline = self.image_newline.to(rows).expand(len(rows), side, 1, -1)
-        return torch.cat([rows, newline], 2).flatten(1, 2)
-
-    @functools.wraps(LlavaOnevisionModel.get_video_features)  # its parameters differ between versions of transformers
-    def get_video_features(self, *args: object, **kwargs: object) -> object:
-        """Features of all frames, less one newline: OneVision closes a video with a newline, which is here the last row's own.
-
-        Some versions of transformers do so inside this method, others in its caller: one newline too many either way.
-        """
-        output = super().get_video_features(*args, **kwargs)
-        if isinstance(output, Tensor):
-            return output[:, :-1]
-        output.pooler_output = output.pooler_output[:, :-1]
-        return output
-
-
-class LlavaVideoForConditionalGeneration(LlavaOnevisionForConditionalGeneration):
-    """LLaVA-Video with its language-model head."""
-
-    config_class = LlavaVideoConfig
-
-    def __init__(self, config: LlavaVideoConfig):
-        LlavaOnevisionPreTrainedModel.__init__(self, config)  # not the parent's, which would make OneVision's model
-        self.model = LlavaVideoModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
-
-
-class LlavaVideoProcessor(LlavaOnevisionProcessor):
-    """The processor of LLaVA-OneVision, with as many placeholders for a video as the model makes of it.
-
-    `frame_side`, the tokens along one side of a frame (`pooled_side`), is set by whoever makes one.
-    """
-
-    frame_side: int
-
-    def _video_placeholders(self, n_frames: int) -> str:
-        return self.video_token * (n_frames * self.frame_side * (self.frame_side + 1))
-
-    def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs: object) -> str:
-        """Placeholders of one video; called by LLaVA-OneVision's processor."""
-        return self._video_placeholders(len(video_inputs["pixel_values_videos"][video_idx]))
-
-    if not HAS_VIDEO_PLACEHOLDERS:  # counted in the middle of a method of its parent
-
-        def __call__(
-            self, images: object = None, text: str | list[str] | None = None, audio: None = None, videos: object = None, **kwargs: object
-        ) -> BatchFeature:
-            """Write out the placeholders of videos, and leave the rest to LLaVA-OneVision."""
-            if videos is None:
-                return super().__call__(images=images, text=text, **kwargs)
-            settings = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
-            encoded = self.video_processor(videos, **settings["videos_kwargs"])
-            lengths = iter([len(video) for video in encoded["pixel_values_videos"]])
-            texts = []
-            for sample in [text] if isinstance(text, str) else text:
-                first, *rest = sample.split(self.video_token)
-                texts.append(first + "".join(self._video_placeholders(next(lengths)) + part for part in rest))
-            return BatchFeature({**super().__call__(images=images, text=texts, **kwargs), **encoded})

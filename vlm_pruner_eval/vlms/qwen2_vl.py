@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-import torch
-from torch import nn
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vlm_pruner_eval.budget import parse_rate
-from vlm_pruner_eval.pruners.base import Pruner
-from vlm_pruner_eval.types import Stage, row_major
-from vlm_pruner_eval.vlms.base import Family, FeatureCall, Layout
+from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.vlms.family import HF, Family, FamilySpec, FeatureCall, Layout, PromptProtocol
+from vlm_pruner_eval.vlms.parts.boxes import Medium, Picture, Shape, even_boxes, expect_tokens, frame_of, whole_box
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig, ProcessorMixin
+
+    from vlm_pruner_eval.pruners.base import Pruner
+    from vlm_pruner_eval.types import Stage
+
+PIXELS = 1003520  # 1280 merged tokens of 28 x 28 pixels, whatever the size of an image; the checkpoint's own template
 
 
 class QwenVL(Family):
-    """What all Qwen-VL families share: tokens of ``grid_thw`` after the spatial merge, frame by frame, row-major."""
-
-    mrope: ClassVar[bool] = True
-    kinds: ClassVar[tuple[str, ...]] = ("image", "video")
+    """Base of all Qwen-VL families: tokens of ``grid_thw`` after the spatial merge, frame by frame, row-major."""
 
     def layouts(self, core: nn.Module, kind: str, call: FeatureCall) -> list[Layout]:
         """One grid per image, frames x grid per video."""
@@ -25,17 +30,41 @@ class QwenVL(Family):
         grids = call.get(f"{kind}_grid_thw")
         if grids is None:  # Qwen3-VL encodes videos through get_image_features
             grids = call["image_grid_thw"]
-        return [self._grid(t, h // merge, w // merge) for t, h, w in grids.tolist()]
+        return [Layout.of_frames(h // merge, w // merge, t) for t, h, w in grids.tolist()]
 
-    def _grid(self, frames: int, rows: int, cols: int) -> Layout:
-        frame = row_major(rows, cols)
-        return Layout(torch.cat([frame + torch.tensor([t, 0, 0]) for t in range(frames)]), (rows, cols))
+    def geometry(self, config: PretrainedConfig, processor: ProcessorMixin, protocol: PromptProtocol) -> dict[str, Any]:
+        """``temporal_patch``: frames of a video in one token."""
+        return {"temporal_patch": config.vision_config.temporal_patch_size}
+
+    def pictures(self, geometry: Mapping[str, Any], medium: Medium, layouts: Sequence[Shape]) -> tuple[int, list[Picture]]:
+        """The image stretched to whole tokens; a token of a video holds several frames."""
+        _, rows, cols, frames = layouts[0]
+        expect_tokens(layouts[0], frames * rows * cols, "its grid")
+        boxes = even_boxes(medium, rows, cols)
+        if not medium.is_video:
+            expect_tokens(layouts[0], rows * cols, "an image")
+            return 1, [("", 0, whole_box(medium), boxes)]
+        step = geometry["temporal_patch"]
+        if frames != math.ceil(medium.n_frames / step):
+            raise ConfigError(f"geometry: the record has {frames} x {step} frames, but the video {medium.n_frames}.")
+        moved = [{t * rows * cols + i: box for i, box in boxes.items()} for t in range(frames)]
+        return 1, [frame_of(medium, t * step, of_frame) for t, of_frame in enumerate(moved)]
 
 
 class Qwen2VL(QwenVL):
     """Qwen2-VL, with what the release of VLM-Pruner does on it: int() count, the grid before the merge, first image only."""
 
-    model_types: ClassVar[frozenset[str]] = frozenset({"qwen2_vl"})
+    spec: ClassVar[FamilySpec] = FamilySpec(
+        model_id="vlmpruner_qwen2_vl",
+        model_types=frozenset({"qwen2_vl"}),
+        stock_prompt="qwen2_vl",
+        media=("image", "video"),
+        bounds_pixels=True,
+        new_tokens=128,
+        stops_at_blank_line=True,
+        protocols={"hf": HF, "paper": PromptProtocol(fixes={"min_pixels": PIXELS, "max_pixels": PIXELS})},
+        mrope=True,
+    )
 
     def keep(self, pruner: Pruner, stage: Stage, n_visual: int, scope: int) -> int:
         """``int(V (1 - rate))`` of the first image and all of the others under official_quirks."""
@@ -45,6 +74,8 @@ class Qwen2VL(QwenVL):
 
     def release_layout(self, layout: Layout) -> Layout:
         """Positions on the grid of patches before the 2 x 2 merge, twice as wide and high as the tokens' own."""
+        import torch
+
         rows, cols = layout.grid[0] * 2, layout.grid[1] * 2
         cell = torch.arange(layout.n_tokens)
         return Layout(torch.stack([torch.zeros_like(cell), cell // cols, cell % cols], -1), (rows, cols))

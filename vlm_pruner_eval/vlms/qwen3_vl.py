@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor, nn
-
-from vlm_pruner_eval.vlms.base import InstancePatch, SeenTokens
+from vlm_pruner_eval.vlms.family import NO_SCRIPT, FamilySpec, InstancePatch, SeenTokens
 from vlm_pruner_eval.vlms.qwen2_vl import QwenVL
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class Qwen3VL(QwenVL):
-    """``Qwen3VLForConditionalGeneration``: a cut among the DeepStack layers takes the features of the kept tokens along."""
+    """``Qwen3VLForConditionalGeneration``, dense: a cut among the DeepStack layers takes the features of the kept tokens along.
 
-    model_types: ClassVar[frozenset[str]] = frozenset({"qwen3_vl"})
+    Mixture-of-experts checkpoints are of another model type.
+    """
+
+    spec: ClassVar[FamilySpec] = FamilySpec(
+        model_id="vlmpruner_qwen3_vl",
+        model_types=frozenset({"qwen3_vl"}),
+        stock_prompt="qwen3_vl",
+        media=("image", "video"),
+        bounds_pixels=True,
+        new_tokens=128,
+        why_no_paper=NO_SCRIPT,
+        mrope=True,
+    )
 
     def patches(self, core: nn.Module) -> list[InstancePatch]:
         """The method of the language model that adds the features."""

@@ -43,7 +43,7 @@ def draw(rows: Sequence[Row], costs: Sequence[Cost], tasks: Sequence[str], stem:
     shown = [(cost, points) for cost, points in drawable if any(point.row.percent is not None for point in points)]
     if not shown:
         return []
-    with matplotlib.rc_context(style.settings()):
+    with matplotlib.rc_context(style.SETTINGS):
         figure = style.new_figure(len(shown), 1, panel=_PANEL)
         axes = figure.subplots(1, len(shown), squeeze=False)
         for axis, (cost, points) in zip(axes.flat, shown, strict=True):

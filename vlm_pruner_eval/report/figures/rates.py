@@ -29,7 +29,7 @@ def draw(rows: Sequence[Row], tasks: Sequence[str], stem: Path) -> list[Path]:
     panels = [style.AVERAGE, *tasks]
     columns = min(_COLUMNS, len(panels))
     lines = math.ceil(len(panels) / columns)
-    with matplotlib.rc_context(style.settings()):
+    with matplotlib.rc_context(style.SETTINGS):
         figure = style.new_figure(columns, lines)
         axes = figure.subplots(lines, columns, squeeze=False)
         for axis, panel in zip(axes.flat, panels, strict=False):

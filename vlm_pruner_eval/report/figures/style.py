@@ -1,4 +1,4 @@
-"""What the figures share: colours, markers, fonts, and how a figure becomes a .png and an .svg."""
+"""Shared by the figures: colours, markers, fonts, and the way from a figure to a .png and an .svg."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#C26A9C", "#C98500", "#3598D6", IN
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "p")  # nine to eight colours: 72 methods until both repeat
 _PANEL_INCHES, _LEGEND_INCHES = (3.1, 2.7), 0.5
 _KEY_INCHES, _LETTER_INCHES = 0.6, 0.065  # a legend's line sample with its spaces, and a letter
-_SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "svg.hashsalt": "vlm-pruner-eval",
     "svg.fonttype": "none",
     "text.parse_math": False,  # a label with a dollar sign is a label
@@ -72,11 +72,6 @@ def bounds(cell: Cell) -> tuple[float, float]:
     return cell.value - (cell.sd or 0.0), cell.value + (cell.sd or 0.0)
 
 
-def settings() -> dict[str, Any]:
-    """Matplotlib settings of every figure, for `rc_context`."""
-    return dict(_SETTINGS)
-
-
 def new_figure(columns: int, lines: int, *, panel: tuple[float, float] = _PANEL_INCHES) -> Figure:
     """An empty figure for `lines` x `columns` panels (inches), apart from pyplot's global state."""
     from matplotlib.figure import Figure
@@ -103,7 +98,7 @@ def visible(label: str) -> str:
 
 
 def plumbing_note(tasks: Sequence[str]) -> str:
-    """What a figure of the embedded benchmark says about itself."""
+    """Remark of a figure of the embedded benchmark."""
     return " (embedded benchmark: checks the plumbing)" if is_plumbing(tasks) else ""
 
 

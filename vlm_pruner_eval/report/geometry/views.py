@@ -1,7 +1,7 @@
-"""Which part of an image each visual token shows: arithmetic on logged layouts, sizes and processor settings, no model.
+"""Tokens of a prompt laid on its images and videos by the rule of their family: arithmetic, no model.
 
-Rectangles are in pixels of the image as the task gave it, so that they hold whatever the checkpoint's processor did to it.
-They show where a token's patch was cut out; what a vision tower mixes into it from elsewhere is not seen.
+Rectangles are in pixels of the image as the task gave it, so that they hold whatever the checkpoint's processor did
+to it. They show the place that a token's patch was cut out of; what a vision tower mixes into it is not seen.
 """
 
 from __future__ import annotations
@@ -11,22 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.report.geometry.anyres import anyres
-from vlm_pruner_eval.report.geometry.boxes import Box, Layout, Medium, Rule
-from vlm_pruner_eval.report.geometry.internvl import internvl
-from vlm_pruner_eval.report.geometry.llava import llava
-from vlm_pruner_eval.report.geometry.qwen import qwen
-
-_RULES: dict[str, Rule] = {
-    "llava": llava,
-    "llava_next": anyres,
-    "llava_onevision": anyres,
-    "llava_video": anyres,
-    "qwen2_vl": qwen,
-    "qwen2_5_vl": qwen,
-    "qwen3_vl": qwen,
-    "internvl": internvl,
-}
+from vlm_pruner_eval.vlms import families
+from vlm_pruner_eval.vlms.parts.boxes import Box, Medium, Shape
 
 
 @dataclass(frozen=True)
@@ -36,11 +22,11 @@ class View:
     Attributes
     ----------
     title
-        Which view of its image it is; empty where there is one only.
+        Of the view; empty if an image has one only.
     medium
         Index among the images and videos of the prompt.
     frame
-        Which sampled frame (the first, where tokens hold several); 0 of an image.
+        Number of the sampled frame (the first, if tokens hold several); 0 of an image.
     canvas
         What there is to see: the image, and the border that the processor puts around it.
     boxes
@@ -54,7 +40,7 @@ class View:
     boxes: dict[int, Box]
 
 
-def views(geometry: Mapping[str, Any], media: Sequence[Medium], layouts: Sequence[Layout]) -> list[View]:
+def views(geometry: Mapping[str, Any], media: Sequence[Medium], layouts: Sequence[Shape]) -> list[View]:
     """Lay every visual token of a prompt on its image.
 
     Parameters
@@ -76,14 +62,14 @@ def views(geometry: Mapping[str, Any], media: Sequence[Medium], layouts: Sequenc
     ConfigError
         A family without rules here, or layouts that these images can't have had.
     """
-    rule = _RULES.get(geometry.get("family"))
-    if rule is None:
-        raise ConfigError(f"geometry: got the family {geometry.get('family')!r}, expected one of {', '.join(sorted(_RULES))}.")
+    family = families().get(geometry.get("family"))
+    if family is None:
+        raise ConfigError(f"geometry: got the family {geometry.get('family')!r}, expected one of {', '.join(sorted(families()))}.")
     found, left, first = [], [tuple(layout) for layout in layouts], 0
     for index, medium in enumerate(media):
         if not left:
             raise ConfigError(f"geometry: got layouts of {index} images and videos, expected {len(media)}.")
-        n_layouts, pictures = rule(geometry, medium, left)
+        n_layouts, pictures = family.pictures(geometry, medium, left)
         for title, frame, canvas, boxes in pictures:
             found.append(View(title, index, frame, canvas, {first + token: box for token, box in boxes.items()}))
         first += sum(layout[0] for layout in left[:n_layouts])

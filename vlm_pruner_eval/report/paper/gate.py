@@ -57,12 +57,12 @@ class Gate:
 
     @property
     def stops(self) -> bool:
-        """Whether pruned rows must wait."""
+        """True if pruned rows must wait."""
         return self.status == FAILS
 
 
 def tolerance(full: float, spread: float | None) -> float:
-    """How far a score may be from the printed one: max(0.5 % of the full score, twice the measured spread).
+    """Return how far a score may be from the printed one: max(0.5 % of the full score, twice the measured spread).
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ def tolerance(full: float, spread: float | None) -> float:
 
 
 def within(difference: float, allowed: float) -> bool:
-    """Whether a difference is inside; the last digits of a float never decide."""
+    """Return True if a difference is inside; the last digits of a float never decide."""
     return abs(difference) <= allowed + 1e-9
 
 

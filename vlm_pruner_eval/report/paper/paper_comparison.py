@@ -46,7 +46,7 @@ class Compared:
     cell
         Our score with its 95 % interval, in the benchmark's own unit.
     printed, tolerance
-        The printed number, and how far ours may be from it; None where nothing is printed.
+        The printed number, and how far ours may be from it; None if nothing is printed.
     verdict
         On release rows "equivalent", "outside", "not run", "not comparable" or "no claim"; None on other rows.
     reason
@@ -70,27 +70,11 @@ class Compared:
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A row of the table: `cells` by task, and the relative average (a printed one beside it when the tasks are the paper's nine)."""
+    """A row of the table: `cells` by task, and the relative average (a printed one beside it if the tasks are the paper's nine)."""
 
     row: Row
     cells: dict[str, Compared]
     average: Compared
-
-    @property
-    def release(self) -> bool:
-        """Whether it runs with the release's quirks: only such rows are held against printed numbers."""
-        return self.row.release
-
-
-@dataclass(frozen=True)
-class Footnote:
-    """An erratum of the paper."""
-
-    number: int
-    text: str
-
-    def __str__(self) -> str:
-        return f"Note {self.number}: {self.text}"
 
 
 @dataclass(frozen=True)
@@ -102,15 +86,15 @@ class PaperTable:
     vlm
         The model's name in the paper's tables.
     gate
-        Whether the unpruned row gives the printed upper bound. If not, no verdict is given on any pruned row.
+        Verdict on the unpruned row. If it does not give the printed upper bound, no verdict is given on any pruned row.
     setting
         Harness, protocol and splits of our unpruned row, one sentence.
     noise
-        Where the tolerance's noise comes from, one sentence.
+        Origin of the tolerance's noise, one sentence.
     footnotes
         The errata that touch a printed number of the table.
     differences
-        What this sweep asks, counts or shows the model otherwise than the authors did, a sentence each.
+        Ways in which this sweep asks, counts or shows the model otherwise than the authors did, a sentence each.
     """
 
     vlm: str
@@ -118,19 +102,19 @@ class PaperTable:
     setting: str
     noise: str
     rows: tuple[PaperRow, ...]
-    footnotes: tuple[Footnote, ...]
+    footnotes: tuple[str, ...]
     differences: tuple[str, ...] = ()
     rule: str = gates.RULE
 
     @property
     def verdict(self) -> str:
-        """Whether the unpruned row reproduces the paper, and what is not claimed if it doesn't."""
+        """The gate's sentence, and what is not claimed if the unpruned row does not reproduce the paper."""
         return f"{self.gate.sentence} Nothing is claimed about pruned rows." if self.gate.stops else self.gate.sentence
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What rows are held against.
+    """Printed numbers with gate and noise, against which rows are held.
 
     Attributes
     ----------
@@ -174,19 +158,19 @@ class Reference:
 
 
 def said(compared: Compared) -> str:
-    """The verdict in words; where nothing was held against anything, with the reason."""
+    """The verdict in words; if nothing was held against anything, with the reason."""
     if compared.verdict != NOT_RUN:
         return compared.verdict or ""
     return compared.reason if str(compared.reason).startswith(NOT_RUN) else f"{NOT_RUN} ({compared.reason})"
 
 
 def is_as_published(row: Row) -> bool:
-    """Whether a row has the method's default settings, which are the paper's: an ablation has no printed number here."""
+    """Return True if a row has the method's default settings, which are the paper's: an ablation has no printed number here."""
     return row.iso_layer is None and row.changed.keys() <= _FREE
 
 
 def paper_for(results: Results, rows: list[Row], printed: PrintedNumbers | None = None) -> PaperTable | None:
-    """The paper's numbers for a sweep; None when its checkpoint is none of the paper's.
+    """The paper's numbers for a sweep; None if its checkpoint is none of the paper's.
 
     Parameters
     ----------
@@ -256,16 +240,11 @@ def _setting(results: Results, paper: PaperModel) -> str:
     return f"{sentence} No evaluation script was released for {paper.vlm}: what the authors ran is read from the paper's text."
 
 
-def _footnotes(rows: tuple[PaperRow, ...], printed: PrintedNumbers, vlm: str) -> Iterator[Footnote]:
+def _footnotes(rows: tuple[PaperRow, ...], printed: PrintedNumbers, vlm: str) -> Iterator[str]:
+    """The errata that touch a printed number; of a misprinted upper bound, with both averages of every row."""
     shown = {number for item in rows for compared in (*item.cells.values(), item.average) for number in compared.errata}
-    for erratum in printed.errata:
-        if erratum.number in shown:
-            yield Footnote(erratum.number, " ".join([erratum.text, *_corrected(printed, vlm)] if erratum.corrected else [erratum.text]))
-
-
-def _corrected(printed: PrintedNumbers, vlm: str) -> Iterator[str]:
-    """Both averages of every row whose upper bound was misprinted."""
     both = [row for row in recompute_averages(printed) if row.vlm == vlm and row.corrected is not None]
-    if both:
-        listed = ", ".join(f"{row.method} {row.derived:.2f} / {row.corrected:.2f}" for row in both)
-        yield f"Averages from the printed cells / with the corrected value: {listed}."
+    listed = ", ".join(f"{row.method} {row.derived:.2f} / {row.corrected:.2f}" for row in both)
+    for erratum in (erratum for erratum in printed.errata if erratum.number in shown):
+        averages = f" Averages from the printed cells / with the corrected value: {listed}." if erratum.corrected and both else ""
+        yield f"Note {erratum.number}: {erratum.text}{averages}"

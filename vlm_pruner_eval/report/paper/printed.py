@@ -111,7 +111,7 @@ class Erratum:
     corrected: dict[Key, float] = field(default_factory=dict)
 
     def touches(self, key: Key) -> bool:
-        """Whether a printed number is one of those."""
+        """Return True if a printed number is one of those."""
         vlm, method, percent, benchmark = key
         return any(
             cell[0] in ("", vlm) and cell[1] in ("", method) and cell[2] in (None, percent) and cell[3] in ("", benchmark)
@@ -137,7 +137,7 @@ class PrintedNumbers:
         return tuple(item.number for item in self.errata if item.touches(key)) if key in self.numbers else ()
 
     def has_sound_averages(self, vlm: str) -> bool:
-        """Whether no upper bound that the model's averages divide by is above the benchmark's own maximum."""
+        """Return True if no upper bound that the model's averages divide by is above the benchmark's own maximum."""
         bounds = {key[3]: number for key, number in self.numbers.items() if key[:2] == (vlm, METHODS[UNPRUNED])}
         return all(is_possible(number, benchmark) for benchmark, number in bounds.items())
 
@@ -177,7 +177,7 @@ def full_score(benchmark: str | None) -> float:
 
 
 def is_possible(number: Number, benchmark: str) -> bool:
-    """Whether a printed number is at most the benchmark's maximum (2826 for MME is not: see the errata)."""
+    """Return True if a printed number is at most the benchmark's maximum (2826 for MME is not: see the errata)."""
     return benchmark == AVERAGE or number.value <= full_score(benchmark)
 
 

@@ -37,7 +37,7 @@ class Recomputed:
 
     @property
     def matches(self) -> bool:
-        """Whether the printed average is that of its cells."""
+        """True if the printed average is that of its cells."""
         return self.derived is not None and within(round(self.derived, 2) - self.printed, ROUNDING)
 
 

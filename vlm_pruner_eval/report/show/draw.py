@@ -10,8 +10,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.report.geometry.boxes import Medium
-from vlm_pruner_eval.report.geometry.views import View, views
+from vlm_pruner_eval.report.geometry.views import Medium, View, views
 from vlm_pruner_eval.report.load import Results
 from vlm_pruner_eval.report.show.panel import cell_width, colour_bar, font, panel, wrapped
 from vlm_pruner_eval.report.show.records import Document, Reply

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vlm_pruner_eval.report.geometry.boxes import Box
-from vlm_pruner_eval.report.geometry.views import View
+from vlm_pruner_eval.report.geometry.views import Box, View
 
 Colour = tuple[int, int, int]
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from vlm_pruner_eval.report.answer_arrays import Answers
 from vlm_pruner_eval.report.load import Results, RunResult
 from vlm_pruner_eval.report.rows import Row, is_plumbing
 from vlm_pruner_eval.report.stats import paired
-from vlm_pruner_eval.report.stats.answers import Answers, Flips, flips
 from vlm_pruner_eval.report.stats.comparisons import AVERAGE, Comparison, Comparisons, Contest, Pair, Power
+from vlm_pruner_eval.report.stats.flip_counts import Flips, flips
 from vlm_pruner_eval.report.stats.paired import Estimate
-from vlm_pruner_eval.store.schema import ClusterCount
+from vlm_pruner_eval.store.summaries import ClusterCount
 from vlm_pruner_eval.sweep.grid import RATELESS, UNPRUNED
 
 
@@ -32,20 +33,18 @@ def compare(results: Results, rows: Sequence[Row]) -> Comparisons:
         Of `rows_of`.
     """
     table = _Table.read(results, rows)
-    lines = [table.line(row) for row in rows]
-    cells = [table.cell(line, task) for line in lines for task in (*results.tasks, AVERAGE) if line.values.get(task) is not None]
-    corrected = paired.holm([cell.p for cell in cells])
-    fields = list(table.fields(lines))
+    known = [(line, task) for line in table.lines for task in (*results.tasks, AVERAGE) if line.values.get(task) is not None]
+    cells = [table.cell(line, task) for line, task in known]
+    fields = list(table.fields())
     contests = tuple(contest for group, task in fields if (contest := table.contest(group, task)) is not None)
     won = {(contest.best, contest.pruning_rate, contest.task) for contest in contests if contest.decided}
-    listed = {row.key: row.asked_rate for row in rows}
-    cells = [
-        replace(cell, p_holm=p, bold=(cell.label, listed[cell.label, cell.pruning_rate], cell.task) in won)
-        for cell, p in zip(cells, corrected, strict=True)
-    ]
+    cells = tuple(
+        replace(cell, p_holm=p, bold=(cell.label, line.row.asked_rate, cell.task) in won)
+        for cell, p, (line, _) in zip(cells, paired.holm([cell.p for cell in cells]), known, strict=True)
+    )
     pairs = tuple(pair for group, task in fields for pair in table.pairs(group, task))
-    power = tuple(found for task in results.tasks if (found := table.power(lines, task)) is not None)
-    return Comparisons(tuple(cells), contests, pairs, power, tuple(table.notes(lines)))
+    power = tuple(found for task in results.tasks if (found := table.power(task)) is not None)
+    return Comparisons(cells, contests, pairs, power, tuple(table.notes()))
 
 
 @dataclass(frozen=True)
@@ -88,60 +87,29 @@ class _Line:
 
 @dataclass(frozen=True)
 class _Table:
-    """The runs behind a table; `clusters` is what the first finished run drew by task, which all others must have drawn as well."""
+    """All rows; `of_record` is what the first finished run says of its tasks, whose clusters all others must have drawn as well."""
 
     results: Results
-    runs: dict[str, dict[str, _Task]]
-    clusters: dict[str, ClusterCount]
-    unpruned: _Line | None = None
-    answers: Answers | None = None
-    blind: _Line | None = None
+    of_record: dict[str, _Task]
+    lines: list[_Line]
+    unpruned: _Line | None
+    blind: _Line | None
 
     @classmethod
     def read(cls, results: Results, rows: Sequence[Row]) -> _Table:
-        """Read the unpruned and the blind row, to which the others are compared."""
+        """Read replicates and answers of all runs."""
         runs = {run.run_id: _read_tasks(run) for run in results.runs if run.finished}
-        first = next(iter(runs.values()), {})
-        table = cls(results, runs, {task: held.clusters for task, held in first.items() if held.clusters is not None})
-        unpruned = next((row for row in rows if row.cells and row.method == UNPRUNED), None)
-        if unpruned is not None:
-            answers = results.answers(unpruned.runs[0])
-            table = replace(table, unpruned=table.line(unpruned), answers=answers)
-        blind = next((row for name in RATELESS for row in rows if row.cells and row.method == name), None)
-        return table if blind is None else replace(table, blind=table.line(blind))
-
-    def line(self, row: Row) -> _Line:
-        """Read the runs of a row."""
-        for known in (self.unpruned, self.blind):
-            if known is not None and row is known.row:
-                return known
-        finished = [run_id for run_id in row.runs if run_id in self.runs]
-        of_runs = [self._draws(run_id) for run_id in finished]
-        shared = set.intersection(*map(set, of_runs)) if of_runs else set()
-        draws = {task: np.mean([held[task] for held in of_runs], axis=0) for task in shared}
+        reference = next((row for row in rows if row.cells and row.method == UNPRUNED), None)
+        answers = results.answers(reference.runs[0]) if reference is not None else None
+        lines = [_line(results, row, runs, None if row is reference else answers) for row in rows]
+        unpruned = next((line for line in lines if line.row is reference), None)
+        blind = next((line for line in lines if line.row.cells and line.row.method in RATELESS), None)
         # the average on every replicate, over the unpruned scores on the same
-        reference = draws if row.method == UNPRUNED else self.unpruned.draws if self.unpruned else {}
-        if all(task in draws and task in reference and (reference[task] > 0).all() for task in self.results.tasks):
-            draws[AVERAGE] = 100.0 * np.mean([draws[task] / reference[task] for task in self.results.tasks], axis=0)
-        values = {task: cell.value for task, cell in row.cells.items()} | {AVERAGE: row.relative.value}
-        return _Line(row, values, draws, self._flips(finished))
-
-    def _draws(self, run_id: str) -> dict[str, np.ndarray]:
-        """By task, if they are of the same clusters as the other runs'."""
-        held = self.runs[run_id]
-        same = {task for task, clusters in self.clusters.items() if task in held and held[task].clusters == clusters}
-        return {task: draws for task, draws in self.results.read_draws(run_id).items() if task in same}
-
-    def _flips(self, finished: list[str]) -> dict[str, list[Flips]]:
-        if self.answers is None:
-            return {}
-        found: dict[str, list[Flips]] = {}
-        for run_id in finished:
-            ours = self.results.answers(run_id)
-            for task, held in next(iter(self.runs.values())).items():
-                if (one := flips(ours, self.answers, list(held.leaves))) is not None:
-                    found.setdefault(task, []).append(one)
-        return {task: listed for task, listed in found.items() if len(listed) == len(finished)}
+        full = unpruned.draws.copy() if unpruned is not None else {}
+        for line in lines:
+            if all(task in line.draws and task in full and (full[task] > 0).all() for task in results.tasks):
+                line.draws[AVERAGE] = 100.0 * np.mean([line.draws[task] / full[task] for task in results.tasks], axis=0)
+        return cls(results, next(iter(runs.values()), {}), lines, unpruned, blind)
 
     # ---- against the unpruned row
     def cell(self, line: _Line, task: str) -> Comparison:
@@ -178,7 +146,8 @@ class _Table:
 
     def _n_clusters(self, task: str) -> int:
         """Of an average, those of the task with the fewest."""
-        return min(held.n for held in self.clusters.values()) if task == AVERAGE else self.clusters[task].n
+        of_tasks = {name: held.clusters.n for name, held in self.of_record.items() if held.clusters is not None}
+        return min(of_tasks.values()) if task == AVERAGE else of_tasks[task]
 
     def _flip_rate(self, line: _Line, task: str) -> float | None:
         tasks = self.results.tasks if task == AVERAGE else [task]
@@ -193,9 +162,9 @@ class _Table:
         return paired.share_of_gain(*(one.values[task] for one in three), [one.draws.get(task) for one in three])
 
     # ---- against one another
-    def fields(self, lines: list[_Line]) -> Iterator[tuple[list[_Line], str]]:
+    def fields(self) -> Iterator[tuple[list[_Line], str]]:
         """The rows of each rate that have a value, task after task."""
-        pruned = [line for line in lines if line.row.method != UNPRUNED and line.row.method not in RATELESS]
+        pruned = [line for line in self.lines if line.row.method != UNPRUNED and line.row.method not in RATELESS]
         for _, group in itertools.groupby(pruned, key=lambda line: line.row.group):
             listed = list(group)
             for task in (*self.results.tasks, AVERAGE):
@@ -219,11 +188,12 @@ class _Table:
         decided = difference.excludes_zero and not is_plumbing(self.results.tasks)
         return Contest(task, best.row.asked_rate, best.row.label, second.row.label, difference, decided)
 
-    def power(self, lines: list[_Line], task: str) -> Power | None:
+    def power(self, task: str) -> Power | None:
         """None if no pruned row differs from the unpruned one on any replicate: of such data the spread is not known."""
         if self.unpruned is None or task not in self.unpruned.draws:
             return None
-        n, pruned = self.clusters[task].n, [line for line in lines if line.row.group[0] == 1 and task in line.draws]
+        n = self._n_clusters(task)
+        pruned = [line for line in self.lines if line.row.group[0] == 1 and task in line.draws]
         errors = [paired.standard_error(line.draws[task] - self.unpruned.draws[task], n) for line in pruned]
         spread = [error for error in errors if error > 0]
         if not spread:
@@ -231,29 +201,47 @@ class _Table:
         return Power(task, self.unpruned.row.cells[task].n, n, paired.smallest_difference(statistics.median(spread)))
 
     # ---- what is missing
-    def notes(self, lines: list[_Line]) -> Iterator[str]:
+    def notes(self) -> Iterator[str]:
         """A sentence for everything that could not be computed."""
         if self.unpruned is None:
             yield "The unpruned run is not finished, so there are no differences to it, no flips and no relative averages."
             return
-        of_unpruned = self.runs[self.unpruned.row.runs[0]]
+        values, draws = self.unpruned.values, self.unpruned.draws
         for task in self.results.tasks:
-            if self.unpruned.values.get(task) is not None and task not in self.unpruned.draws:
-                yield f"{task}: differences have no interval ({of_unpruned[task].note or 'its replicates are not there'})."
-            elif task in self.unpruned.draws and not (self.unpruned.draws[task] > 0).all():
+            if values.get(task) is not None and task not in draws:
+                yield f"{task}: differences have no interval ({self.of_record[task].note or 'its replicates are not there'})."
+            elif task in draws and not (draws[task] > 0).all():
                 yield f"Relative averages have no interval: in some resamples of {task} the unpruned model scores 0 (few documents)."
-        yield from self._no_average(lines)
+        missing = [task for task in self.results.tasks if task not in draws]
+        if missing and values.get(AVERAGE) is not None:
+            yield f"Relative averages have no interval and no p value: {', '.join(missing)} has none."
+        for line in self.lines:
+            lacks = [task for task in self.results.tasks if task in draws and task not in line.draws]
+            if lacks and line.values.get(AVERAGE) is not None:
+                yield f"{line.row.label}: its relative average has no interval and no p value: {', '.join(lacks)} has none in this row."
         for task in self.results.tasks if self.blind is not None else ():
-            known = self.unpruned.values.get(task) is not None and self.blind.values.get(task) is not None
+            known = values.get(task) is not None and self.blind.values.get(task) is not None
             if known and self._gain(self.unpruned, task) is None:
                 yield f"{task}: these documents show no gain of the unpruned model over the blind one, so there is no share of it to keep."
 
-    def _no_average(self, lines: list[_Line]) -> Iterator[str]:
-        """Tasks that leave relative averages without intervals and p values, and the rows that this concerns if not all are."""
-        missing = [task for task in self.results.tasks if task not in self.unpruned.draws]
-        if missing and self.unpruned.values.get(AVERAGE) is not None:
-            yield f"Relative averages have no interval and no p value: {', '.join(missing)} has none."
-        for line in lines:
-            lacks = [task for task in self.results.tasks if task in self.unpruned.draws and task not in line.draws]
-            if lacks and line.values.get(AVERAGE) is not None:
-                yield f"{line.row.label}: its relative average has no interval and no p value: {', '.join(lacks)} has none in this row."
+
+def _line(results: Results, row: Row, runs: Mapping[str, dict[str, _Task]], answers: Answers | None) -> _Line:
+    """Read the runs of a row; flips are counted against `answers`, those of the unpruned run."""
+    first = next(iter(runs.values()), {})
+    finished = [run_id for run_id in row.runs if run_id in runs]
+    drawn: dict[str, list[np.ndarray]] = {}
+    flipped: dict[str, list[Flips]] = {}
+    for run_id in finished:
+        for task, draws in results.read_draws(run_id).items():
+            if task in first and first[task].clusters is not None and runs[run_id][task].clusters == first[task].clusters:
+                drawn.setdefault(task, []).append(draws)
+        ours = {} if answers is None else results.answers(run_id)
+        for task, held in first.items() if answers is not None else ():
+            if (one := flips(ours, answers, list(held.leaves))) is not None:
+                flipped.setdefault(task, []).append(one)
+    return _Line(
+        row,
+        {task: cell.value for task, cell in row.cells.items()} | {AVERAGE: row.relative.value},
+        {task: np.mean(listed, axis=0) for task, listed in drawn.items() if len(listed) == len(finished)},
+        {task: listed for task, listed in flipped.items() if len(listed) == len(finished)},
+    )

@@ -1,4 +1,4 @@
-"""What a comparison of rows answers: plain data for tables, figures and programs."""
+"""Outcome of a comparison of rows: plain data for tables, figures and programs."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Comparisons:
     Attributes
     ----------
     notes
-        What could not be computed and why, a sentence each, for the reader.
+        Sentences for the reader about all that could not be computed.
     """
 
     cells: tuple[Comparison, ...] = ()

@@ -24,7 +24,7 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval is known and 0 lies outside it, by more than the rounding of draws."""
+        """True if the interval is known and 0 lies outside it, by more than the rounding of draws."""
         return self.low is not None and (self.low > _ROUNDING or self.high < -_ROUNDING)
 
 

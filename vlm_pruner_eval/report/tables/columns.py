@@ -23,44 +23,33 @@ _GIGA, _MIB = 1e9, 2**20
 _KINDS = {EQUIVALENT: "good", OUTSIDE: "bad", gates.INSIDE: "good", gates.OUTSIDE: "bad"}
 
 
-# ---- items: a column takes its number from one of them
 @dataclass(frozen=True)
-class OfRow:
-    """Item of a table with one line a row."""
+class Item:
+    """A row, from which columns take their numbers; in some tables on one task, on `AVERAGE` or on one capability (`key`).
+
+    Attributes
+    ----------
+    found
+        Comparison with the unpruned row, or with the printed number; or the score on a capability.
+    average
+        Comparison of the relative average.
+    gate
+        Of the unpruned row beside the paper: the verdict on the task.
+    has_winners
+        True if the best of a rate is marked.
+    """
 
     row: Row
-
-
-@dataclass(frozen=True)
-class OfTask(OfRow):
-    """One row on one task, or on `AVERAGE` (`key`), its comparison with the unpruned row there, and that of its average."""
-
-    key: str
-    compared: Comparison | None = None
+    key: str = ""
+    found: Comparison | Compared | Stratum | None = None
     average: Comparison | None = None
+    gate: TaskVerdict | None = None
     has_winners: bool = False
 
     @property
     def cell(self) -> Cell:
-        """The score, without a value if the row has none."""
-        return self.row.cells.get(self.key, Cell(None))
-
-
-@dataclass(frozen=True)
-class OfPaper(OfRow):
-    """One row on one task, or on the relative average (`key`), beside the printed number; `gate` of the unpruned row only."""
-
-    key: str
-    compared: Compared
-    gate: TaskVerdict | None
-
-
-@dataclass(frozen=True)
-class OfStratum(OfRow):
-    """One row on the documents of a capability (`key`)."""
-
-    key: str
-    stratum: Stratum
+        """The score on the task, without a value if the row has none."""
+        return self.row.cells.get(self.key, Cell(None, seeds=0))
 
 
 # ---- cells of pages
@@ -69,13 +58,13 @@ def _cell(shown: str, *small: str, kind: str = "", best: bool = False) -> Entry:
     return Entry(shown, tuple(filter(None, small)), kind, best)
 
 
-def _score(cell: Cell, item: OfTask) -> Entry:
+def _score(cell: Cell, item: Item) -> Entry:
     shown, small = text.cell_lines(item.row, item.row.cells.get(item.key))
-    best = item.has_winners and item.compared is not None and item.compared.bold
+    best = item.has_winners and item.found is not None and item.found.bold
     return _cell(shown, small, kind="missing" if cell.value is None else "", best=best)
 
 
-def _average(value: float, item: OfTask) -> Entry:
+def _average(value: float, item: Item) -> Entry:
     relative, average = item.row.relative, item.average
     small = "" if relative.sd is None else f"± {relative.sd:.1f}"
     if not small and average is not None and average.score is not None and item.row.method != UNPRUNED:
@@ -92,8 +81,8 @@ def _percent(share: Estimate, item: object) -> Entry:
     return _cell(text.number(100 * share.value), text.interval(low, high))
 
 
-def _difference(found: Estimate, item: OfTask) -> Entry:
-    compared = item.compared
+def _difference(found: Estimate, item: Item) -> Entry:
+    compared = item.found
     if compared.alike is not None:
         is_zero = abs(found.value) < _ROUNDED_TO_ZERO
         small = f"{compared.alike} of {compared.alike} equal" if is_zero else f"the same on all {compared.alike}"
@@ -108,8 +97,8 @@ def _difference(found: Estimate, item: OfTask) -> Entry:
     return _cell(f"{found.value:+.1f}", *small, kind=kind)
 
 
-def _beside(cell: Cell, item: OfPaper) -> Entry:
-    compared, gate = item.compared, item.gate
+def _beside(cell: Cell, item: Item) -> Entry:
+    compared, gate = item.found, item.gate
     ours = "" if cell.value is None else f"± {text.number(cell.sd)}" if cell.sd is not None else text.interval(cell.low, cell.high)
     verdict, words = (compared.verdict, said(compared)) if gate is None else (gate.verdict, gate.verdict)
     kind = _KINDS.get(verdict, "missing" if cell.value is None else "")
@@ -132,12 +121,12 @@ def _signed(found: Estimate, item: object) -> Entry:
     return _cell(f"{found.value:+.1f}", text.interval(found.low, found.high))
 
 
-def _scaled(unit: float, small: Callable[[Row], str] = lambda row: "") -> Callable[[float, OfRow], Entry]:
+def _scaled(unit: float, small: Callable[[Row], str] = lambda row: "") -> Callable[[float, Item], Entry]:
     return lambda value, item: _cell(text.significant(value / unit), small(item.row))
 
 
-def _time(small: Callable[[Row], str] = lambda row: "") -> Callable[[dict[str, float], OfRow], Entry]:
-    def show(value: dict[str, float], item: OfRow) -> Entry:
+def _time(small: Callable[[Row], str] = lambda row: "") -> Callable[[dict[str, float], Item], Entry]:
+    def show(value: dict[str, float], item: Item) -> Entry:
         return _cell(text.significant(value["median"]), f"IQR {text.significant(value['iqr'])}", small(item.row))
 
     return show
@@ -151,7 +140,7 @@ def _speedup(row: Row) -> str:
     return "" if row.costs.prefill_speedup is None else f"{text.significant(row.costs.prefill_speedup)} × as fast"
 
 
-def _status(status: str, item: OfRow) -> Entry:
+def _status(status: str, item: Item) -> Entry:
     return Entry(status, kind="words" if status == FINISHED else "words missing")
 
 
@@ -164,16 +153,16 @@ def _tasks(parts: tuple[str, ...], item: Stratum) -> Entry:
 
 
 # ---- cells of the screen: text, and dimmed text
-def _brief_score(cell: Cell, item: OfTask) -> tuple[str, str]:
+def _brief_score(cell: Cell, item: Item) -> tuple[str, str]:
     return text.cell_short(item.row, item.row.cells.get(item.key))
 
 
-def _brief_average(value: float, item: OfTask) -> tuple[str, str]:
+def _brief_average(value: float, item: Item) -> tuple[str, str]:
     deviation = item.row.relative.sd
     return text.number(value) + ("" if deviation is None else f" sd {deviation:.1f}"), ""
 
 
-def _brief_kept(kept: dict[str, float], item: OfTask) -> tuple[str, str]:
+def _brief_kept(kept: dict[str, float], item: Item) -> tuple[str, str]:
     asked, shown = text.spread(item.row.asked), text.spread(kept)
     return shown if asked == shown else f"{shown} of {asked} asked", ""
 
@@ -200,15 +189,23 @@ _ROW = (
 )
 _TASK = (Column("status", "row.status"), Column("task", "key"))
 _KEPT = (
-    Column("tokens_kept", "row.kept", "tokens kept", _spread, parts={"tokens_kept": "mean"}, screen="kept", brief=_brief_kept),
+    Column(
+        "tokens_kept",
+        "row.kept",
+        "tokens kept",
+        _spread,
+        parts={"tokens_kept": "mean"},
+        screen="kept",
+        brief=_brief_kept,
+    ),
     Column("tokens_layer_averaged", "row.layer_averaged", "layer-averaged", screen="layers"),
 )
 _TESTS = (
-    Column("p", "compared.p"),
-    Column("p_holm", "compared.p_holm"),
-    Column("mcnemar_p", "compared.mcnemar_p"),
-    Column("flip_rate", "compared.flip_rate"),
-    Column("gain_kept", "compared.gain_kept", parts=_ends("gain_kept")),
+    Column("p", "found.p"),
+    Column("p_holm", "found.p_holm"),
+    Column("mcnemar_p", "found.mcnemar_p"),
+    Column("flip_rate", "found.flip_rate"),
+    Column("gain_kept", "found.gain_kept", parts=_ends("gain_kept")),
 )
 SCORES = (
     *_ROW,
@@ -223,28 +220,28 @@ SCORES = (
     Column("flops", "row.costs.flops", screen="GFLOPs", brief=lambda flops, item: (text.significant(flops / _GIGA), "")),
     Column("selection_ms", "row.selection_ms.median"),
     Column("quirks", lambda item: ";".join(f"{name}={count}" for name, count in sorted(item.row.quirks.items()))),
-    Column("difference", "compared.difference", parts=_ends("difference")),
+    Column("difference", "found.difference", parts=_ends("difference")),
     *_TESTS,
 )
 DIFFERENCES = (
     *_ROW,
     *_TASK,
-    Column("difference", "compared.difference", show=_difference, parts=_ends("difference"), across=True),
+    Column("difference", "found.difference", show=_difference, parts=_ends("difference"), across=True),
     *_TESTS,
 )
 PAPER = (
     *_ROW,
     Column("release", "row.release"),
     *_TASK,
-    Column("score", "compared.cell", show=_beside, parts=_INTERVAL, across=True),
-    Column("printed", "compared.printed.value"),
-    Column("difference", "compared.difference"),
-    Column("tolerance", "compared.tolerance"),
-    Column("verdict", "compared.verdict"),
-    Column("reason", "compared.reason"),
-    Column("table", "compared.printed.table"),
-    Column("read_from", "compared.printed.read_from"),
-    Column("errata", "compared.errata"),
+    Column("score", "found.cell", show=_beside, parts=_INTERVAL, across=True),
+    Column("printed", "found.printed.value"),
+    Column("difference", "found.difference"),
+    Column("tolerance", "found.tolerance"),
+    Column("verdict", "found.verdict"),
+    Column("reason", "found.reason"),
+    Column("table", "found.printed.table"),
+    Column("read_from", "found.printed.read_from"),
+    Column("errata", "found.errata"),
 )
 
 
@@ -289,16 +286,22 @@ COSTS = (
     Column("prefill_speedup", "row.costs.prefill_speedup"),
     Column("selection_ms", "row.selection_ms", "selection, ms", _time(), parts=_times("selection_ms")),
     Column("decode_ms", "row.costs.decode_ms", "decode, ms a step", _time(), parts=_times("decode_ms")),
-    Column("tokens_per_s", "row.costs.decoded_tokens_per_s", "tokens a second", _time(), parts=_times("decoded_tokens_per_s")),
+    Column(
+        "tokens_per_s",
+        "row.costs.decoded_tokens_per_s",
+        "tokens a second",
+        _time(),
+        parts=_times("decoded_tokens_per_s"),
+    ),
     Column("peak_bytes", "row.costs.peak_bytes", "peak memory, MiB", _scaled(_MIB)),
     Column("batch_sizes", "row.costs.batch_sizes"),
 )
 CAPABILITIES = (
     *_ROW,
     Column("capability", "key"),
-    Column("score", "stratum.score", show=_estimate, parts=_INTERVAL, across=True),
-    Column("n_documents", "stratum.n_documents"),
-    Column("parts", "stratum.parts"),
+    Column("score", "found.score", show=_estimate, parts=_INTERVAL, across=True),
+    Column("n_documents", "found.n_documents"),
+    Column("parts", "found.parts"),
 )
 HARD = (
     Column("control", "control"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -14,7 +14,7 @@ from vlm_pruner_eval.report.rows import LITERATURE_FORMULA, OUR_FORMULA, Row, is
 from vlm_pruner_eval.report.stats.comparisons import AVERAGE, Comparisons
 from vlm_pruner_eval.report.stats.strata import CAPABILITY_NOTE, HARD_NOTE, Stratum
 from vlm_pruner_eval.report.tables import columns
-from vlm_pruner_eval.report.tables.columns import OfPaper, OfRow, OfStratum, OfTask
+from vlm_pruner_eval.report.tables.columns import Item
 from vlm_pruner_eval.report.tables.table import NO_NUMBER, Column, Group, Line, Table
 from vlm_pruner_eval.store.schema import FINISHED, RunRecord
 from vlm_pruner_eval.sweep.grid import UNPRUNED, rate_percent
@@ -46,10 +46,10 @@ def scores(rows: Sequence[Row], tasks: Sequence[str], comparisons: Comparisons) 
     """Scores with intervals, relative average, flips, kept gain, and the tokens that they cost."""
     winners = not is_plumbing(tasks)
 
-    def items(row: Row) -> Iterator[OfTask]:
+    def items(row: Row) -> Iterator[Item]:
         average = comparisons.of(row.label, row.pruning_rate, AVERAGE)
         for task in tasks:
-            yield OfTask(row, task, comparisons.of(row.label, row.pruning_rate, task), average, winners)
+            yield Item(row, task, comparisons.of(row.label, row.pruning_rate, task), average, has_winners=winners)
 
     bold = "Bold: the best of its rate, where the paired 95 % interval of its difference to the runner-up excludes 0."
     legend = (
@@ -81,9 +81,9 @@ def beside_the_paper(paper: PaperTable, tasks: Sequence[str]) -> Table | None:
         return None
     gate = {verdict.task: verdict for verdict in paper.gate.tasks}
 
-    def items(row: Row) -> Iterator[OfPaper]:
+    def items(row: Row) -> Iterator[Item]:
         for key, compared in [*shown[row.key].cells.items(), (AVERAGE, shown[row.key].average)]:
-            yield OfPaper(row, key, compared, gate.get(key) if row.method == UNPRUNED else None)
+            yield Item(row, key, compared, gate=gate.get(key) if row.method == UNPRUNED else None)
 
     legend = (
         "Ours with its 95 % interval (± over seeds); under it the printed number, in brackets ours minus printed, in the unit of the "
@@ -91,7 +91,7 @@ def beside_the_paper(paper: PaperTable, tasks: Sequence[str]) -> Table | None:
         "verdict; on the unpruned row it is the gate's.",
         paper.rule,
         paper.noise,
-        *map(str, paper.footnotes),
+        *paper.footnotes,
     )
     caption = f"Our scores beside the paper's for {paper.vlm}"
     groups = _grouped([item.row for item in shown.values()], items)
@@ -107,11 +107,11 @@ def differences(rows: Sequence[Row], tasks: Sequence[str], comparisons: Comparis
     if all(cell.difference is None for cell in comparisons.cells):
         return None
 
-    def items(row: Row) -> Iterator[OfTask]:
+    def items(row: Row) -> Iterator[Item]:
         for task in (*tasks, AVERAGE):
             compared = comparisons.of(row.label, row.pruning_rate, task)
             if compared is not None and compared.difference is not None:
-                yield OfTask(row, task, compared)
+                yield Item(row, task, compared)
 
     legend = (
         "Row minus unpruned on the same documents, in the unit of the benchmark (Avg: percent of unpruned), with its paired 95 % interval "
@@ -167,7 +167,7 @@ def tokens(rows: Sequence[Row]) -> Table:
         "would have acted and were mended here.",
         *text.quirk_names(rows),
     )
-    return Table("tokens", "Visual tokens", columns.TOKENS, _grouped(rows, lambda row: [OfRow(row)]), legend)
+    return Table("tokens", "Visual tokens", columns.TOKENS, _grouped(rows, lambda row: [Item(row)]), legend)
 
 
 def costs(rows: Sequence[Row]) -> Table | None:
@@ -177,7 +177,7 @@ def costs(rows: Sequence[Row]) -> Table | None:
         return None
     sizes = sorted({size for row in shown for size in row.costs.batch_sizes})
     batches = f"{', '.join(map(str, sizes))} prompts" if sizes != [1] else "1 prompt"
-    table = Table("costs", "What a prompt costs", columns.COSTS, _grouped(shown, lambda row: [OfRow(row)]))
+    table = Table("costs", "What a prompt costs", columns.COSTS, _grouped(shown, lambda row: [Item(row)]))
     empty = [column for column in table.columns if column.header and _is_empty(column, table)]
     legend = (
         f"GFLOPs of one prompt's prefill in the language model; ours: {OUR_FORMULA}; the literature's: {LITERATURE_FORMULA}. KV: keys and "
@@ -204,8 +204,8 @@ def capabilities(rows: Sequence[Row], strata: Sequence[Stratum]) -> Table | None
     heads = {name: f"{name}, {max(item.n_documents for item in of_name[name])} documents" for name in names}
     parts = {name: ", ".join(dict.fromkeys(part for item in of_name[name] for part in item.parts)) for name in names}
 
-    def items(row: Row) -> list[OfStratum]:
-        return [OfStratum(row, name, found[(*row.key, name)]) for name in names if (*row.key, name) in found]
+    def items(row: Row) -> list[Item]:
+        return [Item(row, name, found[(*row.key, name)]) for name in names if (*row.key, name) in found]
 
     legend = (CAPABILITY_NOTE, "Made of: " + "; ".join(f"{name}: {listed}" for name, listed in parts.items()) + ".")
     groups = _grouped([row for row in rows if items(row)], items)
@@ -224,23 +224,20 @@ def hard_subsets(strata: Sequence[Stratum]) -> Table | None:
     return Table("hard", "Documents that a coarser image gets wrong", columns.HARD, listed, (HARD_NOTE,))
 
 
-def _grouped(rows: Sequence[Row], items: Any) -> tuple[Group, ...]:
+def _grouped(rows: Sequence[Row], items: Callable[[Row], Iterable[Item]]) -> tuple[Group, ...]:
     """Rows under the headings of their rates; `items` makes those of a row."""
-    return tuple(
-        Group(heading, tuple(_line(row, items) for row in group), brief=_brief(heading, group))
-        for heading, group in ((heading, list(listed)) for heading, listed in groupby(rows, key=lambda row: row.heading))
-    )
+    groups = []
+    for heading, listed in groupby(rows, key=lambda row: row.heading):
+        group = list(listed)
+        lines = tuple(Line(row.label, tuple(items(row)), "" if row.status == FINISHED else row.status) for row in group)
+        groups.append(Group(heading, lines, _brief(group[0])))
+    return tuple(groups)
 
 
-def _line(row: Row, items: Any) -> Line:
-    return Line(row.label, tuple(items(row)), "" if row.status == FINISHED else row.status)
-
-
-def _brief(heading: str, group: Sequence[Row]) -> str:
-    first = group[0]
-    if first.percent is None:
-        return "none" if first.method == UNPRUNED else "all"
-    return f"{first.percent:.1f} %"
+def _brief(row: Row) -> str:
+    if row.percent is None:
+        return "none" if row.method == UNPRUNED else "all"
+    return f"{row.percent:.1f} %"
 
 
 def _removed(rate: str | float | None) -> str:

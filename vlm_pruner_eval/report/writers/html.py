@@ -17,14 +17,13 @@ from vlm_pruner_eval.report.load import Results
 from vlm_pruner_eval.report.show.gallery import Picture
 from vlm_pruner_eval.report.tables.columns import SIGNIFICANT
 from vlm_pruner_eval.report.tables.layout import facts
-from vlm_pruner_eval.report.writers import svg
 
-_SIGNATURES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg"}
+_SIGNATURES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"<?xml": "image/svg+xml"}
 _COLOURS = f"Green: better than unpruned; red: worse; p below {SIGNIFICANT}."
 
 
 def html(report: Report, figures: Mapping[str, Sequence[Path]], pictures: Sequence[Picture]) -> str:
-    """Write the page; everything but the drawings is escaped.
+    """Write the page; everything is escaped.
 
     Parameters
     ----------
@@ -54,6 +53,7 @@ def _sections(report: Report, figures: Mapping[str, Sequence[Path]], pictures: S
         shown = [tables[name] for name in names if name in tables]
         return {"id": id, "title": title, "parts": {"tables": shown} | parts}
 
+    drawings = [(path.read_bytes(), WORDS[name]) for name, paths in figures.items() for path in paths if path.suffix == ".svg"]
     paper = () if report.paper is None else report.paper.differences
     folded = [tables["contests"]] if "contests" in tables else []
     colours = [_COLOURS] if "differences" in tables else []
@@ -62,7 +62,7 @@ def _sections(report: Report, figures: Mapping[str, Sequence[Path]], pictures: S
     yield section("differences", "Differences, and what they can show", "differences", "power", text=colours, folded=folded)
     yield section("costs", "Tokens, memory and time", "tokens", "costs")
     yield section("strata", "By capability, and on hard documents", "capabilities", "hard")
-    yield section("figures", "Figures", drawings=list(_drawings(figures)))
+    yield section("figures", "Figures", drawings=drawings)
     yield section("gallery", "What was kept", pictures=pictures)
     yield section("provenance", "Where these numbers come from", "provenance")
 
@@ -85,17 +85,8 @@ def _summary(results: Results) -> str:
     )
 
 
-def _drawings(figures: Mapping[str, Sequence[Path]]) -> Iterator[dict[str, str]]:
-    for name, paths in figures.items():
-        words = WORDS[name]
-        for path in paths:
-            if path.suffix == ".svg":
-                drawn = svg.inline(path, name=name, title=words.title, description=words.description)
-                yield {"svg": drawn, "title": words.title, "legend": words.legend}
-
-
 def data_uri(content: bytes) -> str:
-    """A PNG or JPEG as a URI that holds it."""
+    """A PNG, JPEG or SVG as a URI that holds it."""
     for signature, kind in _SIGNATURES.items():
         if content.startswith(signature):
             return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -22,9 +22,15 @@ def markdown(report: Report, figures: Mapping[str, Sequence[Path]]) -> str:
     figures
         Of `draw_all`, in the folder of the report.
     """
-    parts = [f"# {report.results.name}", *(f"**{_one_line(said)}**" if bad else _one_line(said) for said, bad in report.remarks())]
+    parts = [
+        f"# {report.results.name}",
+        *(f"**{_one_line(said)}**" if bad else _one_line(said) for said, bad in report.remarks()),
+    ]
     if report.paper is not None and report.paper.differences:
-        parts += ["Known differences to what the authors ran:", "\n".join(f"- {line}" for line in report.paper.differences)]
+        parts += [
+            "Known differences to what the authors ran:",
+            "\n".join(f"- {line}" for line in report.paper.differences),
+        ]
     for shown in report.tables:
         if shown.on_pages:
             parts += [f"## {shown.caption}", table(lines(shown)), *shown.legend]

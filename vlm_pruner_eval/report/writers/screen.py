@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
+from vlm_pruner_eval.redact import spelled_out
 from vlm_pruner_eval.report import text
 from vlm_pruner_eval.report.load import Results
 from vlm_pruner_eval.report.paper.paper_comparison import PaperRow, PaperTable, said
@@ -17,7 +18,6 @@ from vlm_pruner_eval.report.rows import PLUMBING, Row, is_plumbing
 from vlm_pruner_eval.report.stats.comparisons import Comparisons
 from vlm_pruner_eval.report.tables.layout import scores
 from vlm_pruner_eval.report.tables.table import Column, Line, Table
-from vlm_pruner_eval.shown import spelled_out
 
 WIDTH = 100
 _TASKS_A_TABLE = 6
@@ -86,7 +86,10 @@ def _print_quirks(console: Console, rows: Sequence[Row]) -> None:
     counted = [row for row in rows if row.quirks]
     if not counted:
         return
-    console.print(Text("Misbehaviours of the authors' releases, on so many samples (they act under official_quirks only):"), width=WIDTH)
+    console.print(
+        Text("Misbehaviours of the authors' releases, on so many samples (they act under official_quirks only):"),
+        width=WIDTH,
+    )
     for row in counted:
         console.print(Text(f"  {row.label}, {row.heading}: {text.quirks(row)}"), width=WIDTH)
     for sentence in text.quirk_names(counted):
@@ -107,6 +110,9 @@ def print_verdicts(console: Console, item: PaperRow) -> None:
     """Print a line for every cell of a row that has a verdict."""
     for name, compared in [*item.cells.items(), ("relative Avg", item.average)]:
         if compared.verdict is not None:
-            ours, printed = text.exact(compared.cell.value), text.exact(None if compared.printed is None else compared.printed.value)
+            ours, printed = (
+                text.exact(compared.cell.value),
+                text.exact(None if compared.printed is None else compared.printed.value),
+            )
             line = f"{item.row.label}, {item.row.heading}, {name}: {ours}, printed {printed}: {said(compared)}"
             console.print(Text(line), width=WIDTH)

@@ -1,0 +1,1 @@
+"""Parts that several families share; a file of this folder is no family."""
