@@ -45,7 +45,7 @@ SECTIONS: dict[str, Callable[[Section], None]] = {
     "full_at_writes": partial(parts.at_writes, kind=FULL, each=1),
     "kill_in_report": partial(parts.in_report, kind=KILL),
     "full_in_report": partial(parts.in_report, kind=FULL),
-    "disks": partial(parts.full_disks, levels=8, limits=3),
+    "disks": partial(parts.small_disks, limits=6),
     "logs": partial(parts.damaged_logs, step=30),
     "memory": partial(parts.short_of_memory, rounds=3, kills=0),
     "memory_and_kills": partial(parts.short_of_memory, rounds=3, kills=3),

@@ -7,10 +7,8 @@ import json
 import random
 import shutil
 import signal
-import subprocess
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -250,16 +248,13 @@ def _break(section: Section, sweep: Sweep, watch: Watch, trap: Trap, *, may_miss
 
 
 # ---- disks
-def full_disks(section: Section, *, levels: int, limits: int) -> None:
-    """A small file system at several sizes, and files that may not become longer than so much."""
+def small_disks(section: Section, *, limits: int) -> None:
+    """Files that may not become longer than so much: a write fails half way, or kills."""
     sweep = standin_sweep(section.folder, n_runs=3, limit=24)
     expected = section.reference(sweep)
-    sizes = [path.stat().st_size for path in expected.output.rglob("*") if path.is_file()]
-    pages = sum(-(-size // 4096) for size in sizes)
-    for level in range(levels):
-        _on_tmpfs(section, sweep, expected, 4096 * max(1, round(pages * (level + 0.5) / levels)))
+    longest = max(path.stat().st_size for path in expected.output.rglob("*") if path.is_file())
     for number in range(limits):
-        most = 4_000 + number * (max(sizes) - 4_000) // limits
+        most = 4_000 + number * (longest - 4_000) // limits
         for kills in (False, True):
             watch = section.begin(sweep, expected)
             end = Attempt(sweep, Faults(file_bytes=most, kill_at_limit=kills)).wait()
@@ -269,35 +264,6 @@ def full_disks(section: Section, *, levels: int, limits: int) -> None:
                 section.expect(end, 1, "file limit", SENTENCE)
             watch.look(f"files of at most {most} bytes")
             section.finish(sweep, watch, f"files of at most {most} bytes")
-
-
-def _on_tmpfs(section: Section, sweep: Sweep, expected: Expected, size: int) -> None:
-    with tmpfs(section.folder / "disk", size) as disk:
-        if disk is None:
-            section.facts["no_tmpfs"] = "mounting is not permitted"
-            return
-        # its log and list of events must not lie on the small disk
-        small = dataclasses.replace(sweep.into(disk / "out"), beside=section.folder)
-        watch = section.begin(small, expected)
-        end = Attempt(small).wait()
-        section.expect(end, 1, "tmpfs full", SENTENCE)
-        watch.look(f"tmpfs of {size} bytes", end.answers)
-        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-        section.finish(small, watch, f"tmpfs of {size} bytes")
-
-
-@contextmanager
-def tmpfs(folder: Path, size: int) -> Iterator[Path | None]:
-    """A file system of so many bytes; None if it may not be mounted."""
-    folder.mkdir(exist_ok=True)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, check=False)
-    if done.returncode:
-        yield None
-        return
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 # ---- logs

@@ -36,6 +36,7 @@ from PIL import Image
 from sweep_standin import N_VISUAL, StandIn, task_manager, write_tasks
 
 from vlm_pruner_eval import cli, selftest, versions
+from vlm_pruner_eval.embedded import tasks_path
 from vlm_pruner_eval.lmms import wrapper
 from vlm_pruner_eval.lmms.prompts import Defaults, Prompt, Request, image_digest
 from vlm_pruner_eval.lmms.wrapper import PrunedModel
@@ -54,6 +55,7 @@ IMPORTED = (
 )
 _POLL_S, _DEAF_S = 0.002, 60.0
 _DOCUMENTS_A_PICTURE = 5
+_MODEL = "vlmpruner_llava"
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def _picture(seed: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A command that can be attempted again and again; `beside` is the folder of its log, by default that of the results."""
+    """A command that can be attempted again and again."""
 
     file: Path
     output: Path
@@ -135,7 +137,6 @@ class Sweep:
     make: Callable[[Faults], Any]
     options: tuple[str, ...] = ()
     has_report: bool = True
-    beside: Path | None = None
 
     @functools.cached_property
     def sources(self) -> dict[str, str]:
@@ -174,43 +175,29 @@ def standin_sweep(folder: Path, *, pause_s: float = 0.0, n_runs: int = 7, limit:
     """The stand-in on three tasks, or on two if there are three runs at most."""
     methods = ["vlmpruner", {"name": "random", "seeds": [0, 1]}, "blind", "uniform", "fastv"]
     tasks = ["tiny_mean", "tiny_pairs", "tiny_state"]
-    raw = {
-        "name": "faults",
-        "model": {"id": "vlmpruner_llava", "pretrained": "somewhere/tiny", "batch_size": size, "visual_tokens": N_VISUAL},
-        "tasks": tasks if n_runs > 3 else tasks[:2],
-        "pruning_rates": ["2/3"],
-        "methods": methods if n_runs > 3 else methods[0 : n_runs - 1 : 2],
-        "limit": limit,
-        "gallery": 10,
-    }
-    tasks = task_manager(write_tasks(folder / "tasks"))
-    make = functools.partial(PausingStandIn, size, pause_s)
-    return Sweep(_write(folder, raw), folder / "out", tasks, make)
+    if n_runs <= 3:
+        methods, tasks = methods[0 : n_runs - 1 : 2], tasks[:2]
+    model = {"pretrained": "somewhere/tiny", "batch_size": size}
+    file = _write(folder, model, tasks, methods, visual_tokens=N_VISUAL, limit=limit)
+    return Sweep(file, folder / "out", task_manager(write_tasks(folder / "tasks")), functools.partial(PausingStandIn, size, pause_s))
 
 
 def minivlm_sweep(folder: Path, *, limit: int = 8, options: tuple[str, ...] = ()) -> Sweep:
     """MiniVLM on two tasks of DIGITSCENES; loaded here, once for all attempts."""
-    from vlm_pruner_eval.embedded import tasks_path
-
     args = {"pretrained": "minivlm", "batch_size": 4, "device": "cpu"}
-    raw = {
-        "name": "faults",
-        "model": {"id": "vlmpruner_llava", **args, "visual_tokens": 576},
-        "tasks": ["digitscenes_exist", "digitscenes_pairs"],
-        "pruning_rates": ["8/9"],
-        "methods": ["vlmpruner", "fastv", {"name": "random", "seeds": [0]}, "blind"],
-        "limit": limit,
-        "gallery": 4,
-    }
-    model = wrapper.load("vlmpruner_llava", **args)
-    index = lmms_eval.tasks.TaskManager("ERROR", include_path=[str(tasks_path())], include_defaults=False, model_name="vlmpruner_llava")
-    return Sweep(_write(folder, raw), folder / "out", index, lambda faults: model, options)
+    methods = ["vlmpruner", "fastv", {"name": "random", "seeds": [0]}, "blind"]
+    file = _write(folder, args, ["digitscenes_exist", "digitscenes_pairs"], methods, visual_tokens=576, limit=limit)
+    model = wrapper.load(_MODEL, **args)
+    index = lmms_eval.tasks.TaskManager("ERROR", include_path=[str(tasks_path())], include_defaults=False, model_name=_MODEL)
+    return Sweep(file, folder / "out", index, lambda faults: model, options)
 
 
-def _write(folder: Path, raw: dict[str, Any]) -> Path:
+def _write(folder: Path, model: dict[str, Any], tasks: list[str], methods: list[Any], *, visual_tokens: int, limit: int) -> Path:
+    """A sweep file."""
+    raw = {"model": {"id": _MODEL, **model, "visual_tokens": visual_tokens}, "tasks": tasks, "methods": methods, "limit": limit}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "sweep.yaml"
-    path.write_text(json.dumps(raw))  # JSON is YAML
+    path.write_text(json.dumps(raw | {"name": "faults", "pruning_rates": ["2/3"], "gallery": 10}))  # JSON is YAML
     return path
 
 
@@ -225,8 +212,7 @@ class Attempt:
 
     def __init__(self, sweep: Sweep, faults: Faults = NO_FAULTS, lane: str = ""):
         self.started = time.monotonic()
-        beside = sweep.beside or sweep.output.parent
-        self._log, self._events = beside / f"{sweep.output.name}{lane}.log", beside / f"{sweep.output.name}{lane}.events"
+        self._log, self._events = (sweep.output.with_name(f"{sweep.output.name}{lane}.{kind}") for kind in ("log", "events"))
         for path in (self._log, self._events):
             path.write_text("")
         _import_late()

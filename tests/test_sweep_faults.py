@@ -42,7 +42,7 @@ LONG = {
     "larger_limit": (partial(parts.larger_limit, kills=3, span_s=1.0, pause_s=0.02), 3),
     "all_writes": (partial(parts.at_writes, kind=KILL, each=1), 40),
     "memory": (partial(parts.short_of_memory, rounds=1, kills=2), 0),
-    "disks": (partial(parts.full_disks, levels=2, limits=1), 0),
+    "disks": (partial(parts.small_disks, limits=1), 0),
 }
 
 

@@ -30,7 +30,6 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ray_standin.environment(folder).items():
             patch.setenv(name, value)
-        patch.setenv("HF_DATASETS_CACHE", str(folder.parent / "datasets"))
         own = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR", "object_store_memory": 80_000_000}
         ray.init(address="local", num_cpus=2, **own)
         yield folder
@@ -89,14 +88,11 @@ def test_what_a_worker_refuses_is_said_in_full(tasks: Path, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-def test_no_cluster_at_an_address_is_a_sentence(tmp_path: Path) -> None:
+def test_no_cluster_at_an_address_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray", reason="Ray is not installed")
-    no_cluster = mock.patch.object(ray, "is_initialized", lambda: False)
-    with (
-        no_cluster,
-        mock.patch.object(ray, "init", side_effect=ConnectionError("nobody")),
-        pytest.raises(ConfigError, match=r"no cluster at .* can be joined"),
-    ):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", mock.Mock(side_effect=ConnectionError("nobody")))
+    with pytest.raises(ConfigError, match=r"no cluster at '127.0.0.1:1' .* can be joined"):
         run_sweep(ray_standin.config(), tmp_path / "out", executor="ray", address="127.0.0.1:1", console=Console(file=io.StringIO()))
     assert not (tmp_path / "out").exists()
 
