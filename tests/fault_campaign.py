@@ -40,12 +40,12 @@ SECTIONS: dict[str, Callable[[Section], None]] = {
     "random": partial(parts.standin_kills, kills=60, span_s=4.0, pause_s=0.1),
     "two_workers": partial(parts.two_workers, kills=40, span_s=2.5, pause_s=0.1),
     "larger_limit": partial(parts.larger_limit, kills=12, span_s=1.5, pause_s=0.05),
-    "kill_at_writes": partial(parts.at_writes, kind=KILL, each=1, again=True),
-    "power_at_writes": partial(parts.at_writes, kind=POWER, each=1),
-    "full_at_writes": partial(parts.at_writes, kind=FULL, each=1),
+    "kill_at_writes": partial(parts.at_writes, kind=KILL, again=True),
+    "power_at_writes": partial(parts.at_writes, kind=POWER),
+    "full_at_writes": partial(parts.at_writes, kind=FULL),
     "kill_in_report": partial(parts.in_report, kind=KILL),
     "full_in_report": partial(parts.in_report, kind=FULL),
-    "disks": partial(parts.small_disks, limits=6),
+    "small_disks": partial(parts.small_disks, limits=6),
     "logs": partial(parts.damaged_logs, step=30),
     "memory": partial(parts.short_of_memory, rounds=3, kills=0),
     "memory_and_kills": partial(parts.short_of_memory, rounds=3, kills=3),
@@ -53,41 +53,39 @@ SECTIONS: dict[str, Callable[[Section], None]] = {
 }
 
 
-def run(name: str, work: Callable[[Section], None], folder: Path, seed: int) -> dict[str, Any]:
-    """One section: what it did and found."""
+def run(name: str, folder: Path, seed: int) -> tuple[Section, float]:
+    """One section, and its seconds."""
     print(f"{name}: started", file=sys.stderr, flush=True)
     started, section = time.monotonic(), Section(folder, seed + sum(name.encode()))
     datasets.config.HF_DATASETS_CACHE = folder / "datasets"  # the first attempt prepares them there, not in the user's cache
     try:
-        work(section)
+        SECTIONS[name](section)
     except Exception:
-        section.findings.broken.append(f"the campaign itself: {traceback.format_exc()}")
-    found = section.as_json() | {"boundaries": sorted(set(section.boundaries)), "seconds": round(time.monotonic() - started, 1)}
-    print(f"{name}: {found['seconds']} s, found {found['findings'] or 'nothing'}", file=sys.stderr, flush=True)
-    return found
+        section.findings["broken"].append(f"the campaign itself: {traceback.format_exc()}")
+    seconds = round(time.monotonic() - started, 1)
+    print(f"{name}: {seconds} s, found {dict(section.findings) or 'nothing'}", file=sys.stderr, flush=True)
+    return section, seconds
 
 
-def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """All sections together."""
-    kills: Counter[str] = Counter()
-    boundaries: set[str] = set()
-    hit: set[str] = set()
-    for name, section in found.items():
-        kills.update(section["kills"])
-        own = section.pop("boundaries")
-        if name.startswith("kill_"):
-            boundaries |= set(own)
-            hit |= set(section["hit"])
+def summary(done: dict[str, tuple[Section, float]]) -> dict[str, Any]:
+    """All sections together, and each."""
+    sections = [section for section, _ in done.values()]
+    killed = [done[name][0] for name in done if name.startswith("kill_")]
+    boundaries = {name for section in killed for name in section.boundaries}
+    by_kind = sum((section.kills for section in sections), Counter())
+    each = {
+        name: {"kills": section.kills, "exit_codes": section.codes, "findings": section.findings, **section.facts, "seconds": seconds}
+        for name, (section, seconds) in done.items()
+    }
     return {
-        "kills": sum(kills.values()),
-        "kills_by_kind": dict(kills),
-        "resumes": sum(section["resumes"] for section in found.values()),
-        "sweeps_finished": sum(section["sweeps_finished"] for section in found.values()),
-        **{name: sum(section[name] for section in found.values()) for name in FOUND},
+        "kills": by_kind.total(),
+        "kills_by_kind": by_kind,
+        "resumes": sum(section.resumes for section in sections),
+        "sweeps_finished": sum(section.sweeps for section in sections),
+        **{name: sum(len(section.findings.get(name, ())) for section in sections) for name in FOUND},
         "write_boundaries": len(boundaries),
-        "write_boundaries_hit": len(boundaries & hit),
-        "write_boundaries_not_hit": sorted(boundaries - hit),
-        "sections": found,
+        "write_boundaries_not_hit": sorted(boundaries.difference(*(section.hit for section in killed))),
+        "sections": each,
     }
 
 
@@ -104,7 +102,7 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="faults_", ignore_cleanup_errors=True) as temporary:
         folder = args.folder or Path(temporary)
         with ProcessPoolExecutor(args.lanes, mp_context=get_context("fork")) as lanes:
-            begun = {name: lanes.submit(run, name, SECTIONS[name], folder / name, args.seed) for name in args.only}
+            begun = {name: lanes.submit(run, name, folder / name, args.seed) for name in args.only}
         result = summary({name: section.result() for name, section in begun.items()})
     versions = {name: metadata.version(name) for name in ("lmms-eval", "torch", "transformers", "datasets")}
     about = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,18 +24,7 @@ TIMED = ("prefill_ms", "decode_ms", "peak_bytes", "seconds")  # of an answer
 ABOUT_BATCHES = ("batch", "batch_size", "exhausted")
 _NOTHING: Mapping[str, int] = {}
 Key = tuple[str, int, int | None]  # task, document, choice
-
-
-@dataclass
-class Findings:
-    """What was wrong, as sentences by kind."""
-
-    lost: list[str] = field(default_factory=list)
-    doubled: list[str] = field(default_factory=list)
-    repeated: list[str] = field(default_factory=list)
-    different: list[str] = field(default_factory=list)
-    broken: list[str] = field(default_factory=list)
-    left_behind: list[str] = field(default_factory=list)
+Findings = defaultdict[str, list[str]]  # by kind, see FOUND: what was wrong, in sentences
 
 
 @dataclass
@@ -60,8 +49,8 @@ class Expected:
         return [((row["task"], row["doc_id"], row.get("choice")), self._answer(row)) for row in rows]
 
     def _answer(self, row: dict[str, Any]) -> bytes:
-        kept = _without(row, TIMED + ABOUT_BATCHES * self.any_batch)
-        return _as_bytes(kept | {"record": _without(row.get("record", {}), ("selection_ms",))})
+        record = _without(row.get("record", {}), ("selection_ms",))
+        return _as_bytes(_without(row, TIMED + ABOUT_BATCHES * self.any_batch) | {"record": record})
 
     def results_in(self, output: Path, path: str) -> bytes:
         """All other files of a unit that must be the same, as bytes."""
@@ -82,7 +71,7 @@ class Watch:
 
     output: Path
     expected: Expected
-    findings: Findings = field(default_factory=Findings)
+    findings: Findings = field(default_factory=lambda: defaultdict(list))
     may_restart: bool = False
     written: Counter[str] = field(default_factory=Counter)  # by unit, answers that any attempt wrote
     held: dict[str, set[Key]] = field(default_factory=dict)
@@ -94,36 +83,33 @@ class Watch:
             try:
                 found = self.expected.answers_in(self.output, path)
             except (ConfigError, ValueError, KeyError) as error:
-                self.findings.broken.append(f"{after}: {path}: {error}")
+                self.findings["broken"].append(f"{after}: {path}: {error}")
                 continue
             keys = {key for key, _ in found}
             if not self.may_restart:
                 self._keep(f"{after}: {path}", path, keys)
             self.held[path] = keys
             if len(found) > len(keys):
-                self.findings.doubled.append(f"{after}: {path}: {len(found) - len(keys)} answers")
+                self.findings["doubled"].append(f"{after}: {path}: {len(found) - len(keys)} answers")
             if wrong := [key for key, answer in found if want.get(key) != answer]:
-                self.findings.different.append(f"{after}: {path}: {len(wrong)} answers, such as {wrong[0]}")
-        self._parse(after)
+                self.findings["different"].append(f"{after}: {path}: {len(wrong)} answers, such as {wrong[0]}")
+        # no file that a reader may meet is half written
+        for path in self.output.rglob("[!.]*.json"):
+            try:
+                json.loads(path.read_text())
+            except ValueError as error:
+                self.findings["broken"].append(f"{after}: {path.name}: {error}")
+        for path in self.output.rglob("[!.]*.jpg"):
+            if not path.read_bytes().endswith(b"\xff\xd9"):
+                self.findings["broken"].append(f"{after}: {path.name} is no whole picture")
 
     def _keep(self, where: str, path: str, keys: set[Key]) -> None:
         """Nothing that was there is gone, and nothing was written twice."""
         if missing := self.held.get(path, set()) - keys:
-            self.findings.lost.append(f"{where}: {len(missing)} answers, such as {min(missing)}")
+            self.findings["lost"].append(f"{where}: {len(missing)} answers, such as {min(missing)}")
         if self.written[path] > len(keys):
-            kind = self.findings.repeated if len(keys) == len(self.expected.answers[path]) else self.findings.lost
-            kind.append(f"{where}: {self.written[path]} answers were written, {len(keys)} are there")
-
-    def _parse(self, after: str) -> None:
-        """No file that a reader may meet is half written."""
-        for path in self.output.rglob("[!.]*"):
-            if path.suffix == ".json":
-                try:
-                    json.loads(path.read_text())
-                except ValueError as error:
-                    self.findings.broken.append(f"{after}: {path.name}: {error}")
-            if path.suffix == ".jpg" and not path.read_bytes().endswith(b"\xff\xd9"):
-                self.findings.broken.append(f"{after}: {path.name} is no whole picture")
+            kind = "repeated" if len(keys) == len(self.expected.answers[path]) else "lost"
+            self.findings[kind].append(f"{where}: {self.written[path]} answers were written, {len(keys)} are there")
 
     def is_finished(self) -> bool:
         """Tell if all units are."""
@@ -134,18 +120,17 @@ class Watch:
         """At the end, all is as if nothing had happened."""
         self.look(after, written)
         if not self.is_finished():
-            self.findings.lost.append(f"{after}: units have no finished record")
+            self.findings["lost"].append(f"{after}: units have no finished record")
             return
         for path, want in self.expected.results.items():
             if self.held[path] != set(self.expected.answers[path]):
-                self.findings.lost.append(f"{after}: {path}: {len(self.held[path])} answers, expected {len(self.expected.answers[path])}")
+                self.findings["lost"].append(f"{after}: {path}: {len(self.held[path])} of {len(self.expected.answers[path])} answers")
             if self.expected.results_in(self.output, path) != want:
-                self.findings.different.append(f"{after}: {path}: record, scores, replicates or configuration")
+                self.findings["different"].append(f"{after}: {path}: record, scores, replicates or configuration")
         here = files_of(self.output)
-        if missing := self.expected.files - here:
-            self.findings.lost.append(f"{after}: no {', '.join(sorted(missing))}")
-        if more := here - self.expected.files:
-            self.findings.left_behind.append(f"{after}: {', '.join(sorted(more)[:3])} ({len(more)} files)")
+        for kind, names in (("lost", self.expected.files - here), ("left_behind", here - self.expected.files)):
+            if names:
+                self.findings[kind].append(f"{after}: {len(names)} files, such as {min(names)}")
 
 
 def files_of(root: Path) -> set[str]:
@@ -153,9 +138,9 @@ def files_of(root: Path) -> set[str]:
     return {str(path.relative_to(root)) for path in root.rglob("*") if path.name != HOLDER}
 
 
-def temporaries(root: Path) -> list[Path]:
-    """Files that an interrupted write left."""
-    return list(root.rglob(".*.tmp"))
+def contents_of(root: Path) -> dict[str, bytes]:
+    """The same with the content of every file."""
+    return {name: (root / name).read_bytes() for name in files_of(root) if (root / name).is_file()}
 
 
 def age(root: Path) -> None:

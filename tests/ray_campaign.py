@@ -47,14 +47,14 @@ def one_kill(folder: Path, tasks: Path, expected: Expected, after: int, delay_s:
     with ray_standin.with_standin():
         outcome = run_sweep(ray_standin.config(), folder / "out", console=console, executor="ray", processes=2)
     answers = Counter(line.partition(" ")[2] for line in log.read_text().splitlines())
-    findings = vars(ray_standin.compare(tasks, folder / "out", expected))
+    findings = ray_standin.compare(tasks, folder / "out", expected)
     found = Counter({name: len(listed) for name, listed in findings.items()})
     found["lost"] += outcome.failed + outcome.left
     # the batch that a worker was at was not written down yet
     twice = answers.total() - len(answers)
     found["repeated"] += max(0, twice - N_IN_A_BATCH * killed.exists())
     if found.total():
-        print(f"{findings}\n{console.export_text()}", file=sys.stderr, flush=True)
+        print(f"{dict(findings)}\n{console.export_text()}", file=sys.stderr, flush=True)
     print(f"behind answer {after}: killed {killed.exists()}, {twice} twice, found {found.total()}", flush=True)
     return killed.exists(), found + Counter(twice=twice)
 
@@ -73,22 +73,22 @@ def campaign(folder: Path, seed: int, wanted: dict[str, int]) -> dict[str, Any]:
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     moments: dict[str, list[int]] = {kind: [] for kind in wanted}
     found: Counter[str] = Counter()
-    for kind in moments:
+    for kind, listed in moments.items():
         for number in range(2 * wanted[kind]):  # some come too late
-            if len(moments[kind]) == wanted[kind]:
+            if len(listed) == wanted[kind]:
                 break
             after = 0 if draw.random() < 0.15 else draw.randrange(N_ANSWERS - 2 * N_IN_A_BATCH)
             raylet = second.all_processes["raylet"][0].process.pid if kind == "nodes" else 0
             was_killed, more = one_kill(folder / f"{kind}{number}", tasks, expected, after, draw.uniform(0, 0.2), raylet)
             found += more
-            moments[kind] += [after] * was_killed
+            listed.extend([after] * was_killed)
             if was_killed and raylet:
                 cluster.remove_node(second, allow_graceful=False)
                 second = cluster.add_node(**_NODE)
     ray.shutdown()
     cluster.shutdown()
     return {
-        "kills": {kind: len(listed) for kind, listed in moments.items()},
+        "kills": {kind: len(found_at) for kind, found_at in moments.items()},
         "behind_answers": moments,
         "answers_computed_twice": found["twice"],
         "found": {name: found[name] for name in FOUND},
