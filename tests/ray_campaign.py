@@ -30,7 +30,7 @@ from fault_checks import FOUND, Expected
 from rich.console import Console
 from sweep_standin import write_tasks
 
-from vlm_pruner_eval.sweep import provenance
+from vlm_pruner_eval.sweep import on_ray, provenance
 from vlm_pruner_eval.sweep.runner import run_sweep
 
 N_ANSWERS, N_IN_A_BATCH = 10 * 12, 3
@@ -61,7 +61,7 @@ def one_kill(folder: Path, tasks: Path, expected: Expected, after: int, delay_s:
 
 def campaign(folder: Path, seed: int, wanted: dict[str, int]) -> dict[str, Any]:
     """So many workers and nodes killed: what was found, and at which answers they were killed."""
-    import ray
+    ray = on_ray._import_ray(is_own=False)
     from ray.cluster_utils import Cluster
 
     started, draw = time.monotonic(), random.Random(seed)
@@ -70,22 +70,21 @@ def campaign(folder: Path, seed: int, wanted: dict[str, int]) -> dict[str, Any]:
     expected = ray_standin.alone(tasks, folder / "alone")
     cluster = Cluster(initialize_head=True, head_node_args=_NODE | {"include_dashboard": False})
     second = cluster.add_node(**_NODE)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     moments: dict[str, list[int]] = {kind: [] for kind in wanted}
     found: Counter[str] = Counter()
-    for kind, listed in moments.items():
-        for number in range(2 * wanted[kind]):  # some come too late
-            if len(listed) == wanted[kind]:
-                break
-            after = 0 if draw.random() < 0.15 else draw.randrange(N_ANSWERS - 2 * N_IN_A_BATCH)
-            raylet = second.all_processes["raylet"][0].process.pid if kind == "nodes" else 0
-            was_killed, more = one_kill(folder / f"{kind}{number}", tasks, expected, after, draw.uniform(0, 0.2), raylet)
-            found += more
-            listed.extend([after] * was_killed)
-            if was_killed and raylet:
-                cluster.remove_node(second, allow_graceful=False)
-                second = cluster.add_node(**_NODE)
-    ray.shutdown()
+    with on_ray._connected(ray, cluster.address, None):
+        for kind, listed in moments.items():
+            for number in range(2 * wanted[kind]):  # some come too late
+                if len(listed) == wanted[kind]:
+                    break
+                after = 0 if draw.random() < 0.15 else draw.randrange(N_ANSWERS - 2 * N_IN_A_BATCH)
+                raylet = second.all_processes["raylet"][0].process.pid if kind == "nodes" else 0
+                was_killed, more = one_kill(folder / f"{kind}{number}", tasks, expected, after, draw.uniform(0, 0.2), raylet)
+                found += more
+                listed.extend([after] * was_killed)
+                if was_killed and raylet:
+                    cluster.remove_node(second, allow_graceful=False)
+                    second = cluster.add_node(**_NODE)
     cluster.shutdown()
     return {
         "kills": {kind: len(found_at) for kind, found_at in moments.items()},

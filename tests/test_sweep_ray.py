@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,15 +26,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a worker takes 8 s 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of the tasks, with a cluster of two workers."""
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'vlm-pruner-eval[cluster]'")
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'vlm-pruner-eval[cluster]'")
     folder = write_tasks(tmp_path_factory.mktemp("ray") / "tasks")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ray_standin.environment(folder).items():
             patch.setenv(name, value)
-        own = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR", "object_store_memory": 80_000_000}
-        ray.init(address="local", num_cpus=2, **own)
-        yield folder
-        ray.shutdown()
+        with on_ray._connected(on_ray._import_ray(is_own=True), None, 2):
+            yield folder
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +59,10 @@ def test_it_leaves_what_one_process_leaves(tasks: Path, alone: Expected, tmp_pat
     assert sweep(tmp_path / "out")[0] == Outcome(runs=5, skipped=5, failed=0)
 
 
-def test_workers_that_are_killed_are_started_again(tasks: Path, alone: Expected, tmp_path: Path) -> None:
+def test_workers_that_are_killed_are_started_again(tasks: Path, alone: Expected, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     ray_standin.behave(tasks, STANDIN_LOG=str(tmp_path / "log"), STANDIN_DIE="random:2:1,blind:3:1")
     assert sweep(tmp_path / "out")[0] == Outcome(runs=5, skipped=0, failed=0)
+    assert capfd.readouterr().out == "", "Ray tells of deaths where --json prints"
     assert {path.name for path in tasks.glob("deaths of *")} == {"deaths of random", "deaths of blind"}
     assert len((tmp_path / "log").read_text().splitlines()) == 10 * 12, "they had written down every batch"
     assert ray_standin.compare(tasks, tmp_path / "out", alone) == {}
@@ -91,7 +91,7 @@ def test_what_a_worker_refuses_is_said_in_full(tasks: Path, tmp_path: Path) -> N
 def test_no_cluster_at_an_address_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray", reason="Ray is not installed")
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", mock.Mock(side_effect=ConnectionError("nobody")))
+    monkeypatch.setattr(ray, "init", mock.Mock(side_effect=AssertionError("it would try for minutes")))
     with pytest.raises(ConfigError, match=r"no cluster at '127.0.0.1:1' .* can be joined"):
         run_sweep(ray_standin.config(), tmp_path / "out", executor="ray", address="127.0.0.1:1", console=Console(file=io.StringIO()))
     assert not (tmp_path / "out").exists()
@@ -108,6 +108,16 @@ def test_no_cluster_at_an_address_is_a_sentence(tmp_path: Path, monkeypatch: pyt
 def test_a_worker_has_a_gpu_or_two_cores(device: str | None, resources: list[dict], wants: dict[str, int], places: int) -> None:
     nodes = [{"Alive": True, "Resources": found} for found in resources] + [{"Alive": False, "Resources": {"GPU": 99}}]
     assert on_ray._resources(SimpleNamespace(nodes=lambda: nodes), device) == (wants, places)
+
+
+def test_sigterm_stays_what_the_sweep_does_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray", reason="Ray is not installed")
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: signal.signal(signal.SIGTERM, lambda *_: None))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with on_ray._connected(ray, None, 1):
+        assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_one_gpu_for_all_workers_is_refused() -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
+import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +26,8 @@ from vlm_pruner_eval.sweep.work import Work, work_here, work_of
 from vlm_pruner_eval.sweep.workers import MOST_DEATHS, Watch, sweep_file
 
 _MOST_ON_A_NODE = 4  # workers without a GPU, unless more are asked for: every one holds the model in memory
-_LOOK_S = 1.0
+_LOOK_S, _CONNECT_S = 1.0, 5.0
+_OBJECTS_BYTES = 80_000_000  # results are files
 
 
 def work_on_ray(work: Work, address: str | None, processes: int | None, opener: Any = open_session) -> None:
@@ -123,12 +127,20 @@ def _connected(ray: ModuleType, address: str | None, processes: int | None) -> I
         return
     silent: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:  # "local": Ray would look for a cluster of anyone on this machine
-        silent |= {"num_cpus": max(os.cpu_count() or 1, processes or 1), "include_dashboard": False}
+        silent |= {"num_cpus": max(os.cpu_count() or 1, processes or 1), "include_dashboard": False, "object_store_memory": _OBJECTS_BYTES}
+    terminate = signal.getsignal(signal.SIGTERM)
     try:
+        if address not in (None, "auto"):  # Ray would try for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
         ray.init(address=address or "local", **silent)
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         where = "on this machine" if address is None else f"at {address!r} (start one by `ray start --head`)"
         raise ConfigError(f"--executor ray: no cluster {where} can be joined ({error}).") from None
+    # what Ray has turned on: an end at once on SIGTERM, and dozens of lines about every death on standard output
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminate)
+    ray._private.worker._worker_logs_enabled = False
     try:
         yield
     finally:
