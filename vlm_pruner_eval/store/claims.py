@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from vlm_pruner_eval.durable import make_folder
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.store.files import TEMPORARY
 
 LOCK, HOLDER = ".lock", ".holder"
 _PATIENCE_S, _POLL_S = 0.1, 0.02  # a look at the lock by somebody else takes less
@@ -97,7 +98,7 @@ def check_locks(root: Path) -> None:
     nearest = root.absolute()
     while not nearest.exists():
         nearest = nearest.parent
-    handle, name = tempfile.mkstemp(dir=nearest, prefix=".lock-probe.")
+    handle, name = tempfile.mkstemp(dir=nearest, prefix=".lock-probe.", suffix=TEMPORARY)
     os.close(handle)
     try:
         problem = _lock_problem(name)

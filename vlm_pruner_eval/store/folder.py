@@ -196,10 +196,12 @@ class Store:
         """
         path = self.root / "sweep.json"
         try:
-            if not self.is_of(grid):
+            if self.is_of(grid):
+                path.touch()  # it tells the time of the disk, by which leftovers are old
+            else:
                 write_atomic(path, _text(grid))
             self.stopped.unlink(missing_ok=True)
-            for folder in (self.root, *(child for child in self.root.iterdir() if child.is_dir())):
+            for folder in (self.root, *filter(Path.is_dir, [*self.root.iterdir(), *self.root.glob("runs/*")])):
                 remove_leftovers(folder, like=path)
         except OSError as error:
             if full := stopped(error):

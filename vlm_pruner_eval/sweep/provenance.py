@@ -100,9 +100,10 @@ def git_commit() -> str | None:
     if not (root / ".git").exists():
         return None
     answers = []
+    git = ["git", "--no-optional-locks", "-C", str(root)]  # killed, it would leave a lock on which the user's own git fails
     for command in (["rev-parse", "HEAD"], ["status", "--porcelain"]):
         try:
-            done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, timeout=20, check=False)
+            done = subprocess.run([*git, *command], capture_output=True, text=True, timeout=20, check=False)
         except (FileNotFoundError, subprocess.TimeoutExpired):
             return None
         if done.returncode != 0:  # a repository without a commit, or one that belongs to another user
