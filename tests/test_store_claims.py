@@ -15,7 +15,7 @@ from forked import live
 
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.store import claims
-from vlm_pruner_eval.store.claims import HOLDER, LOCK, Claim, check_locks, holder_of, last_holder, process_words
+from vlm_pruner_eval.store.claims import HOLDER, LOCK, Claim, check_locks, holder_of, holders, process_words
 
 
 class Other:
@@ -72,13 +72,14 @@ def test_a_holder_that_is_killed_frees_its_unit_at_once(tmp_path: Path, others: 
     other = Other(lambda: take(tmp_path))
     other.end(signal.SIGKILL)
     assert holder_of(tmp_path) is None
-    assert last_holder(tmp_path).startswith(process_words(other.pid)), "it says who died over it"
+    assert [line.split(",")[0] for line in holders(tmp_path)] == [process_words(other.pid)], "it says who died over it"
     with Claim(tmp_path) as mine:
         assert mine.acquire()
-        assert last_holder(tmp_path).startswith(process_words(os.getpid()))
+        assert [line.split(",")[0] for line in holders(tmp_path)] == [process_words(pid) for pid in (os.getpid(), other.pid)]
+        assert holder_of(tmp_path).startswith(process_words(os.getpid())) and "\n" not in holder_of(tmp_path)
         others.append(Other(lambda: take(tmp_path)))
         assert others[0].said == "False"
-    assert last_holder(tmp_path) is None and holder_of(tmp_path) is None
+    assert holders(tmp_path) == [] and holder_of(tmp_path) is None
 
 
 def test_a_claim_that_is_not_held_gives_nothing_back(tmp_path: Path, others: list[Other]) -> None:

@@ -153,7 +153,7 @@ def test_an_edited_task_is_answered_anew_and_said(sweep: Sweep) -> None:
     (yaml,) = [file for file in sweep.tasks.rglob("*.yaml") if file.stem == "tiny_mean"]
     yaml.write_text(yaml.read_text() + "\n# another prompt\n")
     assert sweep() == Outcome(runs=3, skipped=0, failed=0)
-    assert "tiny_mean were edited since" in sweep.log
+    assert "Finished before with other files of tiny_mean, which were edited since: unpruned" in sweep.log
 
 
 def test_a_rise_of_the_results_version_is_said(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +265,7 @@ def test_a_sweep_begins_with_the_self_test(tmp_path: Path, own: Path, monkeypatc
 
 def test_an_unpruned_model_whose_samples_all_fail_stops_the_sweep(tmp_path: Path, own: Path) -> None:
     sweep = Sweep(tmp_path)
-    with pytest.raises(StoppedError, match="unpruned is the unpruned model, and all of its samples failed"):
+    with pytest.raises(StoppedError, match="unpruned tiny_mean is the unpruned model, and all of its samples failed"):
         sweep(Behaviour(fail={("none", number) for number in range(100)}))
     assert not list(sweep.output.rglob("record.json"))
 

@@ -164,7 +164,7 @@ def test_a_sweep_that_is_killed_in_its_second_group_loses_and_repeats_nothing(
     is_deadly = False
     outcome, log = sweep(config, tmp_path, manager)
     assert outcome == Outcome(runs=7, skipped=0, failed=0)
-    assert "[2/14] answering 5 runs together" in log
+    assert log.count("answering 5 runs together") == 2
     assert len(written) == len(set(written)) == 7 * 12, "every answer was computed once"
     for key in read_runs(tmp_path):
         assert answers(tmp_path, key) == answers(both[1], key)

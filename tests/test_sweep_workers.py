@@ -6,6 +6,7 @@ import io
 import os
 import signal
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,6 @@ def own_counts(surroundings: Surroundings) -> None:
 
 def summary(text: str) -> dict[str, Any]:
     return last_json("\n".join(line for line in text.splitlines() if line.startswith("{")))
-
-
-def pids(surroundings: Surroundings) -> set[str]:
-    """Processes that answered anything."""
-    return {line.partition(" ")[0] for line in surroundings.log.read_text().splitlines()}
 
 
 # ---- the same command several times
@@ -143,20 +139,27 @@ def test_a_model_of_the_callers_own_is_not_handed_to_processes(tmp_path: Path, t
 
 
 # ---- processes of one machine
+@pytest.fixture
+def one_task(surroundings: Surroundings, plain: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A sweep of eight units, and what one process leaves of them."""
+    surroundings.write(tasks=["tiny_mean"])
+    yield {place: left for place, left in plain.items() if place[1] == "tiny_mean"}
+    surroundings.write()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_processes_leave_what_one_leaves(surroundings: Surroundings, plain: dict[str, Any]) -> None:
+def test_two_processes_leave_what_one_leaves(surroundings: Surroundings, one_task: dict[str, Any]) -> None:
     """Deaths included: a process that is killed is replaced, and its unit goes on from its log."""
     dies = {"STANDIN_DIE": "vlmpruner:3:1", "STANDIN_PAUSE": "0.05"}
     code, text = surroundings.fork("--output", "two", "--processes", "2", **dies).wait(400)
     assert code == 0, text
     assert text.count("was ended by SIGKILL during vlmpruner-2of3 tiny_mean") == 1, text
     answers = Counter(surroundings.answered())
-    assert len(answers) == N_ANSWERS and sum(answers.values()) - N_ANSWERS <= SIZE
-    assert len(pids(surroundings)) == 3, "two processes, and the one in place of the dead"
+    assert len(answers) == N_ANSWERS // 2 and sum(answers.values()) - N_ANSWERS // 2 <= SIZE
     output = surroundings.folder / "two"
-    assert left_behind(output) == plain
-    assert text.count("[16/16]") == 1 and "2 processes; their output is in two/logs" in text
+    assert left_behind(output) == one_task
+    assert text.count("[8/8]") == 1 and "2 processes; their output is in two/logs" in text
     commands = {unit.read().provenance.command for key in read_runs(output) for unit in units(output, key).values()}
     assert len(commands) == 1, "the command that was typed, not the processes'"
     assert commands.pop().endswith("--output two --processes 2")
@@ -164,25 +167,27 @@ def test_two_processes_leave_what_one_leaves(surroundings: Surroundings, plain: 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_deadly_unit_fails_alone(surroundings: Surroundings, plain: dict[str, Any]) -> None:
-    dies = {"STANDIN_DIE": f"fastv:2:{workers.MOST_DEATHS}", "STANDIN_PAUSE": "0.05", "STANDIN_REPORT": "yes"}
+def test_a_deadly_unit_fails_alone(surroundings: Surroundings, one_task: dict[str, Any]) -> None:
+    dies = {"STANDIN_DIE": f"fastv:1:{workers.MOST_DEATHS}", "STANDIN_PAUSE": "0.05", "STANDIN_REPORT": "yes"}
     code, text = surroundings.fork("--output", "deadly", "--processes", "2", **dies).wait(400)
     assert code == 1, text
-    assert text.count("was ended by SIGKILL during fastv-2of3") == workers.MOST_DEATHS, text
+    assert text.count("was ended by SIGKILL during fastv-2of3 tiny_mean") == workers.MOST_DEATHS, text
     assert summary(text) | {"report": None} == {"runs": 8, "skipped": 0, "failed": 1, "left": 0, "report": None}
     output = surroundings.folder / "deadly"
-    found = {task: unit.read() for task, unit in units(output, "fastv-2of3").items()}
-    assert found["tiny_mean"].status == "failed" and found["tiny_pairs"].status == "finished"
-    assert found["tiny_mean"].problem.startswith("3 processes died while they made this; the last one was ended by SIGKILL, see ")
-    assert sum(1 for _ in units(output, "fastv-2of3")["tiny_mean"].answers()) > 0, "its answers stay"
-    others = {place: made for place, made in left_behind(output).items() if place != ("fastv-2of3", "tiny_mean")}
-    assert others == {place: made for place, made in plain.items() if place in others} and len(others) == 15
+    (unit,) = units(output, "fastv-2of3").values()
+    assert unit.read().problem.startswith("3 processes died while they made this; the last one was ended by SIGKILL, see ")
+    assert len(list(unit.answers())) == 3 * SIZE, "its answers stay"
+    dead = ("fastv-2of3", "tiny_mean")
+    made = left_behind(output)
+    assert {place: left for place, left in made.items() if place != dead} == {
+        place: left for place, left in one_task.items() if place != dead
+    }
     assert "fastv-2of3" in (output / "report.md").read_text()
     before = len(surroundings.answered())
     code, text = surroundings.fork("--output", "deadly", "--retry-failed").wait()
     assert code == 0, text
-    assert len(surroundings.answered()) - before < 12, "it goes on from the log of the dead"
-    assert left_behind(output) == plain
+    assert len(surroundings.answered()) - before == SIZE, "it goes on from the log of the dead"
+    assert left_behind(output) == one_task
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ class Claim:
             self._lock.acquire(timeout=_PATIENCE_S, poll_interval=_POLL_S)
         except Timeout:
             return False
-        (self.folder / HOLDER).write_text(_whoami(), encoding="utf-8")
+        (self.folder / HOLDER).write_text("\n".join([_whoami(), *holders(self.folder)]), encoding="utf-8")
         return True
 
     def release(self) -> None:
@@ -67,19 +67,19 @@ def holder_of(folder: Path) -> str | None:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        return last_holder(folder) or "a process that has just begun"
+        return next(iter(holders(folder)), "a process that has just begun")
     except OSError:  # a folder that may only be read: nothing can be said
         return None
     lock.release()
     return None
 
 
-def last_holder(folder: Path) -> str | None:
-    """Who works on a unit or, if it died over it, did; None if nobody does."""
+def holders(folder: Path) -> list[str]:
+    """Who works on a unit, or did and died over it; behind it those that died over it before."""
     try:
-        return (folder / HOLDER).read_text(encoding="utf-8") or None
+        return (folder / HOLDER).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        return None
+        return []
 
 
 def process_words(pid: int) -> str:

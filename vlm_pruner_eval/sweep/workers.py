@@ -20,7 +20,7 @@ import yaml
 
 from vlm_pruner_eval.errors import ConfigError, StoppedError
 from vlm_pruner_eval.exit_codes import BAD_INPUT
-from vlm_pruner_eval.store.claims import Claim, last_holder, process_words
+from vlm_pruner_eval.store.claims import Claim, holders, process_words
 from vlm_pruner_eval.store.files import write_atomic
 from vlm_pruner_eval.store.schema import FAILED, UnitRecord
 from vlm_pruner_eval.sweep import provenance
@@ -203,10 +203,10 @@ class _Supervisor:
             worker.start()
 
     def _units_of(self, worker: Worker) -> list[WorkUnit]:
-        """Units that a dead process had claimed and not recorded."""
-        who = process_words(worker.process.pid)
-        held = [unit for unit in self.work.todo if (last_holder(unit.stored(self.work.store).folder) or "").startswith(f"{who},")]
-        return [unit for unit in held if not self.work.is_made(unit)]
+        """Units that a dead process had claimed and not recorded; another one may be at them already."""
+        who = f"{process_words(worker.process.pid)},"
+        found = {unit: holders(unit.stored(self.work.store).folder) for unit in self.work.todo}
+        return [unit for unit, held in found.items() if any(line.startswith(who) for line in held) and not self.work.is_made(unit)]
 
     def _give_up(self, unit: WorkUnit, how: str, *, together: bool) -> None:
         """Record a unit as failed, unless another process has taken it up in the meantime. Its answers stay."""
