@@ -241,7 +241,10 @@ def test_of_scored_choices_the_likeliest_by_mean_over_its_tokens_is_the_answer()
 
 
 def test_answers_of_a_run_are_arrays_in_the_order_of_documents() -> None:
-    lines = [DocumentScore(task=task, doc_id=i, answer=text, score=s) for task, i, text, s in [("a", 2, "x", 1), ("b", 0, 3, None), ("a", 1, "x", 0.5)]]
+    lines = [
+        DocumentScore(task=task, doc_id=i, answer=text, score=s)
+        for task, i, text, s in [("a", 2, "x", 1), ("b", 0, 3, None), ("a", 1, "x", 0.5)]
+    ]
     found = answers_of(lines)
     assert found["a"].doc_ids.tolist() == [1, 2] and found["a"].scores.tolist() == [0.5, 1.0]
     assert found["a"].answers[0] == found["a"].answers[1]

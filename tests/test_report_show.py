@@ -209,10 +209,7 @@ def test_every_family_can_be_shown_after_a_sweep(family: str, tmp_path: Path) ->
 # ---- flips
 def test_flips_are_those_that_the_scores_say(results: Results) -> None:
     flips = find_flips(results, "unpruned", "blind")
-    scores = [
-        {(one.task, one.doc_id): one.score for one in results.each_score(run.run_id)}
-        for run in (flips.first, flips.second)
-    ]
+    scores = [{(one.task, one.doc_id): one.score for one in results.each_score(run.run_id)} for run in (flips.first, flips.second)]
     expected = {key: score > scores[1][key] for key, score in scores[0].items() if score != scores[1][key]}
     assert {(flip.place.task, flip.place.doc_id): flip.to_wrong for flip in flips.flips} == expected
     assert expected and flips.n_documents == 2 * LIMIT

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from vlm_pruner_eval.bench import tasks_path
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.store.answers import Answer
 from vlm_pruner_eval.speed.cli import app
 from vlm_pruner_eval.speed.shared import bench_shared
+from vlm_pruner_eval.store.answers import Answer
 from vlm_pruner_eval.sweep.config import SweepConfig, validate
 
 ROOT = Path(__file__).parent.parent

@@ -152,7 +152,7 @@ class Unit:
 def _score(line: bytes, path: Path, number: int) -> DocumentScore:
     try:
         held = json.loads(line)
-        if not _NEEDED <= held.keys():
+        if not held.keys() >= _NEEDED:
             raise ValueError(f"lacks {', '.join(sorted(_NEEDED - held.keys()))}")
         return DocumentScore.model_construct(**held)  # written by the same class; millions are read
     except (ValueError, TypeError, AttributeError) as error:
