@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import shutil
 import tempfile
@@ -19,6 +20,9 @@ from rich.console import Console
 from sweep_standin import N_VISUAL, Behaviour, StandIn, make_config, task_manager, write_tasks
 
 from vlm_pruner_eval.cost import DecoderShape
+from vlm_pruner_eval.report.contents import report_of
+from vlm_pruner_eval.report.load import load_sweep
+from vlm_pruner_eval.report.writers.markdown import markdown
 from vlm_pruner_eval.store.answers import Answer, AnswerLog, BatchSize, read_lines
 from vlm_pruner_eval.sweep.runner import run_sweep
 from vlm_pruner_eval.sweep.scores import MAIN_METRICS, Main
@@ -74,7 +78,8 @@ class Costly(StandIn):
         if answer.record is None:
             return answer
         lengths = [50 - N_VISUAL + n for n in answer.record.visual_lengths]
-        record = dataclasses.replace(answer.record, kv_lengths=lengths, kv_bytes=10 * sum(lengths))
+        runs = tuple((length, len(list(layers))) for length, layers in itertools.groupby(lengths))
+        record = dataclasses.replace(answer.record, lengths=runs, kv_bytes=10 * sum(lengths))
         prefill_ms = PREFILL_MS[self.method] + (self.params.get("seed") or 0)
         return dataclasses.replace(answer, record=record, prefill_ms=prefill_ms, peak_bytes=PEAKS[self.method] + doc_id)
 
@@ -148,6 +153,11 @@ def write_answers(folder: Path, answers: Sequence[Answer]) -> None:
         ]
         log.begin("generate_until", asked, BatchSize(1))
         log.append("generate_until", list(zip(asked, answers, strict=True)), 1.0)
+
+
+def markdown_of(root: Path) -> str:
+    """The text of the report, without its figures and files."""
+    return markdown(report_of(load_sweep(root)), {})
 
 
 def as_embedded(root: Path) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_sweeps import configure, edit, edit_grid
+from report_sweeps import configure, edit, edit_grid, markdown_of
 from rich.console import Console
 from sweep_standin import StandIn, make_config, task_manager, write_tasks
 
@@ -72,7 +72,7 @@ def test_an_iso_compute_row_stands_under_the_rate_that_was_asked_and_says_what_i
     # (2 + 2 x 1/3) / 4 = 2/3 is kept
     assert (iso.label, iso.pruning_rate, iso.asked_rate, round(iso.percent, 1)) == ("uniform (iso-compute)", "1/3", "2/3", 33.3)
     assert [row.label for row in rows if row.heading == "66.7 % removed (2/3)"] == ["vlmpruner", "uniform (iso-compute)", "random"]
-    text = build(folder)["md"].read_text()
+    text = markdown_of(folder)
     assert (
         "uniform (iso-compute), listed under 66.7 %: removes 33.3 %, so that it keeps in every layer what a method that prunes at" in text
     )
@@ -88,7 +88,7 @@ def test_without_its_answers_a_run_is_not_run_and_enters_nothing(folder: Path) -
     assert {label for label in before if before[label] != after[label]} == {"vlmpruner"}
     (note,) = results.notes
     assert re.search(r"answers\.jsonl\) of vlmpruner-2of3 are missing.* run the sweep again", note)
-    assert "| vlmpruner | not run: answers missing | not run: answers missing | n/a |" in build(folder)["md"].read_text()
+    assert "| vlmpruner | not run: answers missing | not run: answers missing | n/a |" in markdown_of(folder)
 
 
 def test_one_lost_seed_is_counted(folder: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_sweeps import HOSTILE, RELEASE, configure, copied, edit_grid
+from report_sweeps import HOSTILE, RELEASE, configure, copied, edit_grid, markdown_of
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -231,7 +231,7 @@ def test_removing_one_file_of_answers_makes_exactly_its_row_not_run(changed: Pat
     gone = {(RELEASE["label"], 66.7, name) for name in ("tiny_mean", "tiny_pairs", "Avg")}
     assert {key for key in before if before[key] != after[key]} == gone
     assert {of(paper(changed, table), *key).reason for key in gone} == {"not run: answers missing"}
-    text = build(changed)["md"].read_text()
+    text = markdown_of(changed)
     assert "| VLM-Pruner (release) | not run: answers missing | not run: answers missing | n/a |" in text
     assert "The answers (answers.jsonl) of vlm-pruner-release-2of3 are missing" in text
 
@@ -282,21 +282,13 @@ def test_a_checkpoint_that_is_not_the_papers_has_no_printed_numbers(changed: Pat
     for path in (changed / "sweep.json", *changed.glob("runs/*/run.json")):
         path.write_text(path.read_text().replace("llava-hf/llava-1.5-7b-hf", "somewhere/tiny"))
     assert paper(changed, None) is None
-    assert "No numbers are printed for this checkpoint" in build(changed)["md"].read_text()
+    assert "No numbers are printed for this checkpoint" in markdown_of(changed)
 
 
 # ---- how it is shown
-def test_the_report_says_what_the_authors_did_otherwise(changed: Path, monkeypatch: Any) -> None:
-    text = build(changed)["md"].read_text()
-    assert "Known differences" not in text
-    monkeypatch.setitem(OF_TASK, "tiny_mean", ("another mean.",))
-    paths = build(changed)
-    assert "\n- tiny_mean: another mean.\n" in paths["md"].read_text()
-    assert json.loads(paths["json"].read_text())["paper"]["differences"] == ["tiny_mean: another mean."]
-    assert "tiny_mean: another mean." in paths["html"].read_text()
-
-
 def test_the_report_shows_ours_the_printed_number_the_difference_and_the_verdict(changed: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    assert "Known differences" not in markdown_of(changed)
+    monkeypatch.setitem(OF_TASK, "tiny_mean", ("another mean.",))
     far = shifted(numbers(changed), KEY, 2.0)
     lines = [f"VLM-Pruner,T,{key[0]},{key[1]},1,{key[2]},{key[3]},acc,{value.value},print" for key, value in far.numbers.items()]
     (tmp_path / "data").mkdir()
@@ -310,7 +302,11 @@ def test_the_report_shows_ours_the_printed_number_the_difference_and_the_verdict
     assert f"paper {cell.printed.value:g} (-2.00); outside]" in text
     assert "The unpruned row reproduces: 2 of 2 tasks with a printed number are inside. Ours: lmms-eval" in text
     assert "protocol paper, splits tiny_mean: test, tiny_pairs: test." in text
-    held = {(row["label"], row["pruning_rate"]): row for row in json.loads(paths["json"].read_text())["paper"]["rows"]}
+    assert "\n- tiny_mean: another mean.\n" in text
+    assert "tiny_mean: another mean." in paths["html"].read_text()
+    table = json.loads(paths["json"].read_text())["paper"]
+    assert table["differences"] == ["tiny_mean: another mean."]
+    held = {(row["label"], row["pruning_rate"]): row for row in table["rows"]}
     assert held[RELEASE["label"], "2/3"]["cells"]["tiny_mean"]["verdict"] == OUTSIDE
     assert held[RELEASE["label"], "2/3"]["cells"]["tiny_mean"]["difference"] == pytest.approx(-2)
     lines = list(csv.DictReader(io.StringIO((paths["tables"] / "paper.csv").read_text())))
