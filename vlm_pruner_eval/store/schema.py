@@ -6,7 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
@@ -14,7 +14,7 @@ from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.redact import short, spelled_out
 from vlm_pruner_eval.store.summaries import Failure, Memory, Model, Provenance, TaskScore, Times, Tokens
 
-SCHEMA = 3  # the form of the files; raised when a field changes
+SCHEMA: Final = 3  # the form of the files; raised when a field changes
 FINISHED, FAILED = "finished", "failed"
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
@@ -59,7 +59,7 @@ class UnitRecord(Model):
         SHA-256 over the kept sets of all documents.
     """
 
-    schema_: Literal[3] = Field(SCHEMA, alias="schema")
+    schema_: Literal[3] = Field(default=SCHEMA, alias="schema")
     task: str
     limit: int | None
     status: Literal["finished", "failed"]
@@ -114,7 +114,7 @@ class RunLine(Model):
 class RunHead(Model):
     """run.json: the resolved configuration of a run, without tasks and limit."""
 
-    schema_: Literal[3] = Field(SCHEMA, alias="schema")
+    schema_: Literal[3] = Field(default=SCHEMA, alias="schema")
     run: RunLine
     config: dict[str, Any]
 
@@ -122,7 +122,7 @@ class RunHead(Model):
 class Grid(Model):
     """sweep.json: the runs of a sweep, and the folder of every entry of its `tasks`."""
 
-    schema_: Literal[3] = Field(SCHEMA, alias="schema")
+    schema_: Literal[3] = Field(default=SCHEMA, alias="schema")
     name: FolderName
     config: dict[str, Any]
     runs: list[RunLine]
