@@ -16,7 +16,7 @@ from vlm_pruner_eval.store.claims import HOLDER
 from vlm_pruner_eval.store.folder import Store
 from vlm_pruner_eval.store.schema import FINISHED
 from vlm_pruner_eval.sweep.config import SweepConfig
-from vlm_pruner_eval.sweep.grid import expand
+from vlm_pruner_eval.sweep.grid import expand, grid_of
 from vlm_pruner_eval.sweep.units import units_of
 
 FOUND = ("lost", "doubled", "repeated", "different", "broken", "left_behind")
@@ -127,6 +127,7 @@ class Watch:
                 self.findings["lost"].append(f"{after}: {path}: {len(self.held[path])} of {len(self.expected.answers[path])} answers")
             if self.expected.results_in(self.output, path) != want:
                 self.findings["different"].append(f"{after}: {path}: record, scores, replicates or configuration")
+        Store(self.output).begin(grid_of(self.expected.config, expand(self.expected.config)))  # as the next command with work to do
         here = files_of(self.output)
         for kind, names in (("lost", self.expected.files - here), ("left_behind", here - self.expected.files)):
             if names:

@@ -76,11 +76,11 @@ class Section:
             self.findings["broken"].append(f"{told}: ended with {end.code}, deaf: {end.was_deaf}: {end.log[-1500:]}")
 
     def finish(self, sweep: Sweep, watch: Watch, what: str, faults: Faults = NO_FAULTS) -> None:
-        """The same command once more after two hours, undisturbed."""
+        """The same command once more, undisturbed, and then two hours pass."""
         self.resumes += 1
-        age(sweep.output)
         end = Attempt(sweep, faults).wait()
         self.expect(end, 0, "at last")
+        age(sweep.output)
         watch.finish(what, end.answers)
         self.sweeps += 1
 

@@ -47,7 +47,7 @@ def one_kill(folder: Path, tasks: Path, expected: Expected, after: int, delay_s:
     with ray_standin.with_standin():
         outcome = run_sweep(ray_standin.config(), folder / "out", console=console, executor="ray", processes=2)
     answers = Counter(line.partition(" ")[2] for line in log.read_text().splitlines())
-    findings = ray_standin.compare(tasks, folder / "out", expected)
+    findings = ray_standin.compare(folder / "out", expected)
     found = Counter({name: len(listed) for name, listed in findings.items()})
     found["lost"] += outcome.failed + outcome.left
     # the batch that a worker was at was not written down yet

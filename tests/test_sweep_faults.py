@@ -22,7 +22,7 @@ from test_cli import behaviour, call, clean_surroundings, write  # noqa: F401  #
 import vlm_pruner_eval
 from vlm_pruner_eval import durable
 from vlm_pruner_eval.errors import StoppedError
-from vlm_pruner_eval.store import files
+from vlm_pruner_eval.store import claims, files
 from vlm_pruner_eval.store.answers import ANSWERS
 from vlm_pruner_eval.store.files import remove_leftovers, write_atomic
 from vlm_pruner_eval.store.folder import Store
@@ -138,15 +138,29 @@ def test_a_report_that_does_not_fit_is_a_sentence(tmp_path: Path, monkeypatch: p
     file = write(tmp_path)
     assert call("sweep", file, "--output", tmp_path / "out").exit_code == 0
 
-    def full(*args: object, **options: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    replace = os.replace
+
+    def full(source: str, target: Path) -> None:
+        if target.name == "report.md":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr(files.os, "replace", full)
         result = call("report", tmp_path / "out")
     assert result.exit_code == 1
     assert "vlm-pruner-eval: The disk is full ([Errno 28] No space left on device)" in result.stderr
+    assert not (tmp_path / "out" / "report.md").exists(), "half of it would be taken for the whole"
     assert call("report", tmp_path / "out").exit_code == 0
+
+
+def test_a_full_disk_is_no_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(claims.UnitLock, "acquire", full)
+    with pytest.raises(OSError, match="No space left"):
+        claims.check_locks(tmp_path)
 
 
 def test_a_killed_sweep_leaves_no_lock_in_the_users_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

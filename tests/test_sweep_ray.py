@@ -55,7 +55,7 @@ def test_it_leaves_what_one_process_leaves(tasks: Path, alone: Expected, tmp_pat
     assert len(answers) == len({answer for _, answer in answers}) == 10 * 12, "every unit is made once"
     assert len({process for process, _ in answers}) == 2, "by both workers"
     assert not list((tmp_path / "out").glob(".seen*"))
-    assert ray_standin.compare(tasks, tmp_path / "out", alone) == {}
+    assert ray_standin.compare(tmp_path / "out", alone) == {}
     assert sweep(tmp_path / "out")[0] == Outcome(runs=5, skipped=5, failed=0)
 
 
@@ -65,7 +65,7 @@ def test_workers_that_are_killed_are_started_again(tasks: Path, alone: Expected,
     assert capfd.readouterr().out == "", "Ray tells of deaths where --json prints"
     assert {path.name for path in tasks.glob("deaths of *")} == {"deaths of random", "deaths of blind"}
     assert len((tmp_path / "log").read_text().splitlines()) == 10 * 12, "they had written down every batch"
-    assert ray_standin.compare(tasks, tmp_path / "out", alone) == {}
+    assert ray_standin.compare(tmp_path / "out", alone) == {}
 
 
 def test_a_worker_that_does_not_see_the_folder_is_a_sentence(tasks: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from vlm_pruner_eval.durable import make_folder
+from vlm_pruner_eval.durable import is_disk_full, make_folder
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.store.files import TEMPORARY
 
@@ -124,6 +124,8 @@ def _lock_problem(name: str) -> str | None:
                 return None
             return "a lock that is held can be taken again"
     except (OSError, NotImplementedError, Warning) as error:
+        if is_disk_full(error):
+            raise
         return str(error)
     finally:
         second.release(force=True)
