@@ -17,26 +17,5 @@ echo "Loading torch, transformers and lmms-eval (15 s, longer the first time) ..
 cores="$(getconf _NPROCESSORS_ONLN)"
 if [ -n "$full" ]; then exec "${sweep[@]}" --no-share-prefix; fi
 if [ -n "${2:-}" ] || [ "$cores" -lt 2 ] || command -v nvidia-smi >/dev/null; then exec "${sweep[@]}"; fi
-# two processes answer half of the questions each: on so small a model more threads in one process gain little
-export WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT="$((20000 + RANDOM % 10000))" OMP_NUM_THREADS="$((cores / 2))"
-log="$(mktemp)"
-set -m  # in groups of their own, so that Ctrl-C reaches them through this script alone
-RANK=1 "${sweep[@]}" >"$log" 2>&1 &
-second="$!"
-RANK=0 "${sweep[@]}" &
-first="$!"
-set +m
-trap 'kill -INT "$first" "$second" 2>/dev/null || true' INT
-trap 'kill -TERM "$first" "$second" 2>/dev/null || true' TERM
-trap 'kill -TERM "$second" 2>/dev/null || true; rm -f "$log"' EXIT
-while kill -0 "$first" 2>/dev/null && kill -0 "$second" 2>/dev/null; do sleep 1; done
-if kill -0 "$first" 2>/dev/null && ! wait "$second"; then
-  sleep 5  # what both processes meet is said by the first one
-  if kill -TERM "$first" 2>/dev/null; then
-    echo "The second of the two processes ended early; it said:" >&2
-    tail -n 3 "$log" >&2
-  fi
-fi
-code=0
-wait "$first" || code="$?"
-exit "$code"
+# two processes take one task each: on so small a model more threads in one process gain little
+exec "${sweep[@]}" --processes 2

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# The linter, the regression sweep against results/reference/ci.json, and the tests, on exactly the locked packages, in .venv.
+# The linter, the type checker, the regression sweep against results/reference/ci.json, and the tests, on exactly the locked packages,
+# in .venv.
 # Usage: bash scripts/test.sh
-#        bash scripts/test.sh --all                 the slow tests, too: sweeps made by several processes, torchrun, Ray
+#        bash scripts/test.sh --all                 the slow tests, too: sweeps made by several processes or on Ray, whole commands; and
+#                                                   many more drawn examples, other ones each time
 #        bash scripts/test.sh --oldest              tests of the hook on the oldest supported transformers
 #        bash scripts/test.sh --transformers 5.12   the same on another minor
 #        bash scripts/test.sh --newest              what releases newer than the locked ones would break, as a table
@@ -23,7 +25,7 @@ hook_tests() {  # MINOR of transformers
 chosen=(-m "not slow")
 case "${1:-}" in
   "") ;;
-  --all) chosen=(-m "") ;;
+  --all) chosen=(-m "" --hypothesis-profile=deep) ;;
   --oldest) hook_tests 4.57; exit ;;
   --transformers) hook_tests "${2:?expected a minor such as 5.12}"; exit ;;
   --newest) exec .venv/bin/python tests/newest.py "${@:2}" ;;
@@ -31,6 +33,7 @@ case "${1:-}" in
 esac
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+.venv/bin/mypy
 output="$(mktemp -d)"
 trap 'rm -rf "$output"' EXIT
 bash scripts/quickstart.sh "$output/ci" configs/ci.yaml

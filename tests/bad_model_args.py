@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+# of one argument, beside those of the table below
+RATES = ["nan", "inf", "-inf", "1", "1.0", "-0.1", "1e400", "abc", "2/0", "3/2", "٢/٣", "50%", "1e-99999/3", "true", "[0.5]", "0.5.5"]
+NO_METHODS = ["", "3", "nan", "true", "vlmprunr", "os:system", "builtins:eval", "builtins:exec", "os.path:join", "json:JSONDecoder"]
+NO_PATHS = ["../../x:Y", ".:Y", "..x:Y", "os:", ":Y", ":", "no_such_package:Y", "os:nothing", "/etc/passwd:Y", "a b:C", "os;x:Y"]
+NO_PATHS += ["os:system:x"]
+
 LONG = "x" * 300
 _NEEDED = "pretrained=minivlm,method=vlmpruner,pruning_rate=0.5"
 MODEL_ARGS: list[tuple[str, str]] = [
@@ -46,53 +52,14 @@ MODEL_ARGS: list[tuple[str, str]] = [
     (_NEEDED + ",batchsize=2", "batchsize: unknown argument; did you mean 'batch_size'"),
     (_NEEDED + ",a\x1bb=2", "'a\\x1bb': unknown argument"),
     (_NEEDED + "," + LONG + "=2", "unknown argument"),
-    *[
-        (f"pretrained=minivlm,method=fastv,pruning_rate={rate}", "pruning_rate: got ")
-        for rate in (
-            "nan",
-            "inf",
-            "-inf",
-            "1",
-            "1.0",
-            "-0.1",
-            "1e400",
-            "abc",
-            "2/0",
-            "3/2",
-            "٢/٣",
-            "50%",
-            "1e-99999/3",
-            "true",
-            "[0.5]",
-            "0.5.5",
-        )
-    ],
+    *[(f"pretrained=minivlm,method=fastv,pruning_rate={rate}", "pruning_rate: got ") for rate in RATES],
     ("pretrained=minivlm,method=fastv,pruning_rate=", "pruning_rate: got ''"),
     ("pretrained=minivlm,method=fastv,pruning_rate=" + "9" * 300, "pruning_rate: got a whole number of 997 bits"),
     ("pretrained=minivlm,method=fastv,pruning_rate=1/" + "3" * 300, "pruning_rate: got "),
     ("pretrained=minivlm,method=fastv", "pruning_rate: missing, but method=fastv needs it"),
     ("pretrained=minivlm,pruning_rate=0.5", "with method=none, which prunes nothing"),
-    *[
-        (f"pretrained=minivlm,pruning_rate=0.5,method={name}", "method: ")
-        for name in ("", "3", "nan", "true", "vlmprunr", "os:system", "builtins:eval", "builtins:exec", "os.path:join", "json:JSONDecoder")
-    ],
-    *[
-        (f"pretrained=minivlm,pruning_rate=0.5,method={name}", "can't be imported")
-        for name in (
-            "../../x:Y",
-            ".:Y",
-            "..x:Y",
-            "os:",
-            ":Y",
-            ":",
-            "no_such_package:Y",
-            "os:nothing",
-            "/etc/passwd:Y",
-            "a b:C",
-            "os;x:Y",
-            "os:system:x",
-        )
-    ],
+    *[(f"pretrained=minivlm,pruning_rate=0.5,method={name}", "method: ") for name in NO_METHODS],
+    *[(f"pretrained=minivlm,pruning_rate=0.5,method={path}", "can't be imported") for path in NO_PATHS],
     ("pretrained=minivlm,pruning_rate=0.5,method=vlm_pruner_eval.pruners.base:Pruner", "expected a subclass of vlm_pruner_eval.Pruner"),
     ("pretrained=minivlm,pruning_rate=0.5,method=" + LONG, "method: got 'xxx"),
     *[(f"{_NEEDED},dtype={value}", "dtype: got ") for value in ("", "fp16", "int8", "16", "nan", "float32 x")],

@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, quiet libraries, the tiny models built once."""
+"""Shared by all tests: one thread, quiet libraries, the tiny models built once, and how hard hypothesis tries."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, settings
 from tiny_models import FAMILIES, build
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
+
+# The same examples in every run; scripts/test.sh --all takes "deep": many more, other ones each time.
+settings.register_profile("quick", max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+settings.register_profile("deep", settings.get_profile("quick"), max_examples=300, derandomize=False)
+settings.load_profile("quick")
 
 
 @functools.cache

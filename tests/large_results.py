@@ -15,7 +15,8 @@ from vlm_pruner_eval.ledger import SampleRecord
 from vlm_pruner_eval.store.answers import Answer, AnswerLog, BatchSize
 from vlm_pruner_eval.store.folder import DocumentScore, Store
 from vlm_pruner_eval.store.kept import Kept
-from vlm_pruner_eval.store.schema import Provenance, TaskScore, UnitRecord, plain
+from vlm_pruner_eval.store.schema import UnitRecord, plain
+from vlm_pruner_eval.store.summaries import Provenance, TaskScore
 from vlm_pruner_eval.sweep import records, scores
 from vlm_pruner_eval.sweep.config import SweepConfig, validate
 from vlm_pruner_eval.sweep.grid import expand, grid_of
@@ -85,7 +86,9 @@ def write_unit(store: Store, unit: WorkUnit, n_documents: int) -> None:
     images = {answer.doc_id: answer.images for answer in found}
     scored = scores.score_task(f"{unit.task} of no benchmark", {"right,none": value}, rows, Share(), images)
     lines = [
-        DocumentScore(task=unit.task, doc_id=answer.doc_id, answer=answer.answer, score=row["right"], target="yes", images=list(answer.images))
+        DocumentScore(
+            task=unit.task, doc_id=answer.doc_id, answer=answer.answer, score=row["right"], target="yes", images=list(answer.images)
+        )
         for answer, row in zip(found, rows, strict=True)
     ]
     record = UnitRecord(

@@ -23,13 +23,13 @@ from pathlib import Path
 
 import lmms_eval.tasks
 from sweep_standin import StandIn, task_manager
-from vlm_pruner_eval.lmms.plan import Batch, Done, Part
-from vlm_pruner_eval.sweep.executors import workers
 
 from vlm_pruner_eval import cli
 from vlm_pruner_eval.lmms import wrapper
 from vlm_pruner_eval.lmms.prompts import Request
 from vlm_pruner_eval.report import printing
+from vlm_pruner_eval.store.answers import Batch, Done
+from vlm_pruner_eval.sweep import workers
 
 
 def tasks_folder() -> Path:
@@ -39,10 +39,10 @@ def tasks_folder() -> Path:
 class Subprocess(StandIn):
     """Takes its time, writes down what it answers, and may die over it."""
 
-    def batches_of(self, asked: Sequence[Request], done: Done, part: Part) -> Iterator[Batch]:
+    def batches_of(self, asked: Sequence[Request], done: Done) -> Iterator[Batch]:
         if self.method == os.environ.get("STANDIN_EXPLODE"):
             raise RuntimeError("the device is gone")
-        for number, batch in enumerate(super().batches_of(asked, done, part), start=1):
+        for number, batch in enumerate(super().batches_of(asked, done), start=1):
             time.sleep(float(os.environ.get("STANDIN_PAUSE", "0")))
             self._write_down(batch)
             yield batch

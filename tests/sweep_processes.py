@@ -17,12 +17,10 @@ from typing import Any
 import standin_main
 import yaml
 from forked import live, own_streams
+from stored import read_runs, units
 from sweep_standin import N_VISUAL, write_tasks
-from vlm_pruner_eval.sweep.store import Store
 
 HERE = Path(__file__).parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-TIMED = ("prefill_ms", "decode_ms", "peak_bytes")
 RAW: dict[str, Any] = {
     "name": "tiny",
     "model": {"id": "vlmpruner_llava", "pretrained": "somewhere/tiny", "batch_size": 3, "visual_tokens": N_VISUAL, "device": None},
@@ -53,14 +51,10 @@ class Surroundings:
         """The sweep file."""
         self.file.write_text(yaml.safe_dump(RAW | changes))
 
-    def command(self, *options: object, launcher: list[str] | None = None, program: list[str] | None = None) -> list[str]:
-        """The command line `sweep FILE ...`."""
-        told = [str(option) for option in options]
-        return [*(launcher or [sys.executable]), *(program or [str(HERE / "standin_main.py")]), "sweep", str(self.file), "--json", *told]
-
-    def start(self, *options: object, launcher: list[str] | None = None, program: list[str] | None = None, **more: str) -> subprocess.Popen:
+    def start(self, *options: object, program: list[str] | None = None, **more: str) -> subprocess.Popen:
         """A process that is not waited for, in a group of its own."""
-        command = self.command(*options, launcher=launcher, program=program)
+        told = [str(option) for option in options]
+        command = [sys.executable, *(program or [str(HERE / "standin_main.py")]), "sweep", str(self.file), "--json", *told]
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         environment = self.environment | more
         return subprocess.Popen(command, env=environment, cwd=self.folder, text=True, start_new_session=True, **streams)
@@ -110,25 +104,20 @@ class Fork:
 
 
 def left_behind(output: Path) -> dict[str, Any]:
-    """All that must not depend on who made the runs, by run id."""
-    store, found = Store(output), {}
-    for folder in sorted((output / "runs").iterdir()):
-        record = store.read(folder.name)
-        kept = {name: record[name] for name in ("status", "tasks", "tokens", "kept_digest", "n_answers", "documents", "batch_size")}
-        found[folder.name] = kept | {
-            "draws": (folder / "draws.json").read_bytes(),
-            "samples": [without_times(sample) for sample in store.each_sample(folder.name)],
-            "files": sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")),  # killed processes leave hidden ones
-        }
+    """All that must not depend on who made the units, by run and task."""
+    found: dict[str, Any] = {}
+    for key in read_runs(output):
+        for task, unit in units(output, key).items():
+            record = unit.read().model_dump(include={"status", "scores", "tokens", "kept_digest", "n_answers", "documents", "batch_size"})
+            found[key, task] = record | {
+                "draws": (unit.folder / "draws.json").read_bytes(),
+                "scores by document": (unit.folder / "scores.jsonl").read_bytes(),
+                "answers": [answer.untimed() for answer in unit.answers()],
+                "files": sorted(
+                    path.name for path in unit.folder.iterdir() if not path.name.startswith(".")
+                ),  # the killed leave hidden ones
+            }
     return found
-
-
-def without_times(sample: dict[str, Any]) -> str:
-    """A sample's JSON but for what a clock or the allocator said."""
-    kept = {name: value for name, value in sample.items() if name not in TIMED}
-    if kept["record"] is not None:
-        kept["record"] = {name: value for name, value in kept["record"].items() if name != "selection_ms"}
-    return json.dumps(kept, sort_keys=True)
 
 
 def last_json(text: str) -> dict[str, Any]:

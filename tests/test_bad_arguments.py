@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,10 +16,10 @@ import pytest
 from bad_inputs import TEXT
 from bad_model_args import MODEL_ARGS
 from click.testing import Result
-from hypothesis import HealthCheck, given
-from hypothesis import settings as hypothesis_settings
+from hypothesis import given
 from hypothesis import strategies as st
 from loguru import logger
+from report_sweeps import edit_answers
 from rich.console import Console
 from sweep_standin import StandIn, make_config, task_manager, write_tasks
 from typer.testing import CliRunner
@@ -32,7 +31,6 @@ from vlm_pruner_eval.lmms import checkpoint, settings
 from vlm_pruner_eval.lmms.families import VlmPrunerLlava
 from vlm_pruner_eval.pruners import Pruner, list_pruners
 from vlm_pruner_eval.report.check import check, write_reference
-from vlm_pruner_eval.report.load import load_results
 from vlm_pruner_eval.sweep.runner import run_sweep
 
 LONGEST = 1500  # characters of a sentence; one that names all methods is long
@@ -57,18 +55,18 @@ def is_sentence(text: str) -> bool:
 
 
 # ---- --model_args
-@pytest.mark.parametrize(("model_args", "sentence"), MODEL_ARGS, ids=range(len(MODEL_ARGS)))
-def test_bad_model_args_are_refused_before_weights_are_read(model_args: str, sentence: str) -> None:
-    with pytest.raises(ConfigError) as refused:
-        VlmPrunerLlava.create_from_arg_string(model_args, {"batch_size": 1, "device": None, "max_batch_size": None})
-    assert sentence in str(refused.value)
-    lines = refused.value.problems
-    assert all(is_sentence(line) for line in lines), lines
+
+
+def test_bad_model_args_are_refused_before_weights_are_read() -> None:
+    wrong = {}
+    for model_args, sentence in MODEL_ARGS:
+        with pytest.raises(ConfigError) as refused:
+            VlmPrunerLlava.create_from_arg_string(model_args, {"batch_size": 1, "device": None, "max_batch_size": None})
+        said = refused.value.problems
+        if sentence not in str(refused.value) or not all(map(is_sentence, said)):
+            wrong[model_args] = said
+    assert wrong == {}
     assert os.listdir(".") == []
-
-
-def test_the_table_is_large() -> None:
-    assert len({text for text, _ in MODEL_ARGS}) == len(MODEL_ARGS) >= 100
 
 
 VALUES = st.one_of(
@@ -86,7 +84,6 @@ VALUES = st.one_of(
 )
 
 
-@hypothesis_settings(max_examples=300, deadline=20_000, suppress_health_check=list(HealthCheck))
 @given(model_args=st.dictionaries(st.one_of(st.sampled_from(FIELDS), st.text(max_size=5)), VALUES, max_size=6))
 def test_any_mapping_is_settings_or_sentences(model_args: dict[str, object]) -> None:
     try:
@@ -101,7 +98,6 @@ def test_any_mapping_is_settings_or_sentences(model_args: dict[str, object]) -> 
     assert isinstance(method, str)
 
 
-@hypothesis_settings(max_examples=300, deadline=20_000, suppress_health_check=list(HealthCheck))
 @given(text=st.one_of(st.text(max_size=40), st.text(alphabet="ap=,'\"{}[]\\ 1.-", max_size=30)))
 def test_any_text_is_arguments_or_a_sentence(text: str) -> None:
     try:
@@ -110,17 +106,6 @@ def test_any_text_is_arguments_or_a_sentence(text: str) -> None:
         assert all(is_sentence(problem) for problem in error.problems), error.problems
         return
     assert joined["batch_size"] == 1 or "batch_size" in text
-
-
-@pytest.mark.cli
-def test_the_command_line_of_lmms_eval_ends_with_2(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lmms_eval", "--model", "vlmpruner_llava", "--tasks", "digitscenes_exist", "--model_args"]
-    done = subprocess.run(
-        [*command, "pretrained=minivlm,method=../../x:Y,pruning_rate=nan"], capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 2, done.stderr[-2000:]
-    assert "method: '../../x:Y' can't be imported" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 # ---- the other commands
@@ -219,12 +204,6 @@ def assert_refused(result: Result, sentence: str) -> None:
         (["bench", "prefill", "--methods", "fastw"], "method: got 'fastw'"),
         (["bench", "prefill", "--text-tokens", "99999999999"], "needs"),
         (["bench", "profile", "--method", "os:system"], "method: "),
-        (["bench", "questions", "--batch-sizes", "2"], "--batch-sizes: got [2]"),
-        (["bench", "questions", "--batch-sizes", ""], "--batch-sizes: got"),
-        (["bench", "questions", "--limit", "0"], "--limit: got 0"),
-        (["bench", "questions", "--rate", "nan"], "pruning_rate: got 'nan'"),
-        (["bench", "questions", "--method", "x"], "method: got 'x'"),
-        (["bench", "questions", "--device", "abacus"], "device: got 'abacus'"),
         (["bench", "shared", "--config", "nowhere.yaml"], "can't be read as a text file"),
         (["bench", "shared", "--config", "GOOD", "--rounds", "0"], "--rounds: got 0"),
         (["bench", "shared", "--config", "GOOD", "--limit", "0"], "limit: got 0"),
@@ -251,19 +230,22 @@ def edit(path: Path, change: Callable[[Any], Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda grid: [], "sweep.json: is not the grid of a sweep"),
-        (lambda grid: {key: value for key, value in grid.items() if key != "runs"}, "sweep.json: is not the grid of a sweep"),
-        (lambda grid: {key: value for key, value in grid.items() if key != "config"}, "sweep.json: is not the grid of a sweep"),
-        (lambda grid: grid | {"name": "../../x"}, "sweep.json: has the name '../../x'"),
-        (lambda grid: grid["config"].pop("model") and None, "sweep.json: config lacks id"),
-        (lambda grid: grid["config"].update(tasks="gqa"), "sweep.json: config lacks a list of tasks"),
-        (lambda grid: grid | {"runs": [3]}, "sweep.json: runs[0]: got 3"),
-        (lambda grid: grid["runs"][1].pop("label") and None, "sweep.json: runs[1]: lacks label"),
-        (lambda grid: grid["runs"][1].update(seed_=grid["runs"][1].pop("seed")), "sweep.json: runs[1]: lacks seed"),
-        (lambda grid: grid["runs"][1].update(run_id="../../../elsewhere"), "sweep.json: runs[1].run_id: got '../../../elsewhere'"),
-        (lambda grid: grid["runs"][1].update(run_id="/etc"), "sweep.json: runs[1].run_id: got '/etc'"),
-        (lambda grid: grid["runs"][1].update(key="../../x"), "sweep.json: runs[1].key: got '../../x'"),
-        (lambda grid: grid["runs"][1].update(label="\x1b[31mred"), "sweep.json: runs[1].label: got"),
+        (lambda grid: [], "sweep.json: got no schema number"),
+        (lambda grid: grid | {"schema": 2}, "sweep.json: got schema 2, expected 3"),
+        (lambda grid: {key: value for key, value in grid.items() if key != "runs"}, "sweep.json: runs: "),
+        (lambda grid: {key: value for key, value in grid.items() if key != "config"}, "sweep.json: config: "),
+        (lambda grid: grid | {"more": 1}, "sweep.json: more: "),
+        (lambda grid: grid | {"name": "../../x"}, "sweep.json: name: got '../../x'"),
+        (lambda grid: grid | {"units": {"tiny_mean": "../.."}}, "sweep.json: units.tiny_mean: got '../..'"),
+        (lambda grid: grid["config"].pop("model") and None, "sweep.json: config: lacks model.id"),
+        (lambda grid: grid["config"].update(tasks="gqa"), "sweep.json: config: lacks a list of tasks"),
+        (lambda grid: grid | {"runs": [3]}, "sweep.json: runs.0: "),
+        (lambda grid: grid["runs"][1].pop("label") and None, "sweep.json: runs.1.label: "),
+        (lambda grid: grid["runs"][1].update(seed_=grid["runs"][1].pop("seed")), "sweep.json: runs.1.seed: "),
+        (lambda grid: grid["runs"][1].update(run_id="../../../elsewhere"), "sweep.json: runs.1.run_id: got '../../../elsewhere'"),
+        (lambda grid: grid["runs"][1].update(run_id="/etc"), "sweep.json: runs.1.run_id: got '/etc'"),
+        (lambda grid: grid["runs"][1].update(key="../../x"), "sweep.json: runs.1.key: got '../../x'"),
+        (lambda grid: grid["runs"][1].update(label="\x1b[31mred"), "sweep.json: runs.1.label: got"),
     ],
 )
 def test_a_grid_that_is_broken_or_leads_elsewhere_is_refused(folder: Path, change: Callable[[Any], Any], sentence: str) -> None:
@@ -273,17 +255,17 @@ def test_a_grid_that_is_broken_or_leads_elsewhere_is_refused(folder: Path, chang
     assert not (folder / "sweep" / "report.md").exists()
 
 
-@pytest.mark.parametrize("name", ["config", "tasks", "tokens", "times", "provenance"])
-def test_a_record_without_a_part_is_refused(folder: Path, name: str) -> None:
-    edit(next(folder.glob("sweep/runs/vlmpruner*/run.json")), lambda record: record.pop(name) and None)
-    assert_refused(call("report", folder / "sweep"), f"run.json lacks {name}")
+@pytest.mark.parametrize(("file", "name"), [("run.json", "config"), ("*/record.json", "task"), ("*/record.json", "provenance")])
+def test_a_record_without_a_part_is_refused(folder: Path, file: str, name: str) -> None:
+    edit(next(folder.glob(f"sweep/runs/vlmpruner*/{file}")), lambda record: record.pop(name) and None)
+    assert_refused(call("report", folder / "sweep"), f"{file.rpartition('/')[2]}: {name}: ")
 
 
-@pytest.mark.parametrize("digest", ["../../../../etc/passwd", "/etc/passwd", "..", "a/b", "a.b", "", "a\x00b", "x" * 200])
+@pytest.mark.parametrize("digest", ["../../../../etc/passwd", "a.b", ""])
 def test_a_picture_is_never_looked_for_elsewhere(folder: Path, digest: str) -> None:
     """Answers name their pictures, and `report` looks for those of the first documents."""
-    for path in folder.glob("sweep/runs/*/samples.jsonl"):
-        path.write_text(re.sub(r'"images": \[[^]]*\]', lambda _: f'"images": {json.dumps([digest])}', path.read_text()))
+    for path in folder.glob("sweep/runs/*/*/answers.jsonl"):
+        edit_answers(path, lambda row: row.update(images=[digest]))
     assert_refused(call("report", folder / "sweep"), "images: got '")
 
 
@@ -294,7 +276,6 @@ JSON = st.recursive(
 )
 
 
-@hypothesis_settings(max_examples=150, deadline=20_000, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_changed_reference_is_compared_or_refused(swept: Path, tmp_path: Path, data: st.DataObject) -> None:
     content = json.loads((swept / "reference.json").read_text())
@@ -316,13 +297,8 @@ def test_a_changed_reference_is_compared_or_refused(swept: Path, tmp_path: Path,
     assert all(problem.endswith(".") and ": " in problem for problem in problems), problems
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "null", "[" * 100_000, '{"a": 1}', "\x00", "NaN", "1" * 5000])
-def test_a_file_that_is_no_json_object_is_no_reference(swept: Path, tmp_path: Path, text: str) -> None:
-    (tmp_path / "reference.json").write_text(text)
-    result = call("report", swept / "sweep", "--check", tmp_path / "reference.json")
-    assert_refused(result, "reference")
-
-
-def test_the_swept_folder_is_good(swept: Path) -> None:
-    assert check(swept / "sweep", swept / "reference.json") == []
-    assert len(load_results(swept / "sweep").records) == 3
+def test_a_file_that_is_no_json_object_is_no_reference(swept: Path, tmp_path: Path) -> None:
+    assert check(swept / "sweep", swept / "reference.json") == [], "the folder and its reference are good"
+    for text in ("", "[]", "{", "null", "[" * 100_000, '{"a": 1}', "\x00", "NaN", "1" * 5000):
+        (tmp_path / "reference.json").write_text(text)
+        assert_refused(call("report", swept / "sweep", "--check", tmp_path / "reference.json"), "reference")

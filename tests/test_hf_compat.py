@@ -11,6 +11,7 @@ from test_hook_exact import ONE
 from tiny_models import build, generate, prompts
 from toy_pruners import KeyNorm, Stride
 from transformers import DynamicCache, StaticCache
+from transformers.models.llama import modeling_llama
 
 import vlm_pruner_eval
 from vlm_pruner_eval import ConfigError, PruningError, hf_compat, prune, versions
@@ -18,11 +19,11 @@ from vlm_pruner_eval import ConfigError, PruningError, hf_compat, prune, version
 PACKAGE = Path(vlm_pruner_eval.__file__).parent
 
 
-def renamed(model: torch.nn.Module, old: str, new: str, layers: slice = slice(None)) -> torch.nn.Module:
+def renamed(model: torch.nn.Module, old: str, new: str) -> torch.nn.Module:
     """Let decoder layers take an argument under another name, as a release of transformers could; the hook sees that name."""
     text = model.model.language_model
 
-    for layer in text.layers[layers]:
+    for layer in text.layers:
         inner = layer.forward
 
         def forward(*args, inner=inner, **kwargs):
@@ -38,56 +39,44 @@ def renamed(model: torch.nn.Module, old: str, new: str, layers: slice = slice(No
     return model
 
 
-def cache_name() -> str:
-    return next(iter(hf_compat.with_cache(build("llava").model.language_model.layers[0].forward, None)))
+CACHE = next(iter(hf_compat.with_cache(modeling_llama.LlamaDecoderLayer.forward, None)))  # its name in this transformers
 
 
-def test_a_cache_under_an_unknown_name_is_refused_with_the_tested_versions() -> None:
-    model = renamed(build("llava"), cache_name(), "kv_store")
-    with pytest.raises(PruningError) as error, prune(model, Stride(pruning_rate="2/3")):
-        generate(model, prompts("llava", ONE), 1)
-    assert "the cache as 'kv_store'" in str(error.value)
-    assert versions.tested_range("transformers") in str(error.value) and "decoder layer 2" in str(error.value)
-
-
-def test_without_a_cache_an_unknown_name_is_refused_too() -> None:
-    model = renamed(build("llava"), cache_name(), "kv_store")
-    with pytest.raises(PruningError, match="without a cache"), prune(model, Stride(pruning_rate="2/3")), torch.no_grad():
-        model(**prompts("llava", ONE), use_cache=False)
-
-
-@pytest.mark.parametrize("name", ["position_embeddings", "attention_mask"])
-def test_other_arguments_under_unknown_names_are_refused(name: str) -> None:
-    """A mask of the whole prompt would meet a shortened sequence, or no mask at all would be set."""
-    model = renamed(build("llava"), name, "renamed")
-    with pytest.raises(PruningError, match=f"without {name}"), prune(model, KeyNorm(pruning_rate="2/3")):
-        generate(model, prompts("llava", ONE), 1)
+@pytest.mark.parametrize(
+    ("old", "said"),
+    [
+        (CACHE, "decoder layer 2: .* the cache as 'renamed'"),
+        ("no cache", "without a cache"),
+        # a mask of the whole prompt would meet a shortened sequence, or no mask at all would be set
+        ("position_embeddings", "without position_embeddings"),
+        ("attention_mask", "without attention_mask"),
+    ],
+)
+def test_arguments_under_unknown_names_are_refused_with_the_tested_versions(old: str, said: str) -> None:
+    model = renamed(build("llava"), CACHE if old == "no cache" else old, "renamed")
+    with pytest.raises(PruningError, match=said) as error, prune(model, KeyNorm(pruning_rate="2/3")), torch.no_grad():
+        model(**prompts("llava", ONE), use_cache=old != "no cache")
+    assert versions.tested_range("transformers") in str(error.value)
 
 
 @pytest.mark.parametrize("new", hf_compat.CACHE_NAMES)
 def test_every_known_name_of_the_cache_gives_the_same_answer(new: str) -> None:
     inputs = prompts("llava", ONE)
     answers = []
-    for model in (build("llava"), renamed(build("llava"), cache_name(), new)):
+    for model in (build("llava"), renamed(build("llava"), CACHE, new)):
         with prune(model, KeyNorm(pruning_rate="2/3")) as ledger:
             answers.append(generate(model, inputs, 4).sequences)
         assert ledger.records[0].n_kept == 5
     assert torch.equal(*answers)
 
 
-@pytest.mark.parametrize("how", ["handed over", "by generate"])
-def test_static_caches_are_refused_however_they_come(how: str) -> None:
-    model, inputs = build("llava"), prompts("llava", ONE)
+def test_static_caches_are_refused_however_they_come(tiny_model) -> None:
+    model, inputs = tiny_model("llava"), prompts("llava", ONE)
     cache = StaticCache(config=model.model.language_model.config, max_cache_len=64)
-    options = {"cache_implementation": "static"} if how == "by generate" else hf_compat.with_cache(model.forward, cache)
-    with pytest.raises(PruningError, match=r"(dynamic|default) cache"), prune(model, Stride(pruning_rate=0.5)):
-        model.generate(**inputs, **options, max_new_tokens=2, do_sample=False)
-
-
-def test_what_is_static() -> None:
-    config = build("llava").model.language_model.config
-    assert hf_compat.is_static(StaticCache(config=config, max_cache_len=64))
-    assert not hf_compat.is_static(DynamicCache()) and not hf_compat.is_static(None)
+    assert [hf_compat.is_static(one) for one in (cache, DynamicCache(), None)] == [True, False, False]
+    for options in ({"cache_implementation": "static"}, hf_compat.with_cache(model.forward, cache)):
+        with pytest.raises(PruningError, match=r"(dynamic|default) cache"), prune(model, Stride(pruning_rate=0.5)):
+            model.generate(**inputs, **options, max_new_tokens=2, do_sample=False)
 
 
 def test_a_model_that_is_put_together_otherwise_is_a_sentence() -> None:
@@ -118,4 +107,4 @@ def test_no_other_file_asks_for_the_version_of_transformers() -> None:
                 found.append(file.relative_to(PACKAGE).as_posix())
             if isinstance(node, ast.Constant) and node.value in hf_compat.CACHE_NAMES[1:]:
                 found.append(file.relative_to(PACKAGE).as_posix())
-    assert set(found) <= {"hf_compat.py", "bench/measure.py", "speed/machine.py"}, found
+    assert set(found) <= {"hf_compat.py", "embedded/measure.py", "speed/measuring.py"}, found

@@ -1,4 +1,4 @@
-"""Batches, beams, padding, outputs: pruning must not depend on how prompts are run together."""
+"""Batches, beams, padding, outputs: pruning must not depend on how prompts are run together; and what methods are shown."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import weakref
 import pytest
 import torch
 import transformers
-from test_hook_exact import CLOSE, MIXED, ONE, distance
-from tiny_models import FAMILIES, IMAGE, N_LAYERS, build, generate, masked_recompute, prompts, scopes_of, step_logits, views_from
+from test_hook_exact import CLOSE, MIXED, ONE, ROWS, compare, distance, plain_positions
+from tiny_models import FAMILIES, IMAGE, N_LAYERS, VIDEO, build, generate, masked_recompute, prompts, scopes_of, step_logits, views_from
 from toy_pruners import IN_MODEL, KeyNorm, StateNorm, Stride
 
 from vlm_pruner_eval import PruningError, prune
@@ -21,74 +21,55 @@ from vlm_pruner_eval.types import Selection
 SEVERAL_UNDER_BEAMS = hasattr(transformers.GenerationMixin, "_expand_multimodal_outputs")
 
 
-def plain_positions(family: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Positions that count attended tokens, where the model does not compute multi-dimensional ones itself."""
-    return {} if FAMILIES[family].mrope else {"position_ids": (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)}
-
-
-def rate_for(name: str) -> object:
-    return 0 if name == "none" else "2/3"
-
-
 @pytest.mark.parametrize("name", IN_MODEL)
 def test_every_method_gives_the_same_in_a_batch_and_alone(tiny_model, family, name):
-    """Also the table over every method x every family: it keeps what was asked, in every layer, and decodes."""
-    model, pruner = tiny_model(family), get_pruner(name, pruning_rate=rate_for(name))
-    ids = [f"task/test/{i}" for i in range(len(MIXED))]
+    """The table over every method x every family: it keeps what was asked, in every layer, records it, and decodes."""
+    model, rows, pruner = tiny_model(family), ROWS[family], get_pruner(name, pruning_rate=0 if name == "none" else "2/3")
+    ids, inputs = [f"task/test/{i}" for i in range(len(rows))], prompts(family, rows)
     with prune(model, pruner, sample_ids=ids) as ledger:
-        batch = generate(model, prompts(family, MIXED))
-    together = ledger.records
-    for i, sample in enumerate(MIXED):
-        with prune(model, pruner, sample_ids=[ids[i]]) as ledger:
-            alone = generate(model, prompts(family, [sample]))
-        (record,) = ledger.records
+        batch = generate(model, inputs, 3)
+    for i, (row, record) in enumerate(zip(rows, ledger.records, strict=True)):
+        with prune(model, pruner, sample_ids=[ids[i]]) as alone_ledger:
+            alone = generate(model, prompts(family, [row]), 3)
+        (own,) = alone_ledger.records
         padding = batch.sequences.shape[1] - alone.sequences.shape[1]
-        assert [p - padding for p in together[i].kept_positions] == record.kept_positions
-        assert together[i].order == record.order
-        assert together[i].kv_lengths == record.kv_lengths
+        assert [p - padding for p in record.kept_positions] == own.kept_positions
+        assert (record.order, record.kv_lengths, record.quirks) == (own.order, own.kv_lengths, own.quirks)
         assert distance(step_logits(batch)[i], step_logits(alone)[0]) < CLOSE
-        assert torch.equal(batch.sequences[i, -6:], alone.sequences[0, -6:])
-        scopes = scopes_of(family, sample)
-        expected = sum(map(pruner.default_keep, scopes))
-        assert (record.n_images, record.n_visual) == (len(scopes), sum(scopes))
-        assert record.n_kept == record.n_asked == expected
-        text = len(prompts(family, [sample])["input_ids"][0]) - record.n_visual
-        cut_at = record.layer if record.layer is not None else N_LAYERS
-        assert record.kv_lengths == [text + record.n_visual] * cut_at + [text + expected] * (N_LAYERS - cut_at)
-
-
-def test_records_say_what_was_kept(tiny_model, family):
-    inputs = prompts(family, MIXED)
-    with prune(tiny_model(family), KeyNorm(pruning_rate="2/3"), sample_ids=["a", "b", "c"]) as ledger:
-        generate(tiny_model(family), inputs)
-    for b, record in enumerate(ledger.records):
-        visual = (inputs["input_ids"][b] == IMAGE).nonzero()[:, 0]
-        assert (record.row, record.sample_id, record.n_visual) == (b, "abc"[b], len(visual))
+        assert torch.equal(batch.sequences[i, -3:], alone.sequences[0, -3:])
+        # what the record says
+        scopes = scopes_of(family, row)
+        n_kept, n_visual = sum(map(pruner.default_keep, scopes)), sum(scopes)
+        assert (record.row, record.sample_id, record.n_images, record.n_visual) == (i, ids[i], len(scopes), n_visual)
+        assert record.n_kept == record.n_asked == len(record.kept_positions) == n_kept
+        visual = torch.isin(inputs["input_ids"][i], torch.tensor([IMAGE, VIDEO])).nonzero()[:, 0]
         assert sorted(visual[record.order].tolist()) == record.kept_positions
-        assert len(record.kept_positions) == record.n_kept
-        assert (record.selection_ms > 0) == bool(record.n_visual)
-        assert record.layer_averaged == pytest.approx((2 * record.n_visual + 3 * record.n_kept) / 5)
-        assert record.as_json()["n_kept"] == record.n_kept
+        assert (record.selection_ms > 0) == (n_visual > 0 and name != "none")
+        cut_at = record.layer if record.layer is not None else N_LAYERS
+        text = len(prompts(family, [row])["input_ids"][0]) - n_visual
+        assert record.kv_lengths == [text + n_visual] * cut_at + [text + n_kept] * (N_LAYERS - cut_at)
+        assert record.layer_averaged == pytest.approx((cut_at * n_visual + (N_LAYERS - cut_at) * n_kept) / N_LAYERS)
+        assert record.as_json()["layer_averaged"] == record.layer_averaged
 
 
-@pytest.mark.parametrize("rows", [[[4, "i0", 7], [3, "i0", 12], [9]], MIXED], ids=["one image a row", "several images"])
 @pytest.mark.parametrize("kind", ["beams", "samples"])
-def test_beams_and_returned_sequences(tiny_model, family, rows, kind):
+def test_beams_and_returned_sequences(tiny_model, family, kind):
     """With a rule that does not depend on numbers, cached decoding equals decoding without a cache."""
-    model, inputs = tiny_model(family), prompts(family, rows)
+    model, rows = tiny_model(family), ROWS[family]
     beams = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True}
     kwargs = beams if kind == "beams" else {"do_sample": True, "num_return_sequences": 3}
-    if rows is MIXED and not SEVERAL_UNDER_BEAMS and not FAMILIES[family].mrope:
-        with pytest.raises(PruningError, match="repeats the images of a batch one by one"), prune(model, Stride(pruning_rate="2/3")):
-            generate(model, inputs, 5, **kwargs)
-        return
-    outputs = []
+    if not SEVERAL_UNDER_BEAMS:
+        rows = [[4, "i0", 7], [3, "i0", 12], [9]]
+        if not FAMILIES[family].mrope:
+            with pytest.raises(PruningError, match="repeats the images of a batch one by one"), prune(model, Stride(pruning_rate="2/3")):
+                generate(model, prompts(family, MIXED), 5, **kwargs)
+    inputs, outputs, ids = prompts(family, rows), [], [f"row {i}" for i in range(len(rows))]
     for use_cache in (True, False):
         torch.manual_seed(3)
-        with prune(model, Stride(pruning_rate="2/3"), sample_ids=["a", "b", "c"]) as ledger:
-            outputs.append(generate(model, inputs, 5, use_cache=use_cache, **kwargs))
-        first = ledger.records[:9]
-        assert [record.sample_id for record in first] == ["a"] * 3 + ["b"] * 3 + ["c"] * 3
+        with prune(model, Stride(pruning_rate="2/3"), sample_ids=ids) as ledger:
+            outputs.append(generate(model, inputs, 4, use_cache=use_cache, **kwargs))
+        first = ledger.records[: 3 * len(rows)]
+        assert [record.sample_id for record in first] == [name for name in ids for _ in range(3)]
         kept = [sum(map(Stride(pruning_rate="2/3").default_keep, scopes_of(family, row))) for row in rows for _ in range(3)]
         assert [record.n_kept for record in first] == kept
     assert torch.equal(outputs[0].sequences, outputs[1].sequences)
@@ -96,6 +77,7 @@ def test_beams_and_returned_sequences(tiny_model, family, rows, kind):
         assert distance(outputs[0].sequences_scores, outputs[1].sequences_scores) < 1e-4
 
 
+# ---- forwards without generate
 def test_logits_keep_the_length_of_the_input_and_the_loss_works(tiny_model, family):
     model, inputs = tiny_model(family), prompts(family, MIXED)
     labels = inputs["input_ids"].clone()
@@ -106,11 +88,11 @@ def test_logits_keep_the_length_of_the_input_and_the_loss_works(tiny_model, fami
     assert out.logits.shape[:2] == inputs["input_ids"].shape
     assert bool(torch.isfinite(out.loss))
     views = views_from(ledger.records[3:], inputs)
-    slow = masked_recompute(model, inputs, views)
     seen = views[N_LAYERS - 1].seen
-    assert distance(with_positions[seen], slow[seen]) < CLOSE
+    assert distance(with_positions[seen], masked_recompute(model, inputs, views)[seen]) < CLOSE
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
 def test_gradients_flow_through_the_cut(family):
     model, inputs = build(family), prompts(family, ONE)
     labels = inputs["input_ids"].clone()
@@ -122,14 +104,14 @@ def test_gradients_flow_through_the_cut(family):
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-def test_unread_records_do_not_hold_on_to_the_cache(tiny_model, family, layer):
+def test_unread_records_do_not_hold_on_to_the_cache(tiny_model, layer):
     """A long loop in one context must not keep every prompt's KV cache until someone reads the ledger."""
-    model, inputs = tiny_model(family), prompts(family, ONE)
+    model, inputs = tiny_model("llava"), prompts("llava", ONE)
     with prune(model, StateNorm(pruning_rate="2/3", layer=layer)) as ledger, torch.no_grad():
         kept = weakref.ref(cache_of(model(**inputs, use_cache=True)))
         gc.collect()
         assert kept() is None
-    assert [record.n_kept for record in ledger.records] == [record.n_asked for record in ledger.records] != []
+    assert [record.n_kept for record in ledger.records] == [5]
 
 
 def test_right_padding_keeps_the_same_tokens(tiny_model, family):
@@ -145,6 +127,7 @@ def test_right_padding_keeps_the_same_tokens(tiny_model, family):
     assert distance(logits[seen], masked_recompute(model, right, views)[seen]) < CLOSE
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
 def test_without_a_cache_the_forward_is_the_same(tiny_model, family):
     model, inputs = tiny_model(family), prompts(family, MIXED)
     with prune(model, get_pruner("fastv", pruning_rate="2/3")) as ledger, torch.no_grad():
@@ -153,7 +136,20 @@ def test_without_a_cache_the_forward_is_the_same(tiny_model, family):
     assert [r.kv_lengths for r in ledger.records[:3]] == [r.kv_lengths for r in ledger.records[3:]]
 
 
-class _See(StateNorm):
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_hidden_states_and_attentions_can_be_asked_for(family):
+    model, inputs = build(family, "eager"), prompts(family, ONE)
+    length, (n_visual,) = inputs["input_ids"].shape[1], scopes_of(family, ONE[0])
+    with prune(model, KeyNorm(pruning_rate="2/3")), torch.no_grad():
+        out = model(**inputs, output_hidden_states=True, output_attentions=True)
+    short = length - n_visual + KeyNorm(pruning_rate="2/3").default_keep(n_visual)
+    assert [tuple(a.shape[2:]) for a in out.attentions] == [(length, length)] * 2 + [(short, short)] * 3
+    assert [states.shape[1] for states in out.hidden_states[:3]] == [length] * 3
+    assert out.logits.shape[1] == length
+
+
+# ---- what a method is shown
+class See(StateNorm):
     """Hands everything it is given to `seen`, on the class so that the method itself stays frozen."""
 
     needs = frozenset({"keys", "attention", "normed_hidden_states", "positions", "text"})
@@ -165,91 +161,49 @@ class _See(StateNorm):
 
 
 @pytest.fixture
-def see():
-    _See.seen.clear()
-    return _See(pruning_rate=0.5), _See.seen
+def seen():
+    See.seen.clear()
+    return See.seen
 
 
-def rows_of(family: str) -> list[int]:
-    """The row of every scope of MIXED."""
-    return [b for b, sample in enumerate(MIXED) for _ in scopes_of(family, sample)]
-
-
-def test_keys_are_those_of_the_cache(tiny_model, family, see):
+def test_keys_are_those_of_the_cache_and_attention_is_eager_attentions_last_row(tiny_model, family, seen):
     model, inputs = tiny_model(family), prompts(family, MIXED)
-    pruner, seen = see
-    with prune(model, pruner), torch.no_grad():
+    with prune(model, See(pruning_rate=0.5)), torch.no_grad():
         cache = cache_of(model(**inputs, use_cache=True))
-    keys = cache.layers[1].keys
-    for row, tokens in zip(rows_of(family), seen, strict=True):
-        padding = int((inputs["attention_mask"][row] == 0).sum())
-        assert torch.equal(tokens.keys, keys[row, :, tokens.positions + padding].transpose(0, 1))
-        assert torch.equal(tokens.text.keys, keys[row, :, tokens.text.positions + padding].transpose(0, 1))
-
-
-def test_attention_is_the_last_row_that_eager_attention_computes(tiny_model, family, see):
-    inputs = prompts(family, MIXED)
-    pruner, seen = see
-    with prune(tiny_model(family), pruner), torch.no_grad():
-        tiny_model(family)(**inputs)
     with torch.no_grad():
         weights = tiny_model(family, "eager")(**inputs, output_attentions=True).attentions[1]
-    for row, tokens in zip(rows_of(family), seen, strict=True):
+    keys = cache.layers[1].keys
+    rows = [b for b, sample in enumerate(MIXED) for _ in scopes_of(family, sample)]  # of every scope
+    for row, tokens in zip(rows, seen, strict=True):
         padding = int((inputs["attention_mask"][row] == 0).sum())
+        for one in (tokens, tokens.text):
+            assert torch.equal(one.keys, keys[row, :, one.positions + padding].transpose(0, 1))
         assert distance(tokens.attention, weights[row, :, -1].mean(0)[tokens.positions + padding]) < 1e-6
 
 
-def test_the_text_after_the_image_and_the_final_norm(tiny_model, see):
+def test_the_text_after_the_image_and_the_final_norm(tiny_model, seen):
     model, inputs = tiny_model("llava"), prompts("llava", MIXED)
-    pruner, seen = see
-    with prune(model, pruner), torch.no_grad():
+    with prune(model, See(pruning_rate=0.5)), torch.no_grad():
         model(**inputs)
-    first, second, third = seen
-    assert first.text.positions.tolist() == list(range(20, 27))
-    assert second.text.positions.tolist() == [19, 20, *range(37, 49)]
-    assert third.text.positions.tolist() == list(range(37, 49))
+    expected = [[*range(20, 27)], [19, 20, *range(37, 49)], [*range(37, 49)]]
+    assert [tokens.text.positions.tolist() for tokens in seen] == expected
     for tokens in seen:
-        normed = model.model.language_model.norm.forward(tokens.hidden_states)
-        assert torch.equal(tokens.normed_hidden_states, normed)
+        assert torch.equal(tokens.normed_hidden_states, model.model.language_model.norm.forward(tokens.hidden_states))
         assert tokens.text.normed_hidden_states.shape == (len(tokens.text.positions), 64)
 
 
-def test_fields_that_are_not_needed_are_not_computed(tiny_model):
-    class Nothing(_See):
+def test_fields_that_are_not_needed_are_not_computed(tiny_model, seen):
+    class Nothing(See):
         needs = frozenset()
-        seen: list = []  # noqa: RUF012
 
     with prune(tiny_model("llava"), Nothing(pruning_rate=0.5)), torch.no_grad():
         tiny_model("llava")(**prompts("llava", ONE))
-    (tokens,) = Nothing.seen
-    assert tokens.keys is None
-    assert tokens.attention is None
-    assert tokens.normed_hidden_states is None
-    assert tokens.text is None
+    (tokens,) = seen
+    assert [tokens.keys, tokens.attention, tokens.normed_hidden_states, tokens.text] == [None] * 4
     assert (tokens.grid, tokens.coords[5].tolist()) == ((4, 4), [0, 1, 1])
 
 
-def test_fastv_picks_the_same_under_sdpa_and_eager(tiny_model, family):
-    inputs, kept = prompts(family, MIXED), []
-    for attention in ("sdpa", "eager"):
-        with prune(tiny_model(family, attention), get_pruner("fastv", pruning_rate="2/3")) as ledger:
-            generate(tiny_model(family, attention), inputs, 1)
-        kept.append([record.kept_positions for record in ledger.records])
-    assert kept[0] == kept[1]
-
-
-def test_hidden_states_and_attentions_can_be_asked_for(family):
-    model, inputs = build(family, "eager"), prompts(family, ONE)
-    length = inputs["input_ids"].shape[1]
-    with prune(model, KeyNorm(pruning_rate="2/3")), torch.no_grad():
-        out = model(**inputs, output_hidden_states=True, output_attentions=True)
-    (n_visual,) = scopes_of(family, ONE[0])
-    short = length - n_visual + KeyNorm(pruning_rate="2/3").default_keep(n_visual)
-    assert [tuple(a.shape[2:]) for a in out.attentions] == [(length, length)] * 2 + [(short, short)] * 3
-    assert [states.shape[1] for states in out.hidden_states[:3]] == [length] * 3
-    assert out.logits.shape[1] == length
-
-
+# ---- budgets
 def test_layer_average_budget(tiny_model):
     """Rate 0.25 on average over 5 layers, two of which see all 16 tokens: (2 * 16 + 3 * 9) / 5 is nearest to 12."""
     with prune(tiny_model("llava"), KeyNorm(pruning_rate=0.25, budget="layer_average")) as ledger:
@@ -259,23 +213,21 @@ def test_layer_average_budget(tiny_model):
     assert abs(record.layer_averaged - 12) < 0.5
 
 
-def test_one_budget_over_all_images_of_a_prompt(tiny_model, family, see):
+def test_one_budget_over_all_images_of_a_prompt(tiny_model, family, seen):
     """scope=per_sample: one choice per prompt, among tokens whose frames are numbered through; the cut is as exact as ever."""
-    model, inputs, (_, seen) = tiny_model(family), prompts(family, MIXED), see
-    with prune(model, type(see[0])(pruning_rate="2/3", scope="per_sample")) as ledger:
-        out = generate(model, inputs, 3)
-    length = inputs["input_ids"].shape[1]
-    slow = masked_recompute(model, inputs, views_from(ledger.records, inputs), out.sequences[:, length:])
-    assert distance(step_logits(out), slow[:, length - 1 : length + 2]) < CLOSE
-    for record, sample in zip(ledger.records, MIXED, strict=True):
-        scopes = scopes_of(family, sample)
+    rows = ROWS[family]
+    _, records, apart = compare(tiny_model(family), prompts(family, rows), See(pruning_rate="2/3", scope="per_sample"), 3)
+    assert apart < CLOSE
+    for record, row in zip(records, rows, strict=True):
+        scopes = scopes_of(family, row)
         assert (record.scope, record.n_images) == ("per_sample", len(scopes))
         assert record.n_kept == record.n_asked == Stride(pruning_rate="2/3").default_keep(sum(scopes))
-    first, second = seen
-    assert second.n_visual == sum(scopes_of(family, MIXED[1]))
-    frames = [set(tokens.coords[tokens.coords[:, 1] >= 0][:, 0].tolist()) for tokens in (first, second)]
-    assert frames[1] == set(range(len(frames[1])))
-    assert len(frames[1]) > len(frames[0]), "the second image's frames follow the first's"
+    assert [tokens.n_visual for tokens in seen] == [n for row in rows if (n := sum(scopes_of(family, row)))]
+    for tokens in seen:
+        frames = set(tokens.coords[tokens.coords[:, 1] >= 0][:, 0].tolist())
+        assert frames == set(range(len(frames)))
+    several = seen[-1].coords
+    assert several[:, 0].max() > seen[0].coords[:, 0].max(), "the second image's frames follow the first's"
 
 
 def test_a_selection_may_be_returned_whole(tiny_model):

@@ -42,7 +42,11 @@ COMPOSES = np.asarray(convert_to_rgb(Image.new("RGBA", (1, 1)))).mean() == 255  
 pytestmark = pytest.mark.skipif(not COMPOSES, reason="this version of transformers leaves transparency out in every family")
 
 
-@pytest.fixture(params=FAMILIES)
+# of each way to prepare an image (by the processor alone, by qwen_vl_utils, by a JPEG first) one family here, the others under --all
+USUAL = ("llava", "qwen2_vl", "qwen2_5_vl")
+
+
+@pytest.fixture(params=[name if name in USUAL else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES])
 def stock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Side:
     """A stock wrapper whose model is not run."""
     side = Side(stock_model(request.param), STOCK[request.param])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import prompts
 
@@ -109,7 +109,6 @@ GRIDS = st.builds(
     newlines=st.integers(0, 3),
     keep_of_1000=st.integers(0, 1000),
 )
-MANY = settings(max_examples=150, deadline=None, derandomize=True)
 
 
 def members(coords: torch.Tensor, keep: int) -> dict[int, list[tuple[int, int, int]]]:
@@ -120,9 +119,8 @@ def members(coords: torch.Tensor, keep: int) -> dict[int, list[tuple[int, int, i
     return found
 
 
-@MANY
 @given(grids=GRIDS)
-def test_pool_has_exactly_r_cells_that_are_rectangles_and_cover_the_grid(grids: Grids):
+def test_pool_has_exactly_r_cells_that_are_rectangles_of_like_size_and_cover_the_grid(grids: Grids):
     cells = members(grids.coords, grids.keep)
     left_out = cells.pop(-1, [])
     assert sorted(cells) == [*range(grids.keep)]
@@ -134,22 +132,15 @@ def test_pool_has_exactly_r_cells_that_are_rectangles_and_cover_the_grid(grids: 
         covered.add(frames[0])
     assert {frame for frame, row, _ in left_out if row >= 0}.isdisjoint(covered), "a frame that has cells is covered by them"
     assert len(covered) == min(grids.frames, grids.keep)
-
-
-@MANY
-@given(grids=GRIDS)
-def test_pool_shares_cells_over_frames_and_keeps_them_of_like_size(grids: Grids):
-    keep = min(grids.keep, grids.places)
-    cells = members(grids.coords, keep)
-    cells.pop(-1, None)
+    if grids.keep > grids.places:  # each token is a cell, newline tokens too
+        return
     counts = [sum(tokens[0][0] == frame for tokens in cells.values()) for frame in range(grids.frames)]
-    assert sum(counts) == keep and max(counts) - min(counts) <= 1
+    assert max(counts) - min(counts) <= 1, "frames share the cells"
     for frame in range(grids.frames):
         heights = [len({row for _, row, _ in tokens}) for tokens in cells.values() if tokens[0][0] == frame]
         assert not heights or max(heights) - min(heights) <= 1
 
 
-@MANY
 @given(grids=GRIDS)
 def test_pool_means_are_those_of_a_slow_loop_and_stand_nearest_to_the_centre(grids: Grids):
     generator = torch.Generator().manual_seed(grids.places)
@@ -166,18 +157,15 @@ def test_pool_means_are_those_of_a_slow_loop_and_stand_nearest_to_the_centre(gri
         assert away[token] <= min(away.values()) + 1e-9
 
 
-def test_pool_of_64_in_576_is_average_pooling_by_three():
+def test_pool_of_64_in_576_is_average_pooling_by_three_and_other_cells_are_near_square():
     states = torch.randn(576, 7, generator=torch.Generator().manual_seed(0))
     got = get_pruner("pool", pruning_rate="8/9").select(VisualTokens(states, grid=(24, 24)))
     expected = torch.nn.functional.avg_pool2d(states.T.reshape(7, 24, 24), 3).flatten(1).T
     assert torch.allclose(got.hidden_states, expected, atol=1e-6)
     assert got.keep.tolist() == [24 * row + col for row in range(1, 24, 3) for col in range(1, 24, 3)]
-
-
-@pytest.mark.parametrize("keep", [192, 128])
-def test_pool_cells_are_near_square(keep: int):
-    sizes = [len(tokens) for tokens in members(image().coords, keep).values()]
-    assert min(sizes) >= 576 / keep / 3 and max(sizes) <= 2 * 576 / keep
+    for keep in (192, 128):
+        sizes = [len(tokens) for tokens in members(image().coords, keep).values()]
+        assert min(sizes) >= 576 / keep / 3 and max(sizes) <= 2 * 576 / keep
 
 
 def test_pool_keeps_newline_tokens_only_where_every_other_token_has_a_cell():
@@ -233,22 +221,15 @@ def test_downsample_does_not_choose_among_tokens():
     assert pruner.default_keep(576) == 64 and pruner.stages(32) == ()
     with pytest.raises(PruningError, match="makes images smaller before the model; use it through lmms-eval or a sweep"):
         pruner.select(image())
-
-
-@pytest.mark.parametrize(
-    ("params", "sentence"),
-    [
+    for params, sentence in (
         ({"scope": "per_sample"}, "scope: got per_sample, expected per_image"),
         ({"layer": 2}, "layer: got 2, but this method acts at layer 0 only"),
         ({"positions": "contiguous"}, "positions: got 'contiguous', expected one of original"),
-    ],
-)
-def test_downsample_refuses_what_has_no_meaning(params: dict, sentence: str):
-    with pytest.raises(ConfigError, match=sentence):
-        get_pruner("downsample", pruning_rate=0.5, **params)
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            get_pruner("downsample", pruning_rate=0.5, **params)
 
 
-@MANY
 @given(height=st.integers(1, 3000), width=st.integers(1, 3000), n_tokens=st.integers(1, 3000))
 def test_a_smaller_grid_fits_and_keeps_the_proportions(height: int, width: int, n_tokens: int):
     rows, cols = smaller_grid(height, width, n_tokens)
@@ -289,15 +270,11 @@ def nearly_uniform() -> VisualTokens:
     return VisualTokens(states, grid=(10, 10), keys=torch.randn(100, 2, 4, generator=generator))
 
 
-@pytest.mark.parametrize("step", [1e-3, 1e-12, 1e-300])
-def test_a_tiny_threshold_step_still_ends(step: float):
-    """A stalled pass jumps to the first threshold above the lowest score, so the number of passes is bounded by R."""
-    got = get_pruner("vlmpruner", pruning_rate=0.5, threshold=-5.0, threshold_step=step).select(nearly_uniform(), 40)
-    assert len(got.order) == 40 and "stall" in got.quirks
-
-
-def test_jumping_is_the_same_as_climbing():
-    """The threshold after a jump is a rung of the same ladder: a start that is 7 rungs lower changes nothing."""
+def test_a_tiny_threshold_step_ends_and_jumping_is_the_same_as_climbing():
+    """A stalled pass jumps to the first rung above the lowest score: passes are bounded by R, and a start 7 rungs lower changes nothing."""
+    for step in (1e-3, 1e-12, 1e-300):
+        got = get_pruner("vlmpruner", pruning_rate=0.5, threshold=-5.0, threshold_step=step).select(nearly_uniform(), 40)
+        assert len(got.order) == 40 and "stall" in got.quirks
     high, low = (get_pruner("vlmpruner", pruning_rate=0.5, threshold=t, threshold_step=0.125) for t in (0.875, 0.0))
     assert torch.equal(high.select(nearly_uniform(), 40).order, low.select(nearly_uniform(), 40).order)
 

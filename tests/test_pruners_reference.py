@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from vlm_pruner_eval import TextTokens, VisualTokens, get_pruner
+from vlm_pruner_eval.pruners.dart import largest_keys
 
 RATE = 0.5  # not used: the tests pass `keep`
-SEEDS = range(8)
+SEEDS = range(4)
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -126,32 +127,33 @@ def slow_features(states: np.ndarray, channels: int) -> np.ndarray:
     return states[:, np.argsort(-states.var(axis=0, ddof=1))[:channels]]
 
 
-@pytest.mark.parametrize("common", [0.0, 1.5], ids=["diverse", "uniform"])
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(variant) or "defaults")
-@pytest.mark.parametrize("kind", ["image", "frames", "newlines"])
+# every variant on every layout; diverse tokens, and tokens that resemble each other, in turn
+KINDS = ("image", "frames", "newlines")
+CASES = [(kind, variant, 1.5 * ((i + k) % 2)) for i, variant in enumerate(VARIANTS) for k, kind in enumerate(KINDS)]
+
+
+@pytest.mark.parametrize(("kind", "variant", "common"), CASES)
 def test_vlm_pruner(kind: str, variant: dict, common: float):
-    p = DEFAULTS | variant
-    for seed in range(2):
-        data = smooth_tokens(kind, seed, common=common)
-        features, n_visual = slow_features(data["states"], p["channels"]), len(data["cells"])
-        pruner = get_pruner("vlmpruner", pruning_rate=RATE, **variant)
-        for keep in (2, n_visual // 4, n_visual // 2, n_visual):
-            expected = slow_growth(data, features, keep, p)
-            got = pruner.select(visual_tokens(data), keep)
-            assert got.order.tolist() == expected, (seed, keep)
-            merged = slow_merge(data["states"], features, expected, p["self_weight"])
-            np.testing.assert_allclose(got.hidden_states.numpy(), merged, atol=2e-4)
-            stopped = slow_growth(data, features, keep, p, stop=True)
-            assert ("stall" in got.quirks) == (len(stopped) < keep)
-            if keep >= p["pivots"]:
-                released = get_pruner("vlmpruner", pruning_rate=RATE, official_quirks=True, **variant).select(visual_tokens(data), keep)
-                assert released.order.tolist() == stopped, (seed, keep)
+    p, data = DEFAULTS | variant, smooth_tokens(kind, 0, common=common)
+    features, n_visual = slow_features(data["states"], p["channels"]), len(data["cells"])
+    pruner = get_pruner("vlmpruner", pruning_rate=RATE, **variant)
+    for keep in (2, n_visual // 4, n_visual // 2, n_visual):
+        expected = slow_growth(data, features, keep, p)
+        got = pruner.select(visual_tokens(data), keep)
+        assert got.order.tolist() == expected, keep
+        merged = slow_merge(data["states"], features, expected, p["self_weight"])
+        np.testing.assert_allclose(got.hidden_states.numpy(), merged, atol=2e-4)
+        stopped = slow_growth(data, features, keep, p, stop=True)
+        assert ("stall" in got.quirks) == (len(stopped) < keep)
+        if keep >= p["pivots"]:
+            released = get_pruner("vlmpruner", pruning_rate=RATE, official_quirks=True, **variant).select(visual_tokens(data), keep)
+            assert released.order.tolist() == stopped, keep
 
 
 def test_these_inputs_exercise_both_ends():
     """The comparison above means little unless some growth takes several passes and some stalls."""
     stalls = []
-    for seed in SEEDS:
+    for seed in range(8):
         data = smooth_tokens("image", seed, common=1.5)
         features = slow_features(data["states"], 256)
         stalls.append(len(slow_growth(data, features, 21, DEFAULTS, stop=True)) < 21)
@@ -193,25 +195,6 @@ def test_fastv(seed: int):
         assert get_pruner("fastv", pruning_rate=RATE).select(tokens, keep).order.tolist() == expected[:keep]
 
 
-# ---- DivPrune (arXiv 2503.02175)
-def slow_divprune(states: np.ndarray, keep: int) -> list[int]:
-    distance = [[1 - cosine(a, b) for b in states] for a in states]
-    others = [[d for j, d in enumerate(row) if j != i] for i, row in enumerate(distance)]
-    chosen = [int(np.argmax([min(row) for row in others]))]
-    while len(chosen) < keep:
-        rest = [i for i in range(len(states)) if i not in chosen]
-        chosen.append(max(rest, key=lambda i: min(distance[i][j] for j in chosen)))
-    return chosen
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_divprune(seed: int):
-    states = smooth_tokens("image", seed)["states"]
-    for keep in (1, 9, 42):
-        got = get_pruner("divprune", pruning_rate=RATE).select(VisualTokens(torch.from_numpy(states), grid=(6, 7)), keep)
-        assert got.order.tolist() == slow_divprune(states.astype(np.float64), keep)
-
-
 # ---- DART (arXiv 2502.11494)
 def slow_dart(image: dict, text: dict, keep: int) -> list[int]:
     def strongest(keys: np.ndarray, count: int) -> list[int]:
@@ -228,7 +211,7 @@ def slow_dart(image: dict, text: dict, keep: int) -> list[int]:
     return chosen
 
 
-@pytest.mark.parametrize("n_text", [0, 1, 3, 4, 9])
+@pytest.mark.parametrize("n_text", [0, 1, 9])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_dart(seed: int, n_text: int):
     rng = np.random.default_rng(100 + seed)
@@ -254,3 +237,7 @@ def test_dart(seed: int, n_text: int):
         released = get_pruner("dart", pruning_rate=RATE, official_quirks=True).select(tokens, keep)
         assert len(released.order) == min(n_visual, 4 + pivots * (keep // pivots))
         assert ("count" in got.quirks) == (len(released.order) != keep)
+
+
+def test_darts_pivots_of_equal_norm_are_the_first():
+    assert largest_keys(torch.ones(9, 2, 3), 4).tolist() == [0, 1, 2, 3]

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from report_sweeps import as_embedded, copied, edit, folder
 
+from vlm_pruner_eval.report.answer_arrays import TaskAnswers, answers_of
 from vlm_pruner_eval.report.load import Results, load_sweep
 from vlm_pruner_eval.report.rows import rows_of
 from vlm_pruner_eval.report.stats import paired
-from vlm_pruner_eval.report.stats.answers import TaskAnswers, answers_of, flips
 from vlm_pruner_eval.report.stats.compare import compare
 from vlm_pruner_eval.report.stats.comparisons import AVERAGE, Comparison, Comparisons
+from vlm_pruner_eval.report.stats.flip_counts import flips
 from vlm_pruner_eval.report.tables.layout import differences
 from vlm_pruner_eval.store.answers import Answer
 from vlm_pruner_eval.store.folder import DocumentScore

@@ -20,7 +20,7 @@ from vlm_pruner_eval.report.load import load_sweep
 from vlm_pruner_eval.report.rows import Row, rows_of
 from vlm_pruner_eval.store.answers import Answer
 from vlm_pruner_eval.store.kept import Kept
-from vlm_pruner_eval.store.schema import Median, Memory, Spread, Times, Tokens
+from vlm_pruner_eval.store.summaries import Median, Memory, Spread, Times, Tokens
 from vlm_pruner_eval.sweep import records
 from vlm_pruner_eval.timing import time_forwards
 

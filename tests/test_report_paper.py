@@ -28,18 +28,17 @@ from vlm_pruner_eval.report.paper.recompute import recompute_averages, recompute
 from vlm_pruner_eval.report.rows import rows_of
 from vlm_pruner_eval.report.writers.screen import print_paper
 
-RESULTS = Path(__file__).parent.parent / "results" / "paper"
+RESULTS = Path(__file__).parent.parent / "results"
 HEADER = "paper,table,vlm,method,retained_tokens,pruning_rate_percent,benchmark,metric,value,read_from\n"
 COLUMNS = {"tiny_mean": "A", "tiny_pairs": "B"}
 Change = Callable[[dict[tuple[str, float, str], float]], None]
 
 
 # ---- the printed numbers themselves
-def test_the_package_and_the_results_folder_hold_the_same_printed_numbers() -> None:
-    names = {path.name for path in printed.DATA.glob("*.csv")}
-    assert names == {path.name for path in RESULTS.glob("*.csv")} == {"vlm_pruner.csv", "errata.csv"}
-    for name in names:
-        assert (printed.DATA / name).read_bytes() == (RESULTS / name).read_bytes()
+def test_the_printed_numbers_lie_in_the_package_and_nowhere_else() -> None:
+    names = {"vlm_pruner.csv", "errata.csv"}
+    assert {path.name for path in printed.DATA.glob("*.csv")} == names
+    assert not [path for path in RESULTS.rglob("*.csv") if path.name in names]
 
 
 def test_every_printed_average_is_derived_again() -> None:

@@ -14,7 +14,8 @@ from vlm_pruner_eval.report.stats.paired import Estimate
 from vlm_pruner_eval.report.stats.strata import CAPABILITIES, CONTROLS, OF_CATEGORY, OF_TASK, Stratum, capability_of, strata
 from vlm_pruner_eval.store import schema
 from vlm_pruner_eval.store.folder import DocumentScore, Store
-from vlm_pruner_eval.store.schema import Grid, RunHead, RunLine, TaskScore, UnitRecord
+from vlm_pruner_eval.store.schema import Grid, RunHead, RunLine, UnitRecord
+from vlm_pruner_eval.store.summaries import TaskScore
 
 Score = Callable[[str, int], float | None]
 N = 12

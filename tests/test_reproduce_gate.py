@@ -15,7 +15,8 @@ from vlm_pruner_eval.reproduce.gate import judge
 from vlm_pruner_eval.reproduce.noise import Flips, Noise, TaskNoise
 from vlm_pruner_eval.reproduce.plan import Variant, make_plan
 from vlm_pruner_eval.store.folder import DocumentScore
-from vlm_pruner_eval.store.schema import RunRecord, Score, TaskScore
+from vlm_pruner_eval.store.schema import RunRecord
+from vlm_pruner_eval.store.summaries import Score, TaskScore
 
 HEADER = "paper,table,vlm,method,retained_tokens,pruning_rate_percent,benchmark,metric,value,read_from\n"
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 import yaml
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from report_sweeps import edit_answers
 from rich.console import Console
 from sweep_standin import StandIn, make_config, task_manager, write_tasks
 from tiny_checkpoints import write_tiny_llava
@@ -28,10 +28,10 @@ from vlm_pruner_eval.cli import app
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.lmms import load
 from vlm_pruner_eval.lmms.plugin import exit_with
+from vlm_pruner_eval.redact import HIDDEN, sentence, spelled_out, without_secrets
 from vlm_pruner_eval.report.build import build
 from vlm_pruner_eval.report.writers.latex import escape as latex_escape
 from vlm_pruner_eval.report.writers.markdown import inert, table
-from vlm_pruner_eval.shown import HIDDEN, sentence, spelled_out, without_secrets
 from vlm_pruner_eval.sweep import grid, hub_code, opening
 from vlm_pruner_eval.sweep.provenance import command_line
 from vlm_pruner_eval.sweep.runner import run_sweep
@@ -106,33 +106,25 @@ def test_code_in_a_pickled_checkpoint_is_not_run(tmp_path: Path, allow_bin: bool
 
 
 # ---- secrets
-@pytest.mark.parametrize(
-    "text",
-    [
-        f"sweep a.yaml --token {TOKEN}", f"pretrained=x,token={TOKEN}", f"'{TOKEN}'", f"Authorization: Bearer {TOKEN}",
-        "--hf-token abcdefgh12345", "api_key=abcdefgh12345", "OPENAI_API_KEY='abcdefgh12345'", '{"password": "abcdefgh12345"}',
-        "https://me:abcdefgh12345@host/x", "Bearer abcdefgh12345", "key sk-abcdefgh12345abcdefgh12345",
-    ],
-)  # fmt: skip
-def test_what_looks_like_a_secret_is_hidden(text: str) -> None:
-    shown = without_secrets(text)
-    assert HIDDEN in shown
-    assert TOKEN not in shown
-    assert "abcdefgh12345" not in shown
+SECRETS = [
+    f"sweep a.yaml --token {TOKEN}", f"pretrained=x,token={TOKEN}", f"'{TOKEN}'", f"Authorization: Bearer {TOKEN}",
+    "--hf-token abcdefgh12345", "api_key=abcdefgh12345", "OPENAI_API_KEY='abcdefgh12345'", '{"password": "abcdefgh12345"}',
+    "https://me:abcdefgh12345@host/x", "Bearer abcdefgh12345", "key sk-abcdefgh12345abcdefgh12345",
+]  # fmt: skip
+NO_SECRETS = [
+    "sweep configs/a.yaml --limit 20", "first: token 4 of 576", "token: unknown argument; did you mean 'x'?", "max_new_tokens=1024",
+    "--text-tokens 640000000", "http://host:8080/path", "pretrained=hf-internal/tiny,method=fastv", "dataset_kwargs: token: true",
+    "token=true", "hf_home", "sk-learn", "got 'keep_tokens', expected",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "sweep configs/a.yaml --limit 20", "first: token 4 of 576", "token: unknown argument; did you mean 'x'?", "max_new_tokens=1024",
-        "--text-tokens 640000000", "http://host:8080/path", "pretrained=hf-internal/tiny,method=fastv", "dataset_kwargs: token: true",
-        "token=true", "hf_home", "sk-learn", "got 'keep_tokens', expected",
-    ],
-)  # fmt: skip
-def test_other_text_stays_as_it_is(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_looks_like_a_secret_is_hidden_and_other_text_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {"HF_TOKEN": "1", "MY_SECRET": ""})
-    assert without_secrets(text) == text
-    assert sentence(text) == text
+    for text in SECRETS:
+        shown = without_secrets(text)
+        assert HIDDEN in shown and TOKEN not in shown and "abcdefgh12345" not in shown, text
+    for text in NO_SECRETS:
+        assert without_secrets(text) == sentence(text) == text
 
 
 def test_values_of_the_environment_are_hidden_whatever_they_look_like(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +173,6 @@ def test_no_file_of_a_sweep_holds_a_token(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 # ---- places
-@hypothesis_settings(max_examples=200)
 @given(st.text(max_size=60))
 def test_any_label_becomes_a_name_that_leads_nowhere(label: str) -> None:
     assert re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", grid._slug(label))
@@ -221,11 +212,11 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = make_config(methods=methods, limit=6, pruning_rates=["2/3"])
     tasks = task_manager(write_tasks(root / "tasks"))
     run_sweep(config, root / "out", console=Console(file=io.StringIO()), load=lambda *args, **kwargs: StandIn(), task_manager=tasks)
-    for path in root.glob("out/runs/*/samples.jsonl"):
-        samples = [json.loads(line) for line in path.read_text().splitlines()]
-        for sample in samples:
-            sample |= {"answer": f"{sample['answer']} {ANSWER}", "question": ANSWER, "target": ANSWER}
-        path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    for path in root.glob("out/runs/*/*/answers.jsonl"):
+        edit_answers(path, lambda row: row.update(answer=f"{row['answer']} {ANSWER}", question=ANSWER))
+        scores = [json.loads(line) for line in (path.parent / "scores.jsonl").read_text().splitlines()]
+        changed = [score | {"answer": f"{score['answer']} {ANSWER}", "target": ANSWER} for score in scores]
+        (path.parent / "scores.jsonl").write_text("".join(json.dumps(score) + "\n" for score in changed))
     build(root / "out")
     return root / "out"
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-import pytest
-
 import vlm_pruner_eval
 
 PACKAGE = Path(vlm_pruner_eval.__file__).parent
@@ -55,12 +53,12 @@ def _is_unsafe(key: object, value: ast.expr) -> bool:
     return key in WITHOUT_KEYWORDS and isinstance(value, ast.Constant) and value.value is WITHOUT_KEYWORDS[key]
 
 
-SOURCES = sorted(PACKAGE.rglob("*.py"))
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_no_source_runs_code_from_data(path: Path) -> None:
-    assert violations(path.read_text(encoding="utf-8"), MAY_IMPORT.get(path.relative_to(PACKAGE).as_posix(), frozenset())) == []
+def test_no_source_runs_code_from_data() -> None:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).as_posix()
+        found[name] = violations(path.read_text(encoding="utf-8"), MAY_IMPORT.get(name, frozenset()))
+    assert {name: lines for name, lines in found.items() if lines} == {}
 
 
 def test_the_pickle_module_is_only_asked_for_an_exception_where_weights_are_read() -> None:
@@ -69,16 +67,15 @@ def test_the_pickle_module_is_only_asked_for_an_exception_where_weights_are_read
     assert used == {"UnpicklingError"}
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "import pickle", "from pickle import loads", "import os, shelve", "def f():\n    import marshal", "import joblib.numpy_pickle",
-        "eval(x)", "exec('a')", "__import__(name)", "os.system('ls')", "os.popen(x)", "yaml.load(text)", "yaml.load(text, yaml.SafeLoader)",
-        "yaml.unsafe_load(x)", "f(Loader=yaml.UnsafeLoader)", "subprocess.run('ls', shell=True)", "subprocess.getoutput('ls')",
-        "torch.load(p)", "torch.load(p, weights_only=False)", "torch.load(p, weights_only=flag)", "np.load(p)", "x.load(allow_pickle=True)",
-        "AutoModel.from_pretrained(p, trust_remote_code=True)", "AutoModel.from_pretrained(p, trust_remote_code=flag)",
-        "where = {'trust_remote_code': trust}", "M.from_pretrained(p, use_safetensors=False)", "m(weights_only=False)",
-    ],
-)  # fmt: skip
-def test_the_scan_would_notice(source: str) -> None:
-    assert violations(source)
+UNSAFE = [
+    "import pickle", "from pickle import loads", "import os, shelve", "def f():\n    import marshal", "import joblib.numpy_pickle",
+    "eval(x)", "exec('a')", "__import__(name)", "os.system('ls')", "os.popen(x)", "yaml.load(text)", "yaml.load(text, yaml.SafeLoader)",
+    "yaml.unsafe_load(x)", "f(Loader=yaml.UnsafeLoader)", "subprocess.run('ls', shell=True)", "subprocess.getoutput('ls')",
+    "torch.load(p)", "torch.load(p, weights_only=False)", "torch.load(p, weights_only=flag)", "np.load(p)", "x.load(allow_pickle=True)",
+    "AutoModel.from_pretrained(p, trust_remote_code=True)", "AutoModel.from_pretrained(p, trust_remote_code=flag)",
+    "where = {'trust_remote_code': trust}", "M.from_pretrained(p, use_safetensors=False)", "m(weights_only=False)",
+]  # fmt: skip
+
+
+def test_the_scan_would_notice() -> None:
+    assert [source for source in UNSAFE if not violations(source)] == []

@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from stored import scores
 from sweep_standin import StandIn, make_config, task_manager, write_tasks
 from test_sweep_scores import Task, rows_of
-from vlm_pruner_eval.sweep.store import FAILED, Store
 
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.build import build
 from vlm_pruner_eval.report.check import write_reference
-from vlm_pruner_eval.report.load import load_results
+from vlm_pruner_eval.report.load import load_sweep
 from vlm_pruner_eval.report.rows import rows_of as table_rows
 from vlm_pruner_eval.report.stats.compare import compare
 from vlm_pruner_eval.report.stats.comparisons import AVERAGE
+from vlm_pruner_eval.store.schema import FAILED
 from vlm_pruner_eval.sweep.aggregations import Aggregation
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
@@ -87,12 +88,12 @@ def test_a_pair_that_the_limit_tore_is_left_out(tmp_path: Path, tasks: Any) -> N
     """13 questions are six pairs and a half; the other task counts all of them."""
     config = make_config(limit=13, methods=["fastv"])
     assert sweep(config, tmp_path / "out", tasks)[0] == Outcome(runs=2, skipped=0, failed=0)
-    for run in load_results(tmp_path / "out").runs:
-        scored = run.record["tasks"]
-        assert (scored["tiny_mean"]["main"]["n"], scored["tiny_pairs"]["main"]["n"]) == (13, 12)
-        assert scored["tiny_pairs"]["main"]["low"] is not None
-        alone = [sample for sample in Store(tmp_path / "out").read_samples(run.run_id) if sample["doc_id"] == 12]
-        assert [sample["score"] is None for sample in alone] == [False, True]
+    for run in load_sweep(tmp_path / "out").runs:
+        scored = run.record.scores
+        assert (scored["tiny_mean"].main.n, scored["tiny_pairs"].main.n) == (13, 12)
+        assert scored["tiny_pairs"].main.low is not None
+        alone = [score for score in scores(tmp_path / "out", run.key) if score.doc_id == 12]
+        assert [score.score is None for score in alone] == [False, True]
     text = build(tmp_path / "out")["md"].read_text()
     assert "Note: tiny_pairs: 1 of 13 documents do not count, as the other question of their pair was not asked (an odd limit)." in text
 
@@ -114,15 +115,15 @@ def test_an_aggregation_that_fails_costs_its_own_task(tmp_path: Path, tasks: Any
     outcome, _, log = sweep(config, output, tasks)
     assert outcome == Outcome(runs=2, skipped=0, failed=2)
     assert "tiny_broken: its aggregation of broken failed, so there is no such score (ZeroDivisionError: division by ***)." in log
-    assert "Scores: mean 1.0, broken n/a, pairs 1.0" in log
     printed = capsys.readouterr()
     assert printed.out == "", "what tasks print must not mix with what programs read"
     assert "a notice of the task" in printed.err and "a table of the task" in printed.err
-    (unpruned, fastv) = load_results(output).runs
+    (unpruned, fastv) = load_sweep(output).runs
     assert unpruned.status == fastv.status == FAILED
-    assert "ZeroDivisionError" in unpruned.record["traceback"] and "hf_" not in unpruned.record["traceback"]
-    row = next(row for row in table_rows(load_results(output)) if row.label == "fastv")
-    assert row.cells["tiny_mean"].value == fastv.record["tasks"]["tiny_mean"]["main"]["value"]
+    trace = unpruned.record.units["tiny_broken"].traceback
+    assert "ZeroDivisionError" in trace and "hf_" not in trace
+    row = next(row for row in table_rows(load_sweep(output)) if row.label == "fastv")
+    assert row.cells["tiny_mean"].value == fastv.record.scores["tiny_mean"].main.value
     assert (row.cells["tiny_broken"].value, row.relative.value, row.status) == (None, None, FAILED)
     text = build(output)["md"].read_text()
     assert "fastv-2of3: tiny_broken: its aggregation of broken failed" in text
@@ -132,7 +133,7 @@ def test_an_aggregation_that_fails_costs_its_own_task(tmp_path: Path, tasks: Any
 
 def test_scoring_is_tried_again_without_asking_again(tmp_path: Path, tasks: Any) -> None:
     config, output = make_config(tasks=["tiny_mean", "tiny_broken"], methods=["fastv"]), tmp_path / "out"
-    assert len(sweep(config, output, tasks)[1].answered) == 48
+    assert len(sweep(config, output, tasks)[1].answered) == 2 * 24
     outcome, model, _ = sweep(config, output, tasks, retry_failed=True)
     assert (outcome.failed, model.answered) == (2, [])
 
@@ -170,14 +171,14 @@ def test_an_average_with_mmbench_has_an_interval_and_its_questions_are_counted_o
     """24 rows are 12 questions of two turns; the pruned model is right in words, where a comparison of texts would see a wrong answer."""
     config, output = make_config(tasks=["tiny_mean", "tiny_mmbench"], methods=["vlmpruner"], limit=None), tmp_path / "out"
     assert sweep(config, output, tasks)[0].failed == 0
-    results = load_results(output)
+    results = load_sweep(output)
     pruned = results.runs[1]
-    samples = [sample for sample in results.store.read_samples(pruned.run_id) if sample["task"] == "tiny_mmbench"]
-    right = {sample["doc_id"]: sample["answer"] == sample["target"] for sample in samples}
+    told = [score for score in scores(output, pruned.key) if score.task == "tiny_mmbench"]
+    right = {score.doc_id: score.answer == score.target for score in told}
     expected = {doc: float(right[doc] and right[doc + 1]) for doc in range(0, 24, 2)}
-    assert {sample["doc_id"]: sample["score"] for sample in samples if sample["score"] is not None} == expected
+    assert {score.doc_id: score.score for score in told if score.score is not None} == expected
     wrong = list(expected.values()).count(0.0)
-    assert 0 < wrong < 12 and pruned.record["tasks"]["tiny_mmbench"]["clusters"]["n"] == 12
+    assert 0 < wrong < 12 and pruned.record.scores["tiny_mmbench"].clusters.n == 12
     comparisons = compare(results, table_rows(results))
     average, task = (comparisons.of("vlmpruner", "2/3", name) for name in (AVERAGE, "tiny_mmbench"))
     assert average.difference.low < average.difference.value < average.difference.high

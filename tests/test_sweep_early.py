@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from stored import units
 from sweep_standin import Behaviour, StandIn, make_config, task_manager, write_tasks
-from vlm_pruner_eval.lmms.plan import Part
-from vlm_pruner_eval.sweep.directory import hold
 
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.build import build
 from vlm_pruner_eval.report.current import current_report
+from vlm_pruner_eval.store.claims import Claim
 from vlm_pruner_eval.sweep import early, identity
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.runner import run_sweep
@@ -25,7 +25,7 @@ from vlm_pruner_eval.sweep.runner import run_sweep
 
 @pytest.fixture
 def config(tmp_path: Path) -> SweepConfig:
-    return make_config(methods=["fastv", "uniform"], include_path=str(write_tasks(tmp_path / "tasks")))
+    return make_config(methods=["fastv", "uniform"], tasks=["tiny_mean"], include_path=str(write_tasks(tmp_path / "tasks")))
 
 
 def sweep(config: SweepConfig, output: Path, behaviour: Behaviour | None = None) -> None:
@@ -44,9 +44,8 @@ def test_a_finished_sweep_is_known_and_every_other_is_not(config: SweepConfig, t
     for change in ({"limit": 5}, {"methods": config.methods[:1]}, {"gallery": 1}):
         assert early.look(config.model_copy(update=change), output) is None, "the grid is to be written anew"
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    journal = next(output.glob("runs/fastv*")) / "journal.jsonl"
-    journal.touch()
-    assert early.look(config, output) is None, "a process was killed before it removed it"
+    (units(output, "fastv-2of3")["tiny_mean"].folder / "record.json").unlink()
+    assert early.look(config, output) is None
 
 
 def test_a_failed_run_is_left_to_do(config: SweepConfig, tmp_path: Path) -> None:
@@ -54,9 +53,14 @@ def test_a_failed_run_is_left_to_do(config: SweepConfig, tmp_path: Path) -> None
     assert early.look(config, tmp_path / "out") is None
 
 
-@pytest.mark.parametrize("shard", [None, Part(0, 2)])
-def test_a_folder_in_use_is_refused(config: SweepConfig, tmp_path: Path, shard: Part | None) -> None:
-    with hold(tmp_path / "out", shard), pytest.raises(ConfigError, match="is in use by process"):
+def test_a_folder_in_use_is_no_reason_to_refuse_but_one_without_locks_is(
+    config: SweepConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Claim(tmp_path / "out" / "runs" / "x" / "y") as claim:
+        assert claim.acquire()
+        early.refuse(config, tmp_path / "out")
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    with pytest.raises(ConfigError, match="without working file locks"):
         early.refuse(config, tmp_path / "out")
 
 
@@ -98,11 +102,16 @@ def test_a_finished_sweeps_report_is_written_again_only_where_something_is_newer
     assert current_report(output) is None
     build(output)
     assert current_report(output) == output / "report.md"
-    record = next(output.glob("runs/fastv*")) / "run.json"
-    os.utime(record, (time.time() + 5, time.time() + 5))
-    assert current_report(output) is None
-    build(output)
-    os.utime(record, (0, 0))
-    assert current_report(output) is not None
+    folder = units(output, "fastv-2of3")["tiny_mean"].folder
+    with Claim(folder) as claim:  # who looks at a unit changes nothing
+        assert claim.acquire()
+    assert current_report(output) == output / "report.md"
+    later = (output / "report.md").stat().st_mtime + 3600
+    for path in (folder / "record.json", output / "sweep.json"):
+        before = path.stat()
+        os.utime(path, (later, later))
+        assert current_report(output) is None
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert current_report(output) is not None
     (output / "report.html").unlink()
     assert current_report(output) is None

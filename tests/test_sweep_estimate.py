@@ -10,12 +10,14 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
-from sweep_standin import N_LAYERS, N_VISUAL, StandIn, make_config, task_manager, write_tasks
-from vlm_pruner_eval.lmms.journal import Journal
-from vlm_pruner_eval.sweep.store import Store
+from stored import read_runs, units
+from sweep_standin import StandIn, make_config, task_manager, write_tasks
+from test_store import PROVENANCE, record
 
-from vlm_pruner_eval.bench import questions_path
+from vlm_pruner_eval.embedded import questions_path
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.store.schema import RunRecord
+from vlm_pruner_eval.store.summaries import Spread, Times, Tokens
 from vlm_pruner_eval.sweep import estimate
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.grid import Run, expand
@@ -84,46 +86,41 @@ def test_packaged_questions_are_those_in_the_package() -> None:
 
 
 # ---- from earlier runs
-def record(config: SweepConfig, run: Run, n: int = 10, **times: float | None) -> dict[str, Any]:
-    return {
-        "method": run.method,
-        "pruning_rate": run.pruning_rate,
-        "config": run.config,
-        "n_answers": n,
-        "times": {"total_s": 15.0, "answers_s": 10.0} | times,
-        "tokens": {"n_visual": {"mean": 1280.4}},
-        "provenance": {"model": {"layers": 28}},
-    }
+def earlier(config: SweepConfig, run: Run, *, tokens: float = 1280.4, n: int = 10, **times: float | None) -> estimate.Earlier:
+    told = {"total_s": 15.0, "answers_s": 10.0} | times
+    made = PROVENANCE.model_copy(update={"model": {"layers": 28}})
+    spread = Tokens(n_visual=Spread.of([tokens]))
+    return estimate.Earlier(run.head, record(n_answers=n, times=Times(**told), tokens=spread, provenance=made))
 
 
-def test_time_is_that_of_the_nearest_earlier_runs_of_the_same_model() -> None:
+def test_time_is_that_of_the_nearest_earlier_units_of_the_same_model() -> None:
     config = make_config(pruning_rates=["2/3", "8/9"], methods=["fastv", "dart"])
     runs = {run.key: run for run in expand(config)}
     assert estimate.pace(runs["fastv-2of3"], []) is None
-    earlier = [record(config, runs["unpruned"], answers_s=14.0, total_s=15.0)]
-    assert estimate.pace(runs["fastv-2of3"], earlier) == estimate.Pace(1.4, 1.0, "other methods")
-    earlier += [record(config, runs["fastv-8of9"]), record(config, runs["fastv-8of9"], answers_s=12.0, total_s=13.0)]
-    assert estimate.pace(runs["fastv-2of3"], earlier) == estimate.Pace(1.1, 3.0, "the same method")
-    earlier.append(record(config, runs["fastv-2of3"], answers_s=9.0, total_s=9.5))
-    assert estimate.pace(runs["fastv-2of3"], earlier) == estimate.Pace(0.9, 0.5, "the same method and rate")
-    assert estimate.pace(runs["dart-8of9"], earlier).nearness == "other methods"
+    found = [earlier(config, runs["unpruned"], answers_s=14.0, total_s=15.0)]
+    assert estimate.pace(runs["fastv-2of3"], found) == estimate.Pace(1.4, 1.0, "other methods")
+    found += [earlier(config, runs["fastv-8of9"]), earlier(config, runs["fastv-8of9"], answers_s=12.0, total_s=13.0)]
+    assert estimate.pace(runs["fastv-2of3"], found) == estimate.Pace(1.1, 3.0, "the same method")
+    found.append(earlier(config, runs["fastv-2of3"], answers_s=9.0, total_s=9.5))
+    assert estimate.pace(runs["fastv-2of3"], found) == estimate.Pace(0.9, 0.5, "the same method and rate")
+    assert estimate.pace(runs["dart-8of9"], found).nearness == "other methods"
 
 
-def test_runs_of_another_model_and_runs_that_shared_say_nothing_of_time() -> None:
+def test_units_of_another_model_and_units_that_shared_say_nothing_of_time() -> None:
     config, other = make_config(), make_config(model=MODEL | {"dtype": "float16"})
-    shared = record(config, expand(config)[1], total_s=None, answers_s=None)
-    assert estimate.pace(expand(config)[1], [shared, record(other, expand(other)[1])]) is None
+    shared = earlier(config, expand(config)[1], total_s=None, answers_s=None)
+    assert estimate.pace(expand(config)[1], [shared, earlier(other, expand(other)[1])]) is None
 
 
-def test_tokens_and_layers_come_from_the_file_or_from_earlier_unpruned_runs() -> None:
+def test_tokens_and_layers_come_from_the_file_or_from_earlier_unpruned_units() -> None:
     config = make_config(model={"id": "vlmpruner_qwen2_vl", "pretrained": "a/b"}, methods=["fastv"])
     first, second = expand(config)
-    earlier = [record(config, second) | {"tokens": {"n_visual": {"mean": 5.0}}}, record(config, first)]
-    assert (estimate.visual_tokens(config, earlier), estimate.layers_of(config, earlier)) == (1280, 28)
-    assert (estimate.visual_tokens(config, earlier[:1]), estimate.layers_of(config, [])) == (None, None)
+    found = [earlier(config, second, tokens=5.0), earlier(config, first)]
+    assert (estimate.visual_tokens(config, found), estimate.layers_of(config, found)) == (1280, 28)
+    assert (estimate.visual_tokens(config, found[:1]), estimate.layers_of(config, [])) == (None, None)
     elsewhere = make_config(model={"id": "vlmpruner_qwen2_vl", "pretrained": "c/d"}, methods=["fastv"])
-    assert estimate.visual_tokens(elsewhere, earlier) is None
-    assert estimate.visual_tokens(make_config(model=MODEL), earlier) == 576
+    assert estimate.visual_tokens(elsewhere, found) is None
+    assert estimate.visual_tokens(make_config(model=MODEL), found) == 576
 
 
 # ---- against real runs
@@ -131,45 +128,34 @@ def run(config: SweepConfig, output: Path, **options: Any) -> None:
     run_sweep(config, output, console=Console(file=io.StringIO()), **options)
 
 
-def sizes(output: Path, name: str) -> dict[str, int]:
-    """Bytes of this file by the key of its run."""
-    return {path.parent.name.rpartition("-")[0]: path.stat().st_size for path in (output / "runs").glob(f"*/{name}")}
-
-
 def test_disk_and_questions_are_those_of_real_runs(tmp_path: Path) -> None:
     config = make_config(model=MINIVLM, tasks=["digitscenes_exist", "digitscenes_read"], methods=["fastv", "blind"], limit=4)
-    before = preview(config, tmp_path / "out")
+    output = tmp_path / "out"
+    before = preview(config, output)
     assert (before.questions.total, before.questions.is_exact, before.seconds) == (8, True, None)
-    run(config, tmp_path / "out")
+    run(config, output)
+    found = read_runs(output)
     for run_, expected in zip(before.runs, before.kept, strict=True):
-        found = Store(tmp_path / "out").read(run_.run_id)
-        assert found["n_answers"] == 8
-        assert found["tokens"]["kept"]["mean"] == expected.kept
-        assert found["tokens"]["layer_averaged"]["mean"] == pytest.approx(expected.layer_averaged)
-        bytes_ = sizes(tmp_path / "out", "samples.jsonl")[run_.key] / 8
-        assert bytes_ / 2 < estimate.sample_bytes(576, expected.kept, 5) < bytes_ * 2, run_.key
-    records = sum(sum(sizes(tmp_path / "out", name).values()) for name in ("run.json", "samples.jsonl", "draws.json"))
+        assert (found[run_.key].n_answers, found[run_.key].tokens.kept.mean) == (8, expected.kept)
+        assert found[run_.key].tokens.layer_averaged.mean == pytest.approx(expected.layer_averaged)
+        folders = [unit.folder for unit in units(output, run_.key).values()]
+        bytes_ = sum((folder / name).stat().st_size for folder in folders for name in ("answers.jsonl", "scores.jsonl")) / 8
+        assert bytes_ / 2 < estimate.sample_bytes(576, expected.kept) < bytes_ * 2, run_.key
+    records = sum(path.stat().st_size for path in (output / "runs").rglob("*.json*"))
     assert records / 2 < before.disk.records < records * 2
-    pictures = sum(path.stat().st_size for path in (tmp_path / "out" / "images").iterdir())
+    pictures = sum(path.stat().st_size for path in (output / "images").iterdir())
     assert 0 < pictures < before.disk.pictures
-    longer = preview(make_config(**config.model_dump() | {"limit": 400, "methods": ["fastv", "blind"]}), tmp_path / "out")
+    longer = preview(make_config(**config.model_dump() | {"limit": 400, "methods": ["fastv", "blind"]}), output)
     assert set(longer.basis) == {"the same method and rate"}
-    times = [Store(tmp_path / "out").read(run_.run_id)["times"] for run_ in before.runs]
-    n = longer.questions.total / 8
-    assert longer.seconds == pytest.approx(sum(n * each["answers_s"] + each["total_s"] - each["answers_s"] for each in times))
+    each, rest = zip(*[_seconds(record) for record in found.values()], strict=True)
+    assert longer.seconds == pytest.approx(sum(each) * longer.questions.total + 2 * sum(rest))
 
 
-def test_a_journal_takes_what_its_run_will(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make_config(tasks=["tiny_mean"], methods=["uniform"], limit=24)
-    found: list[int] = []
-    monkeypatch.setattr(Journal, "delete", lambda self: found.append(self.path.stat().st_size))
-    tasks = task_manager(write_tasks(tmp_path / "tasks"))
-    run(config, tmp_path / "out", load=lambda *a, **k: StandIn(), task_manager=tasks)
-    guess = estimate.disk(config, [N_VISUAL, N_VISUAL // 3], N_VISUAL, N_LAYERS, estimate.Questions({"tiny_mean": 24}, True))
-    assert max(found) / 2 < guess.journals < max(found) * 2
-    together = make_config(tasks=["tiny_mean"], methods=["uniform"], limit=24, share_prefix=True)
-    both = estimate.disk(together, [N_VISUAL, N_VISUAL // 3], N_VISUAL, N_LAYERS, estimate.Questions({"tiny_mean": 24}, True))
-    assert both.journals > guess.journals, "all runs have their journals at the same time"
+def _seconds(record: RunRecord) -> tuple[float, float]:
+    """Of a run's two units: seconds a question, and beside the questions."""
+    times = [(unit.times, unit.n_answers) for unit in record.units.values()]
+    each = sum(time.answers_s / n for time, n in times) / len(times)
+    return each, sum(time.total_s - time.answers_s for time, _ in times) / len(times)
 
 
 def shown(seen: Preview, width: int = 160) -> tuple[str, dict[str, Any]]:

@@ -1,17 +1,18 @@
 from __future__ import annotations
 
 import copy
+import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sweep_standin import make_config
+from sweep_standin import make_config, write_tasks
 
 from vlm_pruner_eval.budget import keep_count
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.sweep.config import load, validate
-from vlm_pruner_eval.sweep.grid import expand, method_problems, rate_percent
+from vlm_pruner_eval.sweep.grid import expand, method_problems, rate_percent, unit_folders
 from vlm_pruner_eval.sweep.identity import RESULTS_VERSION
 
 BASE: dict[str, Any] = {
@@ -54,8 +55,6 @@ def test_a_run_carries_what_configure_needs_and_every_parameter_resolved() -> No
         (("model", "protocol"), "paper"),
         (("model", "attn_implementation"), "eager"),
         (("model", "batch_size"), 2),
-        (("tasks",), ["b"]),
-        (("limit",), 5),
         (("seed",), 1),
         (("pruning_rates",), ["7/9"]),
         (("methods",), [{"name": "vlmpruner", "threshold": 0.7}]),
@@ -69,10 +68,27 @@ def test_anything_that_can_change_an_answer_changes_the_id(where: tuple[str, ...
     assert expand(validate(raw))[1].run_id != expand(validate(BASE))[1].run_id
 
 
+def test_neighbours_and_limits_are_no_part_of_a_run() -> None:
+    """Another task or more questions answer only what is new."""
+    wanted = [run.run_id for run in expand(validate(BASE))]
+    for change in ({"tasks": ["a", "b"]}, {"limit": 5}, {"gallery": 3}, {"share_prefix": True}, {"methods": ["vlmpruner", "fastv"]}):
+        assert [run.run_id for run in expand(validate(BASE | change))][:2] == wanted
+
+
 def test_the_version_of_what_results_mean_is_part_of_the_id(monkeypatch: pytest.MonkeyPatch) -> None:
     before = expand(validate(BASE))[1].run_id
     monkeypatch.setattr("vlm_pruner_eval.sweep.identity.RESULTS_VERSION", RESULTS_VERSION + 1)
     assert expand(validate(BASE))[1].run_id != before
+
+
+def test_a_unit_has_a_folder_of_its_task_with_a_digest_of_foreign_files(tmp_path: Path) -> None:
+    write_tasks(tmp_path)
+    config = make_config(tasks=["tiny_mean", "digitscenes_read"], include_path=str(tmp_path))
+    before = unit_folders(config)
+    assert before["digitscenes_read"] == "digitscenes_read" and re.fullmatch(r"tiny_mean-[0-9a-f]{12}", before["tiny_mean"])
+    (tmp_path / "tiny_mean.yaml").write_text((tmp_path / "tiny_mean.yaml").read_text() + "# edited\n")
+    after = unit_folders(config)
+    assert after["tiny_mean"] != before["tiny_mean"] and after["digitscenes_read"] == "digitscenes_read"
 
 
 def test_a_label_and_a_spelled_out_default_change_no_hash() -> None:

@@ -6,27 +6,27 @@ import importlib
 import io
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 from sweep_standin import RIGHT_PERCENT, Behaviour, StandIn, make_config, task_manager, write_tasks
-from vlm_pruner_eval.lmms.plan import BatchSize
-from vlm_pruner_eval.sweep.store import Store
 
 import vlm_pruner_eval
 from vlm_pruner_eval import ConfigError, selftest
 from vlm_pruner_eval.errors import StoppedError
-from vlm_pruner_eval.lmms.log import Answer
 from vlm_pruner_eval.lmms.prompts import Request
+from vlm_pruner_eval.lmms.run_context import RunContext
+from vlm_pruner_eval.store.answers import Answer, BatchSize
+from vlm_pruner_eval.store.folder import Store
 from vlm_pruner_eval.sweep import identity, scores
 from vlm_pruner_eval.sweep.config import SweepConfig
-from vlm_pruner_eval.sweep.grid import expand
+from vlm_pruner_eval.sweep.grid import expand, unit_folders
 from vlm_pruner_eval.sweep.preview import preview
 from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
-from vlm_pruner_eval.sweep.session import without_model
+from vlm_pruner_eval.sweep.session import Session
+from vlm_pruner_eval.sweep.units import units_of
 
 METHOD = '''
 from dataclasses import dataclass
@@ -123,7 +123,9 @@ def test_finished_runs_survive_an_upgrade_that_changes_no_answer(sweep: Sweep, m
 
 def test_methods_and_tasks_of_this_package_have_no_source_in_the_id() -> None:
     for run in expand(make_config(tasks=["digitscenes_read", "pope_splits"], methods=["vlmpruner", "fastv"])):
-        assert run.config["sources"] == {"tasks": {}}
+        assert run.config["sources"] == {}
+    config = make_config(tasks=["digitscenes_read", "pope_splits"])
+    assert unit_folders(config) == {task: task for task in config.tasks}
 
 
 def test_the_regression_reference_is_of_this_results_version() -> None:
@@ -151,7 +153,7 @@ def test_an_edited_task_is_answered_anew_and_said(sweep: Sweep) -> None:
     (yaml,) = [file for file in sweep.tasks.rglob("*.yaml") if file.stem == "tiny_mean"]
     yaml.write_text(yaml.read_text() + "\n# another prompt\n")
     assert sweep() == Outcome(runs=3, skipped=0, failed=0)
-    assert "tiny_mean were edited since" in sweep.log
+    assert "Finished before with other files of tiny_mean, which were edited since: unpruned" in sweep.log
 
 
 def test_a_rise_of_the_results_version_is_said(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,19 +162,16 @@ def test_a_rise_of_the_results_version_is_said(sweep: Sweep, monkeypatch: pytest
     assert f"esults version: {identity.RESULTS_VERSION - 1} there, {identity.RESULTS_VERSION} now" in sweep.log
 
 
-def test_a_run_of_the_first_edition_differs_in_its_version_alone(sweep: Sweep) -> None:
-    """Those records held a digest of all sources, and neither a version nor sources of the user's own."""
-    for path in list(sweep.output.rglob("run.json")):
-        record = json.loads(path.read_text())
-        record["config"] = {name: value for name, value in record["config"].items() if name not in ("sources", "results_version")}
-        record["config"]["code"] = "0.1.0+0123456789ab"
-        record["run_id"] += "-old"
-        path.parent.rename(path.parent.with_name(record["run_id"]))
-        (path.parent.with_name(record["run_id"]) / "run.json").write_text(json.dumps(record))
-    said = preview(sweep.config(tasks=["tiny_mean"]), sweep.output).notices
-    unpruned = next(text for text in said if "unpruned" in text)
-    assert f"esults version: of an older release there, {identity.RESULTS_VERSION} now" in unpruned and "code" not in unpruned
-    assert "the source of uniform" not in " ".join(said)
+def test_records_of_an_older_edition_are_not_used_and_do_no_harm(sweep: Sweep) -> None:
+    """Their files have another form, under the same names or others."""
+    for path in sweep.output.rglob("run.json"):
+        path.write_text(json.dumps({"run_id": path.parent.name, "status": "finished", "config": {"code": "0.1.0+0123456789ab"}}))
+    for path in sweep.output.rglob("record.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 2}))
+    assert preview(sweep.config(), sweep.output).notices == []
+    assert sweep() == Outcome(runs=3, skipped=0, failed=0)
+    assert sweep.model.answered == [], "the answers are in their logs, whatever became of the records"
+    assert sweep() == Outcome(runs=3, skipped=3, failed=0)
 
 
 def test_rerun_answers_one_method_again(sweep: Sweep) -> None:
@@ -187,13 +186,6 @@ def test_rerun_of_a_method_that_is_not_there(sweep: Sweep) -> None:
 
 
 # ---- whose folder it is
-def test_another_limit_is_said_before_anything_is_answered(sweep: Sweep) -> None:
-    assert sweep(limit=2) == Outcome(runs=3, skipped=0, failed=0)
-    assert "imit: null there, 2 now" in sweep.log.replace("12", "null")
-    notices = preview(sweep.config(limit=3), sweep.output).notices
-    assert len(notices) == 1 and "3 now" in notices[0]
-
-
 def test_a_sweep_of_another_name_is_refused_and_nothing_is_overwritten(sweep: Sweep) -> None:
     before = (sweep.output / "sweep.json").read_bytes()
     with pytest.raises(ConfigError, match="holds the sweep 'tiny', got 'other'"):
@@ -228,7 +220,7 @@ def test_a_failure_that_every_run_would_meet_stops_the_sweep(tmp_path: Path, own
         )
     assert str(error) in str(stopped.value) and "every run would fail" in str(stopped.value)
     assert str(error) in Store(sweep.output).stopped.read_text()
-    assert not list(sweep.output.rglob("run.json")), "nothing is recorded as failed"
+    assert not list(sweep.output.rglob("record.json")), "nothing is recorded as failed"
     assert sweep() == Outcome(runs=3, skipped=0, failed=0), "the same command goes on"
     assert not Store(sweep.output).stopped.exists()
 
@@ -242,22 +234,22 @@ def test_a_package_that_scoring_lacks_loses_no_answer(tmp_path: Path, own: Path,
     answered = len(sweep.model.answered)
     assert answered == 12
     assert sweep() == Outcome(runs=3, skipped=0, failed=0)
-    assert len(sweep.model.answered) == 2 * answered, "the unpruned run is answered out of its journal"
+    assert len(sweep.model.answered) == 2 * answered, "the unpruned run is answered out of its log"
 
 
 def test_samples_that_failed_are_not_met_again_in_runs_that_were_answered_together(tmp_path: Path, own: Path) -> None:
+    """A common cause: logs without a failed sample stay, those with one begin anew."""
     sweep = Sweep(tmp_path)
-    store = Store(sweep.output)
-    unpruned, broken, whole = expand(sweep.config())
-    session = replace(without_model(sweep.config(), store), sources=dict.fromkeys(run.run_id for run in (unpruned, broken, whole)))
-    for run, error in ((unpruned, "PruningError: no"), (broken, "PruningError: no"), (whole, None)):
-        with session.journal(run) as journal:
-            request = Request(0, "tiny_mean", "test", 0, None, {}, 0, False)
-            journal.done("generate_until", [request], BatchSize(1))
-            journal.append("generate_until", [(request, Answer("tiny_mean", "test", 0, "", error))], 0.1)
-    error = session._stopped(unpruned, session.journal(unpruned), "met it", "PruningError: no", None)
-    assert "every run would fail" in str(error)
-    assert [bool(session.journal(run).files()) for run in (unpruned, broken, whole)] == [False, False, True]
+    config, store = sweep.config(), Store(sweep.output)
+    unpruned, broken, whole = group = units_of(config, expand(config))
+    session = Session(config, store, StandIn(), None, {}, RunContext(), sources=dict.fromkeys(unit.run.run_id for unit in group))
+    for unit, error in ((unpruned, "PruningError: no"), (broken, "PruningError: no"), (whole, None)):
+        with session.log(unit) as log:
+            asked = Request(0, "tiny_mean", "test", 0, None, {}, 0, False)
+            log.begin("generate_until", [asked], BatchSize(1))
+            log.append("generate_until", [(asked, Answer("tiny_mean", "test", 0, "", error))], 0.1)
+    assert "every run would fail" in str(session._stopped(unpruned, session.log(unpruned), "met it", "PruningError: no", None))
+    assert [bool(list(unit.stored(store).answers())) for unit in group] == [False, False, True]
 
 
 def test_a_sweep_begins_with_the_self_test(tmp_path: Path, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,9 +265,9 @@ def test_a_sweep_begins_with_the_self_test(tmp_path: Path, own: Path, monkeypatc
 
 def test_an_unpruned_model_whose_samples_all_fail_stops_the_sweep(tmp_path: Path, own: Path) -> None:
     sweep = Sweep(tmp_path)
-    with pytest.raises(StoppedError, match="unpruned is the unpruned model, and all of its samples failed"):
+    with pytest.raises(StoppedError, match="unpruned tiny_mean is the unpruned model, and all of its samples failed"):
         sweep(Behaviour(fail={("none", number) for number in range(100)}))
-    assert not list(sweep.output.rglob("run.json"))
+    assert not list(sweep.output.rglob("record.json"))
 
 
 def test_a_method_that_fails_does_not_stop_the_others(tmp_path: Path, own: Path) -> None:

@@ -13,11 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
+from stored import read_runs
 from sweep_standin import StandIn, make_config, task_manager, write_tasks
-from vlm_pruner_eval.sweep.store import Store
 
 from vlm_pruner_eval.sweep import checksums, machine, provenance
-from vlm_pruner_eval.sweep.grid import expand
 from vlm_pruner_eval.sweep.runner import run_sweep
 
 DRIVERS = {
@@ -111,15 +110,15 @@ def test_a_record_says_on_which_machine_and_when(tmp_path: Path) -> None:
     before = int(time.time())
     tasks = task_manager(write_tasks(tmp_path / "tasks"))
     run_sweep(config, tmp_path / "out", console=Console(file=io.StringIO()), load=lambda *a, **k: StandIn(), task_manager=tasks)
-    record = Store(tmp_path / "out").read(expand(config)[0].run_id)
-    found = record["provenance"]
-    assert found["host"]["cores"] >= found["host"]["cores_usable"] >= 1
-    assert found["host"]["memory_bytes"] > 100_000_000
-    assert found["gpus"] == [], "a run on the CPU does not wake a GPU"
-    assert found["cuda"]["runtime"] == torch.version.cuda
-    started, ended = (datetime.datetime.fromisoformat(found[name]).timestamp() for name in ("started", "time"))
+    record = read_runs(tmp_path / "out")["unpruned"]
+    found = record.provenance
+    assert found.host["cores"] >= found.host["cores_usable"] >= 1
+    assert found.host["memory_bytes"] > 100_000_000
+    assert found.gpus == [], "a run on the CPU does not wake a GPU"
+    assert found.cuda["runtime"] == torch.version.cuda
+    started, ended = (datetime.datetime.fromisoformat(told).timestamp() for told in (found.started, found.time))
     assert before <= started <= ended <= time.time()
-    assert 0 < record["times"]["answers_s"] < record["times"]["total_s"]
+    assert 0 < record.times.answers_s < record.times.total_s
 
 
 def test_gpus_are_named_with_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.ledger import SampleRecord
 from vlm_pruner_eval.report.build import build
 from vlm_pruner_eval.store.kept import Kept
-from vlm_pruner_eval.store.schema import Median, RunRecord, Spread
+from vlm_pruner_eval.store.schema import RunRecord
+from vlm_pruner_eval.store.summaries import Median, Spread
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.opening import unscorable
 from vlm_pruner_eval.sweep.runner import Outcome, run_sweep

@@ -14,25 +14,25 @@ import pytest
 import torch
 from lmms_eval.tasks import TaskManager
 from rich.console import Console
+from stored import answers, read_runs, units
 from test_cli import clean_surroundings, write  # noqa: F401  # a fixture that is always on
 from typer.testing import CliRunner
-from vlm_pruner_eval.lmms.journal import Journal
-from vlm_pruner_eval.sweep.groups import groups
-from vlm_pruner_eval.sweep.store import Store
 
 from vlm_pruner_eval import cli
-from vlm_pruner_eval.bench import questions_path, tasks_path
+from vlm_pruner_eval.embedded import questions_path, tasks_path
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.lmms.wrapper import load
 from vlm_pruner_eval.pruners.uniform import Uniform
 from vlm_pruner_eval.report.build import build
-from vlm_pruner_eval.report.load import load_results
+from vlm_pruner_eval.report.load import load_sweep
+from vlm_pruner_eval.store.answers import AnswerLog
 from vlm_pruner_eval.sweep import main as sweep_main
 from vlm_pruner_eval.sweep.config import SweepConfig, validate
 from vlm_pruner_eval.sweep.grid import expand
 from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
+from vlm_pruner_eval.sweep.units import groups, units_of
 
-UTILS = "from vlm_pruner_eval.bench.tasks.utils import doc_to_text, doc_to_visual, exist_docs\n"
+UTILS = "from vlm_pruner_eval.embedded.tasks.utils import doc_to_text, doc_to_visual, exist_docs\n"
 CHOICE = """
 task: exist_choice
 dataset_path: parquet
@@ -95,7 +95,7 @@ def sweep(config: SweepConfig, folder: Path, manager: Any) -> tuple[Outcome, str
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory, manager: Any) -> tuple[Store, Store]:
+def both(tmp_path_factory: pytest.TempPathFactory, manager: Any) -> tuple[Path, Path]:
     """The same grid separately and shared."""
     folder = tmp_path_factory.mktemp("both")
     outcome, log = sweep(make(), folder / "separate", manager)
@@ -104,131 +104,120 @@ def both(tmp_path_factory: pytest.TempPathFactory, manager: Any) -> tuple[Store,
     outcome, log = sweep(make(**SHARED), folder / "shared", manager)
     assert outcome == Outcome(runs=7, skipped=0, failed=0)
     (folder / "shared.log").write_text(log)
-    return Store(folder / "separate"), Store(folder / "shared")
+    return folder / "separate", folder / "shared"
 
 
-def test_two_rows_are_there_before_the_others_are_begun(both: tuple[Store, Store]) -> None:
-    lines = (both[1].root.parent / "shared.log").read_text().splitlines()
-    assert len(lines) == 1 + 2 + 7, "a line a run, one a group, and the head"
+def test_two_rows_of_a_task_are_there_before_the_others_are_begun(both: tuple[Path, Path]) -> None:
+    lines = (both[1].parent / "shared.log").read_text().splitlines()
+    assert len(lines) == 1 + 2 * (2 + 7), "a line a unit, one a group, and the head"
     assert "7 runs on 2 tasks; loading minivlm. Runs share the image encoder and the layers before their first cuts" in lines[0]
-    assert lines[1] == "[0/7] answering 2 runs together: unpruned; vlmpruner, 88.9 % removed"
-    assert lines[4] == "[2/7] answering 5 runs together"
-    runs = {run.label: both[1].read(run.run_id) for run in expand(make())}
-    scores = {label: [record["tasks"][task]["main"]["value"] for task in TASKS] for label, record in runs.items()}
-    first, second = scores["unpruned"], scores["vlmpruner"]
-    average = sum(100 * mine / full for mine, full in zip(second, first, strict=True)) / 2
-    assert lines[2] == f"[1/7] unpruned: exist {first[0]:.1f}, pairs {first[1]:.1f}, kept 576 of 576"
-    assert lines[3] == (
-        f"[2/7] vlmpruner, 88.9 % removed: exist {second[0]:.1f}, pairs {second[1]:.1f} ({average:.1f} % of unpruned), kept 64 of 576"
-    )
-    assert [line.split(":")[0] for line in lines[5:]] == [
-        "[3/7] fastv, 88.9 % removed",
-        "[4/7] divprune, 88.9 % removed",
-        "[5/7] random seed 0, 88.9 % removed",
-        "[6/7] random seed 1, 88.9 % removed",
-        "[7/7] blind",
+    assert lines[1] == ("[0/14] answering 2 runs together: unpruned, digitscenes_exist; vlmpruner, 88.9 % removed, digitscenes_exist")
+    assert lines[4] == "[2/14] answering 5 runs together"
+    runs = read_runs(both[1])
+    first, second = (runs[key].scores["digitscenes_exist"].main.value for key in ("unpruned", "vlmpruner-8of9"))
+    assert lines[2] == f"[1/14] unpruned, digitscenes_exist: {first:.1f}, kept 576 of 576"
+    average = f"{100 * second / first:.1f} % of unpruned"
+    assert lines[3] == f"[2/14] vlmpruner, 88.9 % removed, digitscenes_exist: {second:.1f} ({average}), kept 64 of 576"
+    assert [line.split(":")[0] for line in lines[5:10]] == [
+        "[3/14] fastv, 88.9 % removed, digitscenes_exist",
+        "[4/14] divprune, 88.9 % removed, digitscenes_exist",
+        "[5/14] random seed 0, 88.9 % removed, digitscenes_exist",
+        "[6/14] random seed 1, 88.9 % removed, digitscenes_exist",
+        "[7/14] blind, digitscenes_exist",
     ]
+    assert lines[10].startswith("[7/14] answering 2 runs together: unpruned, digitscenes_pairs")
 
 
-def test_every_run_is_in_one_group() -> None:
-    runs = expand(make(pruning_rates=["1/3", "8/9", "2/3"], methods=["fastv", "dart", "blind"]))
-    keys = [[run.key for run in group] for group in groups(runs, shared=True)]
-    assert keys[0] == ["unpruned", "fastv-8of9"]
-    assert keys[1] == [run.key for run in runs if run.key not in keys[0]]
-    assert [len(group) for group in groups(runs, shared=False)] == [1] * 8
-    assert [len(group) for group in groups(runs[1:], shared=True)] == [7], "without the unpruned run there is nothing to wait for"
-    assert [len(group) for group in groups(runs[:3], shared=True)] == [3], "nor a group of one, which could share nothing"
-    assert [len(group) for group in groups([runs[0], *runs[7:]], shared=True)] == [2]
+def test_every_unit_is_in_one_group() -> None:
+    config = make(pruning_rates=["1/3", "8/9", "2/3"], methods=["fastv", "dart", "blind"])
+    runs, whole = expand(config), units_of(config, expand(config))
+    found = groups(whole, shared=True)
+    assert [[unit.run.key for unit in group] for group in found[::2]] == [["unpruned", "fastv-8of9"]] * 2
+    assert [{unit.task for unit in group} for group in found] == [{TASKS[0]}, {TASKS[0]}, {TASKS[1]}, {TASKS[1]}]
+    assert sorted(unit.path for group in found for unit in group) == sorted(unit.path for unit in whole)
+    assert [len(group) for group in groups(whole, shared=False)] == [1] * 16
+    first = [unit for unit in whole if unit.task == TASKS[0]]
+    assert len(first) == len(runs)
+    assert [len(group) for group in groups(first[1:], shared=True)] == [7], "without the unpruned run there is nothing to wait for"
+    assert [len(group) for group in groups(first[:3], shared=True)] == [3], "nor a group of one, which could share nothing"
+    assert [len(group) for group in groups([first[0], *first[7:]], shared=True)] == [2]
     assert groups([], shared=True) == groups([], shared=False) == []
 
 
 def test_a_sweep_that_is_killed_in_its_second_group_loses_and_repeats_nothing(
-    both: tuple[Store, Store], tmp_path: Path, manager: Any, monkeypatch: pytest.MonkeyPatch
+    both: tuple[Path, Path], tmp_path: Path, manager: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, append, written = make(**SHARED), Journal.append, []
+    config, append, written = make(**SHARED), AnswerLog.append, []
 
-    def killed(self: Journal, call: str, batch: Any, seconds: float) -> None:
-        if is_deadly and [folder for folder, _ in written].count(self.folder.name) == 4 and self.folder.name.startswith("divprune"):
+    def killed(self: AnswerLog, call: str, batch: Any, seconds: float) -> None:
+        place = "/".join(self.folder.parts[-2:])
+        if is_deadly and [name for name, _ in written].count(place) == 4 and place.startswith("divprune"):
             raise KeyboardInterrupt
         append(self, call, batch, seconds)
-        written.extend((self.folder.name, request.index) for request, _ in batch)
+        written.extend((place, request.index) for request, _ in batch)
 
-    monkeypatch.setattr(Journal, "append", killed)
+    monkeypatch.setattr(AnswerLog, "append", killed)
     is_deadly = True
     with pytest.raises(KeyboardInterrupt):
         sweep(config, tmp_path, manager)
-    assert sorted(path.parent.name.split("-")[0] for path in tmp_path.rglob("run.json")) == ["unpruned", "vlmpruner"]
+    assert sorted(path.parents[1].name.split("-")[0] for path in tmp_path.rglob("record.json")) == ["unpruned", "vlmpruner"]
     is_deadly = False
     outcome, log = sweep(config, tmp_path, manager)
-    assert outcome == Outcome(runs=7, skipped=2, failed=0)
-    assert "[2/7] answering 5 runs together" in log
+    assert outcome == Outcome(runs=7, skipped=0, failed=0)
+    assert log.count("answering 5 runs together") == 2
     assert len(written) == len(set(written)) == 7 * 12, "every answer was computed once"
-    for run in expand(config):
-        assert Store(tmp_path).read_samples(run.run_id) == both[1].read_samples(run.run_id)
+    for key in read_runs(tmp_path):
+        assert answers(tmp_path, key) == answers(both[1], key)
 
 
-def without_times(sample: dict[str, Any]) -> dict[str, Any]:
-    record = {name: value for name, value in sample["record"].items() if name != "selection_ms"}
-    return {name: value for name, value in sample.items() if name not in ("prefill_ms", "decode_ms", "peak_bytes")} | {"record": record}
+def test_scores_answers_and_draws_are_those_of_separate_runs(both: tuple[Path, Path]) -> None:
+    told = set()
+    for key, one in read_runs(both[0]).items():
+        other = read_runs(both[1])[key]
+        for name in ("scores", "tokens", "n_answers", "documents", "memory"):
+            assert getattr(other, name) == getattr(one, name), (key, name)
+        found = [[answer.untimed() for answer in answers(output, key)] for output in both]
+        assert found[0] == found[1]
+        told.add(json.dumps([answer.answer for answer in found[0]]))
+        for mine, theirs in zip(units(both[0], key).values(), units(both[1], key).values(), strict=True):
+            assert mine.read().kept_digest == theirs.read().kept_digest
+            draws = mine.read_draws(), theirs.read_draws()
+            assert draws[0].keys() == draws[1].keys() != set()
+            assert all((draws[0][task] == draws[1][task]).all() for task in draws[0])
+    assert len(told) > 3, "runs that all answer the same would prove nothing"
 
 
-def test_scores_samples_and_draws_are_those_of_separate_runs(both: tuple[Store, Store]) -> None:
-    separate, shared = both
-    answers = set()
-    for run in expand(make()):
-        one, other = separate.read(run.run_id), shared.read(run.run_id)
-        for name in ("tasks", "tokens", "kept_digest", "n_answers", "documents", "memory"):
-            assert other[name] == one[name], (run.key, name)
-        samples = [list(map(without_times, store.read_samples(run.run_id))) for store in both]
-        assert samples[0] == samples[1]
-        answers.add(json.dumps([sample["answer"] for sample in samples[0]]))
-        draws = [store.read_draws(run.run_id) for store in both]
-        assert draws[0].keys() == draws[1].keys() == set(TASKS)
-        assert all((draws[0][task] == draws[1][task]).all() for task in TASKS)
-    assert len(answers) > 3, "runs that all answer the same would prove nothing"
+def test_shared_runs_have_no_times_and_say_so(both: tuple[Path, Path]) -> None:
+    for key, one in read_runs(both[0]).items():
+        other = read_runs(both[1])[key]
+        assert (one.shared_prefix, other.shared_prefix) == (False, True)
+        assert one.times.prefill_ms.median > 0 and one.times.total_s > 0
+        assert {name for name, value in other.times if value is not None} == {"batch_sizes"}
+        for answer in answers(both[1], key):
+            assert answer.prefill_ms is answer.decode_ms is answer.record.selection_ms is None
 
 
-def test_shared_runs_have_no_times_and_say_so(both: tuple[Store, Store]) -> None:
-    separate, shared = both
-    for run in expand(make()):
-        one, other = separate.read(run.run_id), shared.read(run.run_id)
-        assert (one["shared_prefix"], other["shared_prefix"]) == (False, True)
-        assert one["times"]["prefill_ms"]["median"] > 0 and one["times"]["total_s"] > 0
-        assert one["times"].keys() == other["times"].keys()
-        assert {name for name, value in other["times"].items() if value is not None} == {"batch_sizes"}
-        for sample in shared.each_sample(run.run_id):
-            assert sample["prefill_ms"] is sample["decode_ms"] is sample["record"]["selection_ms"] is None
-
-
-def test_the_report_has_no_time_columns_for_them(both: tuple[Store, Store]) -> None:
-    texts = [build(store.root)["md"].read_text() for store in both]
+def test_the_report_has_no_time_columns_for_them(both: tuple[Path, Path]) -> None:
+    texts = [build(output)["md"].read_text() for output in both]
     sentence = "7 of 7 runs shared what precedes their first cuts (share_prefix), so they have no times of their own"
     assert [sentence in text for text in texts] == [False, True]
     assert ["| prefill, ms |" in text for text in texts] == [True, False]
     assert ["Not measured here: prefill, ms; selection, ms; decode, ms a step" in text for text in texts] == [False, True]
-    rows = json.loads((both[1].root / "report.json").read_text())["rows"]
+    rows = json.loads((both[1] / "report.json").read_text())["rows"]
     assert [row["prefill_ms"] for row in rows] == [None] * len(rows)
 
 
-def test_they_count_as_finished_and_one_that_is_new_runs_by_itself(both: tuple[Store, Store], manager: Any) -> None:
-    shared, more = both[1], make(methods=[*METHODS, "uniform"], **SHARED)
-    outcome, log = sweep(more, shared.root, manager)
+def test_they_count_as_finished_and_one_that_is_new_runs_by_itself(both: tuple[Path, Path], manager: Any) -> None:
+    outcome, log = sweep(make(methods=[*METHODS, "uniform"], **SHARED), both[1], manager)
     assert outcome == Outcome(runs=8, skipped=7, failed=0)
     assert "Runs share" not in log and "together" not in log
-    (run,) = [run for run in expand(more) if run.method == "uniform"]
-    record = shared.read(run.run_id)
-    assert record["shared_prefix"] is False
-    assert record["times"]["prefill_ms"]["median"] > 0
-    assert any("7 of 8 runs shared" in note for note in load_results(shared.root).notes)
-    assert timed_methods(shared.root) == {"uniform"}
-    assert re.search(r"\| fastv \|.*\| n/a \| n/a \| n/a \| n/a \|\n", (shared.root / "report.md").read_text())
-
-
-def timed_methods(folder: Path) -> set[str]:
-    """Methods that the report prints a prefill time of."""
-    build(folder)
-    rows = json.loads((folder / "report.json").read_text())["rows"]
-    return {row["method"] for row in rows if row["prefill_ms"] is not None}
+    record = read_runs(both[1])["uniform-8of9"]
+    assert record.shared_prefix is False and record.times.prefill_ms.median > 0
+    assert any("7 of 8 runs shared" in note for note in load_sweep(both[1]).notes)
+    build(both[1])
+    rows = json.loads((both[1] / "report.json").read_text())["rows"]
+    assert {row["method"] for row in rows if row["prefill_ms"] is not None} == {"uniform"}
+    assert re.search(r"\| fastv \|.*\| n/a \| n/a \| n/a \| n/a \|\n", (both[1] / "report.md").read_text())
 
 
 def test_a_method_that_fails_fails_its_own_run(tmp_path: Path, manager: Any) -> None:
@@ -236,26 +225,24 @@ def test_a_method_that_fails_fails_its_own_run(tmp_path: Path, manager: Any) -> 
     config = make(tasks=TASKS[:1], limit=5, methods=["uniform", failing, "blind"], **SHARED)
     outcome, _ = sweep(config, tmp_path, manager)
     assert outcome == Outcome(runs=4, skipped=0, failed=1)
-    status = {run.label: Store(tmp_path).read(run.run_id) for run in expand(config)}
-    assert [record["status"] for record in status.values()] == ["finished", "finished", "failed", "finished"]
-    assert "1 of 5 samples failed (first: digitscenes_exist, document 2: PruningError" in status["fails"]["problem"]
-    assert minivlm().source is None
+    found = read_runs(tmp_path)
+    assert [record.status for record in found.values()] == ["finished", "finished", "failed", "finished"]
+    assert "1 of 5 samples failed (first: digitscenes_exist, document 2: PruningError" in found["fails-8of9"].problem
+    assert minivlm().context.source is None
 
 
 def test_likelihoods_are_scored_by_every_run_itself(tmp_path: Path, manager: Any) -> None:
-    alone = make(tasks=["exist_choice"], limit=3, methods=["uniform"], **SHARED)
-    assert sweep(alone, tmp_path / "alone", manager)[0].failed == 0
-    for run in expand(alone):
-        record = Store(tmp_path / "alone").read(run.run_id)
-        assert record["shared_prefix"] is False, "nothing was shared, so times are true"
-        assert record["times"]["prefill_ms"]["median"] > 0
+    """Nothing is shared then, so their times are true; the tasks beside them share as ever."""
     mixed = {"tasks": ["exist_choice", "digitscenes_exist"], "limit": 3, "methods": ["uniform"]}
     for name, more in {"separate": {}, "shared": SHARED}.items():
         assert sweep(make(**mixed, **more), tmp_path / name, manager)[0].failed == 0
-    for run in expand(make(**mixed)):
-        one, other = (Store(tmp_path / name).read(run.run_id) for name in ("separate", "shared"))
-        assert one["tasks"] == other["tasks"] and one["kept_digest"] == other["kept_digest"]
-        assert other["shared_prefix"] is True and other["times"]["prefill_ms"] is None
+    for key, one in read_runs(tmp_path / "separate").items():
+        other = read_runs(tmp_path / "shared")[key]
+        assert one.scores == other.scores
+        assert [unit.kept_digest for unit in one.units.values()] == [unit.kept_digest for unit in other.units.values()]
+        scored, generated = other.units["exist_choice"], other.units["digitscenes_exist"]
+        assert scored.shared_prefix is False and scored.times.prefill_ms.median > 0
+        assert generated.shared_prefix is True and generated.times.prefill_ms is None
 
 
 def test_the_key_and_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,12 +11,12 @@ import pytest
 from lmms_eval.tasks import TaskManager
 from rich.console import Console
 from sweep_standin import make_config, task_manager, write_tasks
-from vlm_pruner_eval.sweep.store import Store
 
 from vlm_pruner_eval.doctor import data_sets
 from vlm_pruner_eval.doctor.finding import FAIL
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.reproduce.run import reproduce
+from vlm_pruner_eval.store.folder import Store
 from vlm_pruner_eval.sweep import opening
 from vlm_pruner_eval.sweep.preview import preview
 from vlm_pruner_eval.sweep.task_modules import module_problems

@@ -87,6 +87,7 @@ class NoCheck(Broken):
     name: ClassVar[str] = "nocheck"
 
     def select(self, tokens: VisualTokens, keep: int | None = None) -> Selection:
+        assert keep is not None, "the hook always says how many"
         return Selection(self.choose(tokens, keep))
 
 
@@ -99,7 +100,7 @@ class Sabotage(Uniform):
 
     def choose(self, tokens: VisualTokens, keep: int) -> Tensor:
         chosen = super().choose(tokens, keep)
-        return chosen[:1].expand(keep) if self.on in tokens.sample_id else chosen
+        return chosen[:1].expand(keep) if self.on in str(tokens.sample_id) else chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,4 +110,4 @@ class Typo(Pruner):
     name: ClassVar[str] = "typo"
 
     def choose(self, tokens: VisualTokens, keep: int) -> Tensor:
-        return tokens.hidden_state.norm(dim=-1).topk(keep).indices
+        return tokens.hidden_state.norm(dim=-1).topk(keep).indices  # type: ignore[attr-defined]

@@ -3,6 +3,22 @@
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # for type checkers, which don't see what `__getattr__` loads
+    from vlm_pruner_eval.budget import keep_count as keep_count
+    from vlm_pruner_eval.errors import ConfigError as ConfigError
+    from vlm_pruner_eval.errors import PruningError as PruningError
+    from vlm_pruner_eval.hook import prune as prune
+    from vlm_pruner_eval.ledger import Ledger as Ledger
+    from vlm_pruner_eval.ledger import SampleRecord as SampleRecord
+    from vlm_pruner_eval.pruners import Pruner as Pruner
+    from vlm_pruner_eval.pruners import get_pruner as get_pruner
+    from vlm_pruner_eval.pruners import list_pruners as list_pruners
+    from vlm_pruner_eval.types import Selection as Selection
+    from vlm_pruner_eval.types import Stage as Stage
+    from vlm_pruner_eval.types import TextTokens as TextTokens
+    from vlm_pruner_eval.types import VisualTokens as VisualTokens
 
 __version__ = "0.1.0"
 

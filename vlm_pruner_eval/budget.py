@@ -9,7 +9,7 @@ from fractions import Fraction
 from numbers import Integral, Real
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.shown import short
+from vlm_pruner_eval.redact import short
 
 Rate = float | str | Fraction
 
@@ -48,7 +48,7 @@ def parse_rate(pruning_rate: object) -> Fraction | float:
     return rate
 
 
-def _number(given: Rate) -> Fraction | float | None:
+def _number(given: str | Real) -> Fraction | float | None:
     """Exact for text, which may be no number at all."""
     if isinstance(given, Fraction):
         return given

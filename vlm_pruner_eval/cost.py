@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class DecoderShape:
     vocabulary: int
 
     @classmethod
-    def of(cls, config: object) -> DecoderShape:
+    def of(cls, config: Any) -> DecoderShape:
         """Read a Hugging Face text config."""
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(

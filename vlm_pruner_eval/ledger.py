@@ -70,7 +70,7 @@ class SampleRecord:
         """Visual tokens averaged over the decoder layers: the other meaning of "budget" in the literature."""
         return layer_average(self.visual_lengths)
 
-    def as_json(self) -> dict:
+    def as_json(self) -> dict[str, Any]:
         """Plain types only, quirks sorted."""
         # not dataclasses.asdict, which takes milliseconds to copy hundreds of positions one by one
         return vars(self) | {"quirks": sorted(self.quirks), "layer_averaged": self.layer_averaged}

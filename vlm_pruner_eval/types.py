@@ -9,8 +9,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from vlm_pruner_eval.device_copy import to_host
 from vlm_pruner_eval.errors import PruningError
-from vlm_pruner_eval.host import to_host
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class TextTokens:
         Absolute sequence positions.
     """
 
-    normed_hidden_states: Tensor | None = None
-    keys: Tensor | None = None
-    positions: Tensor | None = None
+    normed_hidden_states: Tensor = None
+    keys: Tensor = None
+    positions: Tensor = None
 
 
 def row_major(rows: int, cols: int) -> Tensor:
@@ -50,7 +50,8 @@ def row_major(rows: int, cols: int) -> Tensor:
 class VisualTokens:
     """The visual tokens of one budget scope (an image, or a video) as a pruner sees them.
 
-    Fields that a pruner does not name in `needs` may be None or dummies: they are not looked at.
+    Fields that a pruner does not name in `needs` may be None or dummies: they are not looked at. To type checkers they are what they
+    are where they are named, so that `choose` needs no assertions.
 
     Attributes
     ----------
@@ -85,12 +86,12 @@ class VisualTokens:
     hidden_states: Tensor
     _: KW_ONLY
     grid: tuple[int, int]
-    coords: Tensor = None  # type: ignore[assignment]  # filled in __post_init__
-    keys: Tensor | None = None
-    attention: Tensor | None = None
-    normed_hidden_states: Tensor | None = None
-    positions: Tensor | None = None
-    text: TextTokens | None = None
+    coords: Tensor = None  # filled in __post_init__
+    keys: Tensor = None
+    attention: Tensor = None
+    normed_hidden_states: Tensor = None
+    positions: Tensor = None
+    text: TextTokens = None  # type: ignore[assignment]
     sample_id: str | None = None
     on_host: Callable[..., list[Tensor]] = field(default=to_host, repr=False, compare=False)
 
@@ -116,7 +117,7 @@ class VisualTokens:
     @property
     def n_visual(self) -> int:
         """V, the number of tokens in this scope."""
-        return self.hidden_states.shape[0]
+        return len(self.hidden_states)
 
 
 @dataclass(frozen=True)

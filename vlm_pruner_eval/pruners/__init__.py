@@ -8,11 +8,12 @@ import importlib
 import inspect
 import pkgutil
 from importlib.metadata import entry_points
+from typing import Any
 
 from vlm_pruner_eval.budget import Rate
 from vlm_pruner_eval.errors import ConfigError, closest
 from vlm_pruner_eval.pruners.base import Pruner
-from vlm_pruner_eval.shown import short
+from vlm_pruner_eval.redact import short
 
 ENTRY_POINT_GROUP = "vlm_pruner_eval.pruners"
 
@@ -92,7 +93,7 @@ def _plain(value: object) -> object:
     return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
 
 
-def _default(field: dataclasses.Field) -> object:
+def _default(field: dataclasses.Field[Any]) -> object:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
@@ -119,8 +120,9 @@ def get_pruner(name: str, *, pruning_rate: Rate, **params: object) -> Pruner:
     missing = [param for param, default in known.items() if default is dataclasses.MISSING and param not in {"pruning_rate", *params}]
     if missing:  # the dataclass would answer with a TypeError of its own
         raise ConfigError([*problems, *(f"{name}: parameter {param!r} has no default; pass {param}=..." for param in missing)])
+    given: dict[str, Any] = {key: value for key, value in params.items() if key in known}
     try:
-        pruner = cls(pruning_rate=pruning_rate, **{key: value for key, value in params.items() if key in known})
+        pruner = cls(pruning_rate=pruning_rate, **given)
     except ConfigError as error:
         problems.extend(error.problems)
     if problems:

@@ -10,7 +10,7 @@ import typing
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from vlm_pruner_eval.budget import Rate, keep_share, parse_rate, share_for_layer_average
 from vlm_pruner_eval.errors import ConfigError, PruningError
 from vlm_pruner_eval.pruners.checks import Inspection, checked
-from vlm_pruner_eval.shown import short
+from vlm_pruner_eval.redact import short
 from vlm_pruner_eval.types import Selection, Stage, TextTokens, VisualTokens
 
 OPTIONAL_FIELDS = frozenset({"keys", "attention", "normed_hidden_states", "positions", "text"})
@@ -129,7 +129,7 @@ class Pruner:
     # ---- for the hook
     def stages(self, n_layers: int) -> tuple[Stage, ...]:
         """The cuts, in ascending order of layer; default one at `layer` that keeps ``1 - pruning_rate``."""
-        share = 1 - parse_rate(self.pruning_rate)
+        share: Fraction | float = 1 - parse_rate(self.pruning_rate)
         if self.budget == "layer_average" and share != 1:
             share = share_for_layer_average(share, self.layer, n_layers)
         return (Stage(self.layer, share),)
@@ -261,10 +261,11 @@ class Pruner:
         return found
 
 
-def _is_a(value: object, wanted: object) -> bool:
+def _is_a(value: Any, wanted: object) -> bool:
     """Whether `value` fits a scalar annotation; an int is a float; a bool, NaN, infinity and what no tensor holds are neither."""
     if wanted is float:
-        return isinstance(value, (int, float, Fraction)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        is_number = isinstance(value, (int, float, Fraction)) and not isinstance(value, bool)
+        return is_number and -sys.float_info.max <= value <= sys.float_info.max
     if wanted is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MOST
     return isinstance(value, wanted) if isinstance(wanted, type) else True

@@ -17,7 +17,8 @@ def row_blocks(matrix: Tensor) -> tuple[Tensor, ...]:
     """Views of the rows [n, D] of a matrix [N, D], at least one row each; on other devices than a CPU, where launches count, one."""
     if matrix.device.type != "cpu":
         return (matrix,)
-    return matrix.split(max(1, BLOCK_BYTES // max(1, matrix.shape[1] * matrix.element_size())))
+    blocks: tuple[Tensor, ...] = matrix.split(max(1, BLOCK_BYTES // max(1, matrix.shape[1] * matrix.element_size())))
+    return blocks
 
 
 def column_blocks(matrix: Tensor) -> tuple[Tensor, ...]:
@@ -31,7 +32,8 @@ def column_blocks(matrix: Tensor) -> tuple[Tensor, ...]:
     if matrix.device.type != "cpu" or n_columns < 2 * width:
         return (matrix,)
     count = n_columns // width
-    return matrix.split([width] * (count - 1) + [n_columns - width * (count - 1)], dim=1)
+    blocks: tuple[Tensor, ...] = matrix.split([width] * (count - 1) + [n_columns - width * (count - 1)], dim=1)
+    return blocks
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

@@ -140,4 +140,5 @@ class Growth:
         rungs = (lowest - threshold) / self._step
         # a step below float spacing can't be climbed: the next float32 above the score is then the first threshold
         rung = threshold + self._step * (math.floor(rungs) + 1) if rungs < 2**52 else lowest
-        return max(rung, torch.nextafter(torch.tensor(lowest), torch.tensor(math.inf)).item())
+        above: float = torch.nextafter(torch.tensor(lowest), torch.tensor(math.inf)).item()
+        return max(rung, above)

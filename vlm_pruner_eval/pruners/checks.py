@@ -13,8 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from vlm_pruner_eval.device_copy import to_host
 from vlm_pruner_eval.errors import PruningError
-from vlm_pruner_eval.host import to_host
 from vlm_pruner_eval.types import Selection, VisualTokens
 
 SUMMED_IN = torch.float32  # weighted sums of states are, whatever their dtype
@@ -64,7 +64,7 @@ class Inspection:
         """
         if amplification is None or self._largest is None:
             return False
-        highest = min(torch.finfo(dtype).max, torch.finfo(SUMMED_IN).max)
+        highest: float = min(torch.finfo(dtype).max, torch.finfo(SUMMED_IN).max)
         return amplification * self._largest < highest / 2  # half: sums are rounded
 
     def _judge(self, found: list[Tensor]) -> None:
@@ -119,7 +119,7 @@ def checked(selection: Selection, tokens: VisualTokens, keep: int, inspection: I
     order, *found = inspection.on_host(selection.order, *unproven)
     inspection.finish()
     check_indices(order, tokens.n_visual, where=where)
-    if found and not tells_finite(found[0]) and not bool(torch.isfinite(merged).all()):
+    if merged is not None and found and not tells_finite(found[0]) and not bool(torch.isfinite(merged).all()):
         raise PruningError(f"{where}: the merged states hold NaN or infinity in {merged.dtype}.")
     there = selection.order.to(tokens.hidden_states.device, non_blocking=True)
     return dataclasses.replace(selection, order=there, host_order=order, hidden_states=merged)

@@ -10,7 +10,8 @@ from typing import Any
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.load import Results, RunResult, load_sweep
 from vlm_pruner_eval.store.files import write_atomic
-from vlm_pruner_eval.store.schema import FINISHED, Spread, to_json
+from vlm_pruner_eval.store.schema import FINISHED, to_json
+from vlm_pruner_eval.store.summaries import Spread
 from vlm_pruner_eval.sweep.inputs import read_text
 from vlm_pruner_eval.sweep.records import answer_digest
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.report.stats.answers import Answers, answers_of
+from vlm_pruner_eval.report.answer_arrays import Answers, answers_of
 from vlm_pruner_eval.store.answers import ANSWERS, Answer
 from vlm_pruner_eval.store.folder import DocumentScore, Store, Unit
 from vlm_pruner_eval.store.schema import FINISHED, Grid, RunLine, RunRecord

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlm_pruner_eval.report.load import Results, RunResult
-from vlm_pruner_eval.store.schema import FAILED, FINISHED, Score, Spread
+from vlm_pruner_eval.store.schema import FAILED, FINISHED
+from vlm_pruner_eval.store.summaries import Score, Spread
 from vlm_pruner_eval.sweep.grid import RATELESS, UNPRUNED, rate_percent
 from vlm_pruner_eval.sweep.score_line import relative_average
 

@@ -9,7 +9,8 @@ from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.load import RunResult, load_sweep
 from vlm_pruner_eval.reproduce.plan import Plan, Variant
 from vlm_pruner_eval.store.folder import DocumentScore
-from vlm_pruner_eval.store.schema import FINISHED, RunRecord, TaskScore
+from vlm_pruner_eval.store.schema import FINISHED, RunRecord
+from vlm_pruner_eval.store.summaries import TaskScore
 from vlm_pruner_eval.sweep.score_line import relative_average
 
 Documents = dict[tuple[str, int], DocumentScore]

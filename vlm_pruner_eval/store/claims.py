@@ -11,8 +11,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from vlm_pruner_eval.durable import make_folder
+from vlm_pruner_eval.durable import is_disk_full, make_folder
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.store.files import TEMPORARY
 
 LOCK, HOLDER = ".lock", ".holder"
 _PATIENCE_S, _POLL_S = 0.1, 0.02  # a look at the lock by somebody else takes less
@@ -42,7 +43,7 @@ class Claim:
             self._lock.acquire(timeout=_PATIENCE_S, poll_interval=_POLL_S)
         except Timeout:
             return False
-        (self.folder / HOLDER).write_text(_whoami(), encoding="utf-8")
+        (self.folder / HOLDER).write_text("\n".join([_whoami(), *holders(self.folder)]), encoding="utf-8")
         return True
 
     def release(self) -> None:
@@ -66,19 +67,19 @@ def holder_of(folder: Path) -> str | None:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        return last_holder(folder) or "a process that has just begun"
+        return next(iter(holders(folder)), "a process that has just begun")
     except OSError:  # a folder that may only be read: nothing can be said
         return None
     lock.release()
     return None
 
 
-def last_holder(folder: Path) -> str | None:
-    """Who works on a unit or, if it died over it, did; None if nobody does."""
+def holders(folder: Path) -> list[str]:
+    """Who works on a unit, or did and died over it; behind it those that died over it before."""
     try:
-        return (folder / HOLDER).read_text(encoding="utf-8") or None
+        return (folder / HOLDER).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        return None
+        return []
 
 
 def process_words(pid: int) -> str:
@@ -97,7 +98,7 @@ def check_locks(root: Path) -> None:
     nearest = root.absolute()
     while not nearest.exists():
         nearest = nearest.parent
-    handle, name = tempfile.mkstemp(dir=nearest, prefix=".lock-probe.")
+    handle, name = tempfile.mkstemp(dir=nearest, prefix=".lock-probe.", suffix=TEMPORARY)
     os.close(handle)
     try:
         problem = _lock_problem(name)
@@ -123,6 +124,8 @@ def _lock_problem(name: str) -> str | None:
                 return None
             return "a lock that is held can be taken again"
     except (OSError, NotImplementedError, Warning) as error:
+        if is_disk_full(error):
+            raise
         return str(error)
     finally:
         second.release(force=True)

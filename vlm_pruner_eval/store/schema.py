@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.shown import short, spelled_out
+from vlm_pruner_eval.redact import short, spelled_out
+from vlm_pruner_eval.store.summaries import Failure, Memory, Model, Provenance, TaskScore, Times, Tokens
 
-SCHEMA = 3  # the form of the files; raised when a field changes
+SCHEMA: Final = 3  # the form of the files; raised when a field changes
 FINISHED, FAILED = "finished", "failed"
 
+_MODEL = ("id", "pretrained", "revision", "dtype", "protocol", "attn_implementation", "batch_size")
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
 Record = TypeVar("Record", bound="Model")
 Rate = str | float | None
@@ -35,212 +36,19 @@ def _plain_text(text: str) -> str:
     return text
 
 
+def _sweep_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Refuse a sweep file's content that lacks what a report reads of it."""
+    model = config.get("model")
+    missing = [f"model.{name}" for name in _MODEL if not isinstance(model, dict) or name not in model]
+    missing += [name for name in ("limit", "seed") if name not in config]
+    if missing or not isinstance(config.get("tasks"), list):
+        raise ValueError(f"lacks {', '.join(missing) or 'a list of tasks'}")
+    return config
+
+
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 PlainText = Annotated[str, AfterValidator(_plain_text)]
-
-
-class Model(BaseModel):
-    """Base of all records."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-# ---- scores
-class Score(Model):
-    """One metric: its value with the 95 % interval over `n` documents; `note` says why there is no interval."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-    n: int
-    metric: str | None = None
-    note: str | None = None
-
-
-class ClusterCount(Model):
-    """Number of clusters of a task's documents, and a digest of which document is in which."""
-
-    n: int
-    digest: str
-
-
-class TaskScore(Model):
-    """One benchmark of one run.
-
-    Attributes
-    ----------
-    metrics
-        By name in lmms-eval; of a group of tasks, the main metric by task.
-    main
-        The metric that stands for the benchmark, in the unit of papers; None if it has no score, and `note` says why.
-    remark
-        Documents that the score leaves out, in words.
-    """
-
-    metrics: dict[str, Score]
-    main: Score | None
-    clusters: ClusterCount | None = None
-    note: str | None = None
-    remark: str | None = None
-
-
-# ---- what the samples came to
-class Spread(Model):
-    """Mean, smallest and largest of `n` numbers."""
-
-    mean: float
-    min: float
-    max: float
-    n: int
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Spread | None:
-        """Summarise numbers; None if there are none."""
-        listed = list(values)
-        if not listed:
-            return None
-        return cls(mean=sum(listed) / len(listed), min=min(listed), max=max(listed), n=len(listed))
-
-    @classmethod
-    def merged(cls, spreads: Iterable[Spread | None]) -> Spread | None:
-        """Summarise several units as if their numbers were one list."""
-        known = [spread for spread in spreads if spread is not None]
-        if not known:
-            return None
-        n = sum(spread.n for spread in known)
-        mean = math.fsum(spread.mean * spread.n for spread in known) / n
-        return cls(mean=mean, min=min(spread.min for spread in known), max=max(spread.max for spread in known), n=n)
-
-
-class Median(Model):
-    """Median and interquartile range of `n` times."""
-
-    median: float
-    iqr: float
-    n: int
-
-    @classmethod
-    def merged(cls, medians: Iterable[Median | None]) -> Median | None:
-        """Average the medians and ranges of several units, each weighted by its `n`."""
-        known = [median for median in medians if median is not None]
-        if not known:
-            return None
-        n = sum(found.n for found in known)
-        weighted = {name: math.fsum(getattr(found, name) * found.n for found in known) / n for name in ("median", "iqr")}
-        return cls(**weighted, n=n)
-
-
-class Tokens(Model):
-    """Visual tokens over the samples with images: there, asked for, kept in the last layer, and averaged over layers."""
-
-    samples_with_images: int = 0
-    n_visual: Spread | None = None
-    asked: Spread | None = None
-    kept: Spread | None = None
-    layer_averaged: Spread | None = None
-    layers: list[int] = Field(default_factory=list)
-    quirks: dict[str, int] = Field(default_factory=dict)
-
-    @classmethod
-    def merged(cls, parts: Sequence[Tokens]) -> Tokens:
-        """Add up the samples of several units."""
-        spreads = {name: Spread.merged(getattr(part, name) for part in parts) for name in ("n_visual", "asked", "kept", "layer_averaged")}
-        quirks: dict[str, int] = {}
-        for name, count in (item for part in parts for item in part.quirks.items()):
-            quirks[name] = quirks.get(name, 0) + count
-        return cls(
-            samples_with_images=sum(part.samples_with_images for part in parts),
-            layers=sorted({layer for part in parts for layer in part.layers}),
-            quirks=dict(sorted(quirks.items())),
-            **spreads,
-        )
-
-
-class Times(Model):
-    """Times of the answers; medians in milliseconds: a batch's prefill, a decoding step, a sample's selection.
-
-    Attributes
-    ----------
-    decoded_tokens_per_s
-        Rows of the batch over the time of a decoding step.
-    batch_sizes
-        Rows of the batches.
-    total_s, answers_s
-        Seconds of the whole unit, and of its answers; None if it shared work with others.
-    """
-
-    prefill_ms: Median | None = None
-    decode_ms: Median | None = None
-    selection_ms: Median | None = None
-    decoded_tokens_per_s: Median | None = None
-    batch_sizes: list[int] = Field(default_factory=list)
-    total_s: float | None = None
-    answers_s: float | None = None
-
-    @classmethod
-    def merged(cls, parts: Sequence[Times]) -> Times:
-        """Join several units: medians are averaged over the units, seconds are added up."""
-        names = ("prefill_ms", "decode_ms", "selection_ms", "decoded_tokens_per_s")
-        medians = {name: Median.merged(getattr(part, name) for part in parts) for name in names}
-        return cls(
-            batch_sizes=sorted({size for part in parts for size in part.batch_sizes}),
-            total_s=_sum([part.total_s for part in parts]),
-            answers_s=_sum([part.answers_s for part in parts]),
-            **medians,
-        )
-
-
-class Memory(Model):
-    """Cost of a prompt with images in the language model, from the real length of every layer; bytes and operations.
-
-    Attributes
-    ----------
-    flops, literature_flops, kv_bytes_counted
-        Of the prefill with one position of logits; None if the model's shape is unknown.
-    kv_bytes_measured
-        A prompt's share of its batch's cache, padding included.
-    peak_bytes
-        The most that the GPU held while a batch was answered, weights included; None on the CPU.
-    """
-
-    flops: Spread | None = None
-    literature_flops: Spread | None = None
-    kv_bytes_counted: Spread | None = None
-    kv_bytes_measured: Spread | None = None
-    peak_bytes: int | None = None
-
-    @classmethod
-    def merged(cls, parts: Sequence[Memory]) -> Memory:
-        """Join several units."""
-        names = ("flops", "literature_flops", "kv_bytes_counted", "kv_bytes_measured")
-        peaks = [part.peak_bytes for part in parts if part.peak_bytes is not None]
-        return cls(peak_bytes=max(peaks, default=None), **{name: Spread.merged(getattr(part, name) for part in parts) for name in names})
-
-
-class Failure(Model):
-    """A sample that failed."""
-
-    task: str
-    doc_id: int
-    error: str
-
-
-class Provenance(Model):
-    """Surroundings of a unit: versions, machine, checkpoint files, commit, command; times are UTC."""
-
-    versions: dict[str, str]
-    platform: str
-    processor: str
-    host: dict[str, Any]
-    gpus: list[dict[str, Any]]
-    cuda: dict[str, Any]
-    threads: int
-    model: dict[str, Any]
-    checkpoint: dict[str, str]
-    git_commit: str | None
-    command: str
-    started: str | None
-    time: str
+SweepSettings = Annotated[dict[str, Any], AfterValidator(_sweep_settings)]
 
 
 # ---- files
@@ -263,7 +71,7 @@ class UnitRecord(Model):
         SHA-256 over the kept sets of all documents.
     """
 
-    schema_: Literal[3] = Field(SCHEMA, alias="schema")
+    schema_: Literal[3] = Field(default=SCHEMA, alias="schema")
     task: str
     limit: int | None
     status: Literal["finished", "failed"]
@@ -318,7 +126,7 @@ class RunLine(Model):
 class RunHead(Model):
     """run.json: the resolved configuration of a run, without tasks and limit."""
 
-    schema_: Literal[3] = Field(SCHEMA, alias="schema")
+    schema_: Literal[3] = Field(default=SCHEMA, alias="schema")
     run: RunLine
     config: dict[str, Any]
 
@@ -326,9 +134,9 @@ class RunHead(Model):
 class Grid(Model):
     """sweep.json: the runs of a sweep, and the folder of every entry of its `tasks`."""
 
-    schema_: Literal[3] = Field(SCHEMA, alias="schema")
+    schema_: Literal[3] = Field(default=SCHEMA, alias="schema")
     name: FolderName
-    config: dict[str, Any]
+    config: SweepSettings
     runs: list[RunLine]
     units: dict[str, FolderName]
 
@@ -348,7 +156,7 @@ class RunRecord(Model):
 
     @property
     def status(self) -> str | None:
-        """ "finished" or "failed" of a complete run, "failed" of one with a failed unit, else None."""
+        """State: "finished" or "failed" of a complete run, "failed" of one with a failed unit, else None."""
         if any(unit.status == FAILED for unit in self.units.values()):
             return FAILED
         return FINISHED if self.is_complete else None
@@ -459,8 +267,8 @@ def read_model(kind: type[Record], path: Path, advice: str) -> Record:
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(str(error)) from error
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: can't be read ({error}); {advice}") from error
     found = raw.get("schema") if isinstance(raw, dict) else None
@@ -473,7 +281,3 @@ def read_model(kind: type[Record], path: Path, advice: str) -> Record:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}; {advice}") from error
-
-
-def _sum(values: Sequence[float | None]) -> float | None:
-    return None if None in values or not values else math.fsum(values)

@@ -82,6 +82,7 @@ class SweepProgress:
         if is_made:
             self._took.setdefault(task, []).append(self.took_s)
         self._left[task] = max(0, self._left.get(task, 0) - is_made)
+        self._reset()
         if self._bars:
             self._bars.update(self._sweep_bar, completed=self._passed)
         self._line(f"{name}: {outcome}")

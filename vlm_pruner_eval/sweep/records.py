@@ -12,7 +12,8 @@ from typing import Any
 from vlm_pruner_eval.cost import DecoderShape, kv_bytes, literature_flops, prefill_flops
 from vlm_pruner_eval.store.answers import Answer
 from vlm_pruner_eval.store.folder import DocumentScore
-from vlm_pruner_eval.store.schema import Failure, Median, Memory, Spread, Times, Tokens, plain
+from vlm_pruner_eval.store.schema import plain
+from vlm_pruner_eval.store.summaries import Failure, Median, Memory, Spread, Times, Tokens
 
 _MOST_FAILURES = 50  # in a record; the log holds all
 

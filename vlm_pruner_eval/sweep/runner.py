@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +12,16 @@ from typing import Any
 from rich.console import Console
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.store.claims import check_locks, holder_of
-from vlm_pruner_eval.store.folder import Store
+from vlm_pruner_eval.store.claims import holder_of
 from vlm_pruner_eval.store.schema import FAILED, FINISHED
 from vlm_pruner_eval.sweep import config as sweep_config
-from vlm_pruner_eval.sweep import preflight, provenance
+from vlm_pruner_eval.sweep import preflight
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.grid import expand, grid_of, method_problems
 from vlm_pruner_eval.sweep.opening import Loader
 from vlm_pruner_eval.sweep.status import HALF_DONE, read_status
-from vlm_pruner_eval.sweep.units import WorkUnit, run_status, status_of, units_of
-from vlm_pruner_eval.sweep.work import Work, work_here
+from vlm_pruner_eval.sweep.units import run_status, status_of, units_of
+from vlm_pruner_eval.sweep.work import Work, work_here, work_of
 from vlm_pruner_eval.sweep.workers import read_todo, visible_gpus, work_in_processes
 
 EXECUTORS = ("local", "ray")
@@ -92,7 +92,7 @@ def run_sweep(
     )
     for notice in preflight.notices(work.store, work.runs, work.units, work.status):
         work.say(notice)
-    with _told_when_stopped(work):
+    with _told_when_stopped(work), _undone_if_refused(root):
         _make(work, executor, processes, address)
     return _outcome(work)
 
@@ -107,50 +107,6 @@ def run_as_child(config: SweepConfig, output: Path, todo: Path) -> None:
     """
     units, command = read_todo(todo, units_of(config, expand(config)))
     work_here(work_of(config, output, Console(stderr=True), todo={unit.path for unit in units}, command=command))
-
-
-def work_of(
-    config: SweepConfig,
-    root: Path,
-    console: Console,
-    *,
-    load: Loader | None = None,
-    task_manager: Any = None,
-    retry_failed: bool = False,
-    rerun: str | None = None,
-    todo: Collection[str] | None = None,
-    command: str | None = None,
-) -> Work:
-    """Look at a results directory and decide what is to be done there; writes nothing.
-
-    Parameters
-    ----------
-    todo
-        Paths of units, of a process that is told them; those that have a record meanwhile are left out.
-
-    Raises
-    ------
-    ConfigError
-        See `run_sweep`.
-    """
-    runs = expand(config)
-    units = units_of(config, runs)
-    store = Store(root)
-    store.check_writable()
-    check_locks(root)
-    preflight.refuse_other_sweep(store, config)
-    again = preflight.chosen_again(runs, rerun)
-    checkpoint = provenance.checkpoint_files(config.model.pretrained, config.model.revision)
-    status = status_of(store, units, config.limit, checkpoint)
-    wanted = FAILED if retry_failed else None
-
-    def is_wanted(unit: WorkUnit) -> bool:
-        if todo is not None:
-            return unit.path in todo and status[unit] is None
-        return status[unit] == wanted or unit.run.run_id in again
-
-    chosen = [unit for unit in units if is_wanted(unit)]
-    return Work(config, store, runs, units, chosen, console, load, task_manager, checkpoint, status, command)
 
 
 def _make(work: Work, executor: str, processes: int | None, address: str | None) -> None:
@@ -195,6 +151,22 @@ def _told_when_stopped(work: Work) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         work.say(_stopped(work.store.root))
+        raise
+
+
+@contextmanager
+def _undone_if_refused(root: Path) -> Iterator[None]:
+    """Let nothing stay of a sweep that its workers refuse: the grid is written before they begin."""
+    was_there = root.exists()
+    had_grid = (root / "sweep.json").exists()
+    try:
+        yield
+    except ConfigError:
+        if not had_grid and not (root / "runs").exists():
+            shutil.rmtree(root / "logs", ignore_errors=True)
+            (root / "sweep.json").unlink(missing_ok=True)
+            if not was_there and root.exists() and not any(root.iterdir()):
+                root.rmdir()
         raise
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from vlm_pruner_eval.store.schema import FINISHED, Tokens, UnitRecord
+from vlm_pruner_eval.store.schema import FINISHED, UnitRecord
+from vlm_pruner_eval.store.summaries import Tokens
 from vlm_pruner_eval.sweep.grid import Run, rate_percent
 from vlm_pruner_eval.sweep.progress import duration
 

@@ -12,11 +12,12 @@ from typing import Any
 from vlm_pruner_eval.durable import stopped
 from vlm_pruner_eval.errors import DamagedError, PruningError, StoppedError
 from vlm_pruner_eval.lmms.run_context import RunContext
-from vlm_pruner_eval.shown import of_error, without_secrets
+from vlm_pruner_eval.redact import of_error, without_secrets
 from vlm_pruner_eval.store.answers import Answer, AnswerLog
 from vlm_pruner_eval.store.files import write_atomic
 from vlm_pruner_eval.store.folder import Store
-from vlm_pruner_eval.store.schema import FAILED, FINISHED, TaskScore, UnitRecord, plain, to_json
+from vlm_pruner_eval.store.schema import FAILED, FINISHED, UnitRecord, plain, to_json
+from vlm_pruner_eval.store.summaries import TaskScore
 from vlm_pruner_eval.sweep import documents, provenance, records
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.evaluate import Evaluated, evaluate

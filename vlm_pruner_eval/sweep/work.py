@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from vlm_pruner_eval.store.answers import AnswerLog
-from vlm_pruner_eval.store.claims import Claim
+from vlm_pruner_eval.store.claims import Claim, check_locks
 from vlm_pruner_eval.store.folder import Store
 from vlm_pruner_eval.store.schema import FAILED, FINISHED
+from vlm_pruner_eval.sweep import preflight, provenance
 from vlm_pruner_eval.sweep.config import SweepConfig
-from vlm_pruner_eval.sweep.grid import Run, grid_of
+from vlm_pruner_eval.sweep.grid import Run, expand, grid_of
 from vlm_pruner_eval.sweep.opening import Loader, open_session, sharing
 from vlm_pruner_eval.sweep.progress import SweepProgress
 from vlm_pruner_eval.sweep.score_line import score_line, title
 from vlm_pruner_eval.sweep.session import Session
-from vlm_pruner_eval.sweep.units import Status, WorkUnit, groups
+from vlm_pruner_eval.sweep.units import Status, WorkUnit, groups, status_of, units_of
 
 _SKIPPED = {FINISHED: "finished before, skipped", FAILED: "failed before, skipped; --retry-failed repeats it", None: "left"}
 
@@ -94,6 +96,50 @@ class Work:
             return "is answered anew by another process"
         unpruned = self.store.unit(self.runs[0].run_id, unit.folder).read() if unit.run is not self.runs[0] else None
         return score_line([record], [unpruned] if unpruned and unpruned.status == FINISHED else None, took_s, is_named=False)
+
+
+def work_of(
+    config: SweepConfig,
+    root: Path,
+    console: Console,
+    *,
+    load: Loader | None = None,
+    task_manager: Any = None,
+    retry_failed: bool = False,
+    rerun: str | None = None,
+    todo: Collection[str] | None = None,
+    command: str | None = None,
+) -> Work:
+    """Look at a results directory and decide what is to be done there; writes nothing.
+
+    Parameters
+    ----------
+    todo
+        Paths of units, of a process that is told them; those that have a record meanwhile are left out.
+
+    Raises
+    ------
+    ConfigError
+        See `run_sweep`.
+    """
+    runs = expand(config)
+    units = units_of(config, runs)
+    store = Store(root)
+    store.check_writable()
+    check_locks(root)
+    preflight.refuse_other_sweep(store, config)
+    again = preflight.chosen_again(runs, rerun)
+    checkpoint = provenance.checkpoint_files(config.model.pretrained, config.model.revision)
+    status = status_of(store, units, config.limit, checkpoint)
+    wanted = FAILED if retry_failed else None
+
+    def is_wanted(unit: WorkUnit) -> bool:
+        if todo is not None:
+            return unit.path in todo and status[unit] is None
+        return status[unit] == wanted or unit.run.run_id in again
+
+    chosen = [unit for unit in units if is_wanted(unit)]
+    return Work(config, store, runs, units, chosen, console, load, task_manager, checkpoint, status, command)
 
 
 def work_here(work: Work, opener: Callable[..., Session] = open_session) -> None:

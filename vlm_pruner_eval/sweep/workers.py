@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +18,9 @@ from typing import Any
 
 import yaml
 
-from vlm_pruner_eval.ending import BAD_INPUT
 from vlm_pruner_eval.errors import ConfigError, StoppedError
-from vlm_pruner_eval.store.claims import Claim, last_holder, process_words
+from vlm_pruner_eval.exit_codes import BAD_INPUT
+from vlm_pruner_eval.store.claims import Claim, holders, process_words
 from vlm_pruner_eval.store.files import write_atomic
 from vlm_pruner_eval.store.schema import FAILED, UnitRecord
 from vlm_pruner_eval.sweep import provenance
@@ -125,7 +124,7 @@ class Worker:
         return [line.removeprefix(_SAYS) for line in self.output() if line.startswith(_SAYS)]
 
 
-def work_in_processes(work: Work, gpus: Sequence[str | None], command: Sequence[str] = COMMAND) -> None:
+def work_in_processes(work: Work, gpus: Sequence[str | None], command: Sequence[str] | None = None) -> None:
     """Make the units by as many processes as `gpus`, each with one of them, or with what this process sees (None).
 
     A process that dies is replaced, and its unit goes on from its log; a unit over which `MOST_DEATHS` processes died has failed.
@@ -137,7 +136,8 @@ def work_in_processes(work: Work, gpus: Sequence[str | None], command: Sequence[
     """
     folder = work.store.root / "logs"
     write_todo(work, folder)
-    argv = [*command, "sweep", str(folder / "sweep.yaml"), "--output", str(work.store.root), "--todo", str(folder / "todo.json")]
+    told = ["--output", str(work.store.root), "--todo", str(folder / "todo.json")]
+    argv = [*(command or COMMAND), "sweep", str(folder / "sweep.yaml"), *told]
     threads = max(1, len(os.sched_getaffinity(0)) // len(gpus)) if hasattr(os, "sched_getaffinity") else 1
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
     workers = [
@@ -145,16 +145,10 @@ def work_in_processes(work: Work, gpus: Sequence[str | None], command: Sequence[
         for number, gpu in enumerate(gpus, start=1)
     ]
     work.say(f"{len(workers)} processes; their output is in {folder}")
-    had_grid = (work.store.root / "sweep.json").exists()
     with _ended_at_last(workers):
         for worker in workers:
             worker.start()
-        try:
-            _Supervisor(work, workers).run()
-        except ConfigError:
-            if not had_grid:
-                shutil.rmtree(folder)  # nothing stays of a sweep that is refused
-            raise
+        _Supervisor(work, workers).run()
 
 
 @dataclass
@@ -209,10 +203,10 @@ class _Supervisor:
             worker.start()
 
     def _units_of(self, worker: Worker) -> list[WorkUnit]:
-        """Units that a dead process had claimed and not recorded."""
-        who = process_words(worker.process.pid)
-        held = [unit for unit in self.work.todo if (last_holder(unit.stored(self.work.store).folder) or "").startswith(f"{who},")]
-        return [unit for unit in held if not self.work.is_made(unit)]
+        """Units that a dead process had claimed and not recorded; another one may be at them already."""
+        who = f"{process_words(worker.process.pid)},"
+        found = {unit: holders(unit.stored(self.work.store).folder) for unit in self.work.todo}
+        return [unit for unit, held in found.items() if any(line.startswith(who) for line in held) and not self.work.is_made(unit)]
 
     def _give_up(self, unit: WorkUnit, how: str, *, together: bool) -> None:
         """Record a unit as failed, unless another process has taken it up in the meantime. Its answers stay."""

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from vlm_pruner_eval.report.answer_arrays import Answers
 from vlm_pruner_eval.report.load import Results, RunResult
 from vlm_pruner_eval.report.rows import Row, is_plumbing
 from vlm_pruner_eval.report.stats import paired
-from vlm_pruner_eval.report.stats.answers import Answers, Flips, flips
 from vlm_pruner_eval.report.stats.comparisons import AVERAGE, Comparison, Comparisons, Contest, Pair, Power
+from vlm_pruner_eval.report.stats.flip_counts import Flips, flips
 from vlm_pruner_eval.report.stats.paired import Estimate
-from vlm_pruner_eval.store.schema import ClusterCount
+from vlm_pruner_eval.store.summaries import ClusterCount
 from vlm_pruner_eval.sweep.grid import RATELESS, UNPRUNED
 
 

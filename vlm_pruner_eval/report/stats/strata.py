@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from vlm_pruner_eval.report.answer_arrays import RIGHT, Answers
 from vlm_pruner_eval.report.load import Results
 from vlm_pruner_eval.report.rows import Row
-from vlm_pruner_eval.report.stats.answers import RIGHT, Answers
 from vlm_pruner_eval.report.stats.paired import Estimate, estimate
 from vlm_pruner_eval.sweep.clusters import Clusters, connected
 from vlm_pruner_eval.sweep.grid import RATELESS, UNPRUNED
