@@ -62,7 +62,8 @@ def numbers(rows: list[Row]) -> PrintedNumbers:
 def made() -> Iterator[Report]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(printed, "BENCHMARKS", {"tiny_mean": "A"})
-        results = dataclasses.replace(load_sweep(folder("paper")), name="<b>hostile</b> & 'sweep'")
+        results = load_sweep(folder("paper"))
+        results = dataclasses.replace(results, grid=results.grid.model_copy(update={"name": "<b>hostile</b> & 'sweep'"}))
         rows = rows_of(results)
         strata = [
             Stratum(CAPABILITIES[0], LABEL, "vlmpruner", "2/3", Estimate(81.5, 70.25, 90.0), 24, ("tiny_mean",)),
