@@ -79,6 +79,7 @@ ALLOWED = {
         "lmms",
         "pruners",
         "redact",
+        "store",
         "sweep",
         "timing",
         "types",
