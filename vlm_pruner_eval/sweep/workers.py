@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -135,7 +134,7 @@ def work_in_processes(work: Work, gpus: Sequence[str | None], command: Sequence[
     ConfigError, StoppedError
         What a process said of its end.
     """
-    folder = work.store.root / "logs"
+    folder = work.store.logs
     write_todo(work, folder)
     told = ["--output", str(work.store.root), "--todo", str(folder / "todo.json")]
     argv = [*(command or COMMAND), "sweep", str(folder / "sweep.yaml"), *told]
@@ -146,16 +145,10 @@ def work_in_processes(work: Work, gpus: Sequence[str | None], command: Sequence[
         for number, gpu in enumerate(gpus, start=1)
     ]
     work.say(f"{len(workers)} processes; their output is in {folder}")
-    had_grid = (work.store.root / "sweep.json").exists()
     with _ended_at_last(workers):
         for worker in workers:
             worker.start()
-        try:
-            _Supervisor(work, workers).run()
-        except ConfigError:
-            if not had_grid:
-                shutil.rmtree(folder)  # nothing stays of a sweep that is refused
-            raise
+        _Supervisor(work, workers).run()
 
 
 @dataclass
