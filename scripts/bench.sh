@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures what results/bench holds, in one call: selection, prefill and where its time goes, questions per second, shared prefixes.
+# Measures what results/bench holds, in one call: selection, prefill and where its time goes, shared prefixes.
 # With a GPU: the geometries of real models in float16 (random weights, nothing is downloaded) and selection on both devices. Without:
 # small geometries in float32 on one CPU thread, and the profile of a 7B model in bfloat16 on all cores (16 GB of memory, else left out).
 # Installs what it needs into .venv; with BENCH_PYTHON=/path/to/python that interpreter is used as it is. What lmms-eval is needed for is
@@ -36,7 +36,6 @@ if [ "$device" = cpu ] && has 'import psutil; assert psutil.virtual_memory().ava
   measure profile_llava-1.5-7b_cpu profile --geometry llava-1.5-7b --dtype bfloat16 --threads "$(nproc)" --repeats 1 --new-tokens 4
 fi
 if has 'import lmms_eval'; then
-  measure "questions_$device" questions --limit 4
   measure "shared_prefix_$device" shared --limit 20 --rounds 3
 fi
 echo "The measurements are in $folder." >&2

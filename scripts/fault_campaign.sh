@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Breaks sweeps in every way that the world does (kills, power cuts, full disks, damaged journals, too little memory) and shows that
-# nothing is lost, doubled or different afterwards. Takes 20 minutes to an hour on two cores; the last line is a JSON summary.
+# Breaks sweeps in every way that the world does (kills, power cuts, full disks, damaged logs, too little memory) and shows that
+# nothing is lost, doubled or different afterwards. Takes a quarter of an hour of processor time; the last line is a JSON summary.
 # Small file systems are tried where they may be mounted (as root). Installs what it needs into .venv.
-# Usage: bash scripts/fault_campaign.sh [--short] [--seed N] [--lanes N] [--only SECTION ...]
-#        bash scripts/fault_campaign.sh ray [--short] [--seed N] [--only SECTION ...]    (workers and nodes of a Ray cluster; a quarter of an hour)
+# Usage: bash scripts/fault_campaign.sh [--seed N] [--lanes N] [--only SECTION ...]
+#        bash scripts/fault_campaign.sh ray [--seed N] [--workers N] [--nodes N]    (kills workers and nodes of a Ray cluster)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/_venv.bash

@@ -2,8 +2,8 @@
 # The linter, the type checker, the regression sweep against results/reference/ci.json, and the tests, on exactly the locked packages,
 # in .venv.
 # Usage: bash scripts/test.sh
-#        bash scripts/test.sh --all                 the slow tests, too: sweeps made by several processes, torchrun, Ray; and where
-#                                                   examples are drawn, many more of them, other ones each time
+#        bash scripts/test.sh --all                 the slow tests, too: sweeps made by several processes or on Ray, whole commands; and
+#                                                   many more drawn examples, other ones each time
 #        bash scripts/test.sh --oldest              tests of the hook on the oldest supported transformers
 #        bash scripts/test.sh --transformers 5.12   the same on another minor
 #        bash scripts/test.sh --newest              what releases newer than the locked ones would break, as a table

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
+import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fault_checks import Expected, Findings, Watch, age_temporaries, temporaries
-from fault_sweep import Attempt, End, Faults, Sweep, minivlm_sweep, standin_sweep
-from fault_trace import FULL, KILL, POWER, Trap
+from fault_checks import Expected, Findings, Watch, age, contents_of
+from fault_sweep import NO_FAULTS, Attempt, End, Faults, Sweep, minivlm_sweep, standin_sweep
+from fault_trace import FULL, POWER, Trap
+
+from vlm_pruner_eval.store.answers import ANSWERS, read_lines
 
 SENTENCE = "make room, then run the same command again"
+SIZES = (6, 3, 1)
+SIGNALS = {signal.SIGKILL: 0.8, signal.SIGTERM: 0.1, signal.SIGINT: 0.1}  # with their weights
+TEMPORARY_SCORES = "open runs/RUN/UNIT/scores.jsonl (temporary)"
 
 
 @dataclass
@@ -34,180 +34,164 @@ class Section:
     codes: Counter[str] = field(default_factory=Counter)  # exit codes of attempts that ended themselves, by what was expected
     resumes: int = 0
     sweeps: int = 0  # that came to their end after being broken
-    findings: Findings = field(default_factory=Findings)
-    boundaries: set[str] = field(default_factory=set)
+    findings: Findings = field(default_factory=lambda: defaultdict(list))
+    boundaries: list[str] = field(default_factory=list)  # writes of the undisturbed sweep, in order
     hit: set[str] = field(default_factory=set)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def reference(self, sweep: Sweep, **options: Any) -> Expected:
         """Run it undisturbed."""
-        quiet = sweep.into(self.folder / "reference")
+        quiet = sweep.into(sweep.file.parent / "reference")
         end = Attempt(quiet).wait()
-        if end.code != 0:
-            raise RuntimeError(f"the undisturbed sweep ended with {end.code or end.signal}:\n{end.log[-3000:]}")
-        self.boundaries |= set(names(end))
-        self.facts["events"] = names(end)
+        assert end.code == 0, f"the undisturbed sweep ended with {end.code}:\n{end.log[-3000:]}"
+        self.boundaries = end.events
         self.facts["seconds_undisturbed"] = round(end.seconds, 1)
-        return Expected(quiet, **options)
+        return Expected(sweep.config(), quiet.output, **options)
 
-    def begin(self, sweep: Sweep, expected: Expected) -> Watch:
+    def begin(self, sweep: Sweep, expected: Expected, **options: Any) -> Watch:
         """An empty results directory."""
-        shutil.rmtree(sweep.output, ignore_errors=True)
-        for lost in sweep.output.parent.glob(f"{sweep.output.name}.lost*"):
-            shutil.rmtree(lost)
-        return Watch(sweep, expected, self.findings)
+        for folder in sweep.output.parent.glob(f"{sweep.output.name}*"):
+            if folder.is_dir():
+                shutil.rmtree(folder)
+        return Watch(sweep.output, expected, self.findings, **options)
 
     def expect(self, end: End, code: int, what: str, sentence: str = "") -> None:
         """An attempt that ends itself, in the way that it should."""
-        self.codes[f"{what}: {end.code if end.signal is None else -end.signal}"] += 1
-        text = end.log[-1500:]
-        if end.code != code:
-            self.findings.broken.append(f"{what}: ended with {end.code if end.signal is None else -end.signal}, expected {code}: {text}")
-        elif sentence not in end.log or (code and "Traceback" in end.log):
-            self.findings.broken.append(f"{what}: expected a sentence with {sentence!r}, got: {text}")
+        self.codes[f"{what}: {end.code}"] += 1
+        if end.code != code or sentence not in end.log or (code and "Traceback" in end.log):
+            self.findings["broken"].append(f"{what}: ended with {end.code}, expected {code} and {sentence!r}: {end.log[-1500:]}")
 
-    def finish(self, watch: Watch, what: str) -> None:
-        """The same command once more, undisturbed."""
+    def killed(self, end: End, by: int) -> None:
+        """An attempt that was told to end by a signal."""
+        told = signal.Signals(by).name
+        self.kills[told] += 1
         self.resumes += 1
-        watch.look(what)
-        age_temporaries(watch.sweep.output)
-        end = Attempt(watch.sweep).wait()
-        self.expect(end, 0, "undisturbed at last")
-        watch.repeated(end.events, what)
-        watch.finish(what)
+        began = bool(end.events)  # before that, the interpreter is starting, and it says so in its own way
+        is_well = end.code == -by or (end.code in (1, 130, 128 + by) and not (began and "Traceback" in end.log))
+        if end.was_deaf or not is_well:
+            self.findings["broken"].append(f"{told}: ended with {end.code}, deaf: {end.was_deaf}: {end.log[-1500:]}")
+
+    def finish(self, sweep: Sweep, watch: Watch, what: str, faults: Faults = NO_FAULTS) -> None:
+        """The same command once more, undisturbed, and then two hours pass."""
+        self.resumes += 1
+        end = Attempt(sweep, faults).wait()
+        self.expect(end, 0, "at last")
+        age(sweep.output)
+        watch.finish(what, end.answers)
         self.sweeps += 1
-
-    def as_json(self) -> dict[str, Any]:
-        own = {name: value for name, value in self.facts.items() if name != "events"}
-        return {
-            "kills": dict(self.kills),
-            "exit_codes": dict(self.codes),
-            "resumes": self.resumes,
-            "sweeps_finished": self.sweeps,
-            **{name: len(listed) for name, listed in vars(self.findings).items()},
-            "findings": {name: listed[:20] for name, listed in vars(self.findings).items() if listed},
-            "boundaries": sorted(self.boundaries),
-            "hit": sorted(self.hit),
-            **own,
-        }
-
-
-def names(end: End) -> list[str]:
-    """Its events in order, without the remarks between them."""
-    return [line for line in end.events if not line.startswith("#")]
 
 
 # ---- kills at random moments
 def random_kills(section: Section, sweep: Sweep, expected: Expected, *, kills: int, span_s: float, signals: dict[int, float]) -> None:
-    """Kill the sweep after 0 to `span_s` seconds, again and again, until it finishes; then begin anew, until there were `kills`.
-
-    `signals`: with their weights.
-    """
-    most = done = 0
-    while done < kills:
-        watch = section.begin(sweep, expected)
-        while done < kills:
+    """Kill the sweep after 0 to `span_s` seconds until it finishes, and begin anew, until there were `kills`."""
+    kills += section.kills.total()
+    while section.kills.total() < kills:
+        watch, code = section.begin(sweep, expected), -1
+        while section.kills.total() < kills and code != 0:
             (chosen,) = section.random.choices(list(signals), list(signals.values()))
             end = Attempt(sweep).wait(section.random.uniform(0, span_s), chosen)
-            if end.code == 0:
-                break
-            told = signal.Signals(chosen).name
-            section.kills[told] += 1
-            section.resumes += 1
-            done += 1
-            if end.was_deaf:
-                section.findings.broken.append(f"{told}: still there after a minute: {end.log[-1000:]}")
-            elif end.signal != chosen:
-                section.codes[f"{told}: {end.code}"] += 1
-                began = bool(end.events)  # before that, the interpreter is starting, and it says so in its own way
-                if end.code not in (1, 130, 128 + chosen) or (began and "Traceback" in end.log):
-                    section.findings.broken.append(f"{told}: ended with {end.code}, {end.signal}: {end.log[-1500:]}")
-            watch.repeated(end.events, f"kill {done}")
-            watch.look(f"kill {done}")
-            most = max(most, temporaries(sweep.output))
-        section.finish(watch, f"after kill {done}")
-    section.facts["most_temporary_files"] = most
+            code = end.code
+            if code != 0:
+                section.killed(end, chosen)
+            watch.look(f"kill {section.resumes}", end.answers)
+        section.finish(sweep, watch, f"after kill {section.resumes}")
 
 
-def standin_kills(section: Section, *, kills: int, span_s: float, pause_s: float, has_report: bool = True) -> None:
-    sweep = standin_sweep(section.folder, pause_s=pause_s)
+def standin_kills(section: Section, *, kills: int, span_s: float, pause_s: float, has_report: bool = True, n_runs: int = 7) -> None:
+    """The stand-in."""
+    sweep = standin_sweep(section.folder, pause_s=pause_s, n_runs=n_runs)
     sweep = sweep if has_report else sweep.unreported()
-    weights = {signal.SIGKILL: 0.8, signal.SIGTERM: 0.1, signal.SIGINT: 0.1}
-    random_kills(section, sweep, section.reference(sweep), kills=kills, span_s=span_s, signals=weights)
+    random_kills(section, sweep, section.reference(sweep), kills=kills, span_s=span_s, signals=SIGNALS)
 
 
-def minivlm_kills(section: Section, *, kills: int, limit: int, real: int) -> None:
-    """MiniVLM, run by run and with everything before the cuts shared; both must come to what separate runs come to."""
+def minivlm_kills(section: Section, *, kills: int, limit: int) -> None:
+    """MiniVLM, run by run and with everything before the cuts shared; both must come to the same answers."""
+    found = []
     for shared in (False, True):
         sweep = minivlm_sweep(section.folder / f"shared_{shared}", limit=limit, options=("--share-prefix",) * shared)
-        if not shared:
-            expected = section.reference(sweep)
-        span_s = section.facts["seconds_undisturbed"] * (0.3 if shared else 0.6)
-        random_kills(section, sweep, expected, kills=kills, span_s=span_s, signals={signal.SIGKILL: 1.0})
-        section.facts["shared_kills" if shared else "separate_kills"] = kills
-    for number in range(real):
-        _real_process(section, sweep, expected, number)
+        found.append(section.reference(sweep))
+        span_s = section.facts["seconds_undisturbed"] * 0.6
+        random_kills(section, sweep, found[-1], kills=kills // 2, span_s=span_s, signals={signal.SIGKILL: 1.0})
+    if found[0].answers != found[1].answers:
+        section.findings["different"].append("answers of a shared prefix are others")
 
 
-def _real_process(section: Section, sweep: Sweep, expected: Expected, number: int) -> None:
-    """Without any fork: the command line as users start it, its files limited, then killed, then left alone."""
-    watch, env = section.begin(sweep, expected), dict(os.environ) | {"HF_DATASETS_CACHE": str(section.folder / "datasets")}
-    command = [sys.executable, "-m", "vlm_pruner_eval", *(arg for arg in sweep.argv if arg != "--share-prefix")]
-    limited = ["bash", "-c", f'ulimit -f {8 + 4 * number}; exec "$@" 2>&1 | cat; exit "${{PIPESTATUS[0]}}"', "limited", *command]
-    done = subprocess.run(limited, capture_output=True, text=True, env=env, check=False)
-    section.expect(End(done.returncode, None, done.stdout, [], 0.0), 1, "real process, ulimit -f", SENTENCE)
-    watch.look("ulimit -f")
-    process = subprocess.Popen(command, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 120
-    while not list(sweep.output.glob("runs/*/run.json"))[number:] and time.monotonic() < until:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    section.kills["SIGKILL of a real process"] += 1
-    watch.look("kill of a real process")
-    section.resumes += 2
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    section.expect(End(done.returncode, None, done.stdout + done.stderr, [], 0.0), 0, "real process")
-    watch.finish("real process")
-    section.sweeps += 1
+def two_workers(section: Section, *, kills: int, span_s: float, pause_s: float, n_runs: int = 7) -> None:
+    """The same command twice over one folder; one of the two, drawn every time, is killed and started again."""
+    sweep = standin_sweep(section.folder, pause_s=pause_s, n_runs=n_runs).unreported()
+    expected = section.reference(sweep)
+    made: Counter[str] = Counter()
+
+    def ended(lane: str, attempt: Attempt, kill_after_s: float | None = None) -> None:
+        end = attempt.wait(kill_after_s)
+        if end.code == 0:
+            section.codes["nothing left: 0"] += 1
+        else:
+            section.killed(end, signal.SIGKILL)
+        watch.look(f"kill {section.resumes}", end.answers)
+        made[lane] += end.answers.total()
+
+    while section.kills.total() < kills:
+        watch, running = section.begin(sweep, expected), {}
+        while section.kills.total() < kills and not watch.is_finished():
+            running |= {lane: Attempt(sweep, lane=lane) for lane in ("1", "2") if lane not in running}
+            lane = section.random.choice(sorted(running))
+            ended(lane, running.pop(lane), section.random.uniform(0, span_s))
+        for lane, attempt in running.items():
+            ended(lane, attempt)
+        section.finish(sweep, watch, f"after kill {section.resumes}")
+    section.facts["answers_by_worker"] = dict(made)
+
+
+def larger_limit(section: Section, *, kills: int, span_s: float, pause_s: float) -> None:
+    """A sweep that is killed, then given a larger limit and killed again: what the small one answered is used."""
+    small = standin_sweep(section.folder / "small", pause_s=pause_s, limit=6).unreported()
+    large = standin_sweep(section.folder / "large", pause_s=pause_s, limit=12).unreported()
+    expected = section.reference(large, any_batch=True)
+    while section.kills.total() < kills:
+        watch = section.begin(large, expected)
+        for sweep in (small.into(large.output), large):
+            end = Attempt(sweep).wait(section.random.uniform(0, span_s))
+            if end.code != 0:
+                section.killed(end, signal.SIGKILL)
+            watch.look(f"limit {sweep.config().limit}", end.answers)
+        section.finish(large, watch, f"larger limit after kill {section.resumes}")
 
 
 # ---- at chosen writes
-def at_writes(section: Section, *, kind: str, each: int, only: Iterable[str] = (), again: bool = False) -> None:
-    """Break the sweep before (of a write: half way through) `each` occurrences of every kind of write that it makes.
+def at_writes(section: Section, *, kind: str, only: Iterable[str] = (), again: bool = False) -> None:
+    """Break the sweep before (of a write: half way through) one of every kind of write that it makes, the middle one.
 
     `only`: these kinds of writes; default all. `again`: also at a random one of the resumed process.
     """
     sweep = standin_sweep(section.folder, n_runs=3, limit=6).unreported()
     expected = section.reference(sweep)
-    events = section.facts["events"]
-    for number in _chosen(events, each, only):
-        if _can_break(kind, events[number]):
+    n = len(section.boundaries)
+    for name in only or dict.fromkeys(section.boundaries):
+        places = [number for number, other in enumerate(section.boundaries) if other == name]
+        if _can_break(kind, name):
             watch = section.begin(sweep, expected)
-            _break(section, watch, Trap(number, kind))
+            _break(section, sweep, watch, Trap(places[len(places) // 2], kind))
             if again:
-                section.resumes += 1
-                _break(section, watch, Trap(section.random.randrange(len(events)), kind), may_miss=True)
-            section.finish(watch, f"{kind} at {events[number]} ({number})")
+                _break(section, sweep, watch, Trap(section.random.randrange(n), kind), may_miss=True)
+            section.finish(sweep, watch, f"{kind} at {name}")
 
 
 def in_report(section: Section, *, kind: str) -> None:
     """The same at every kind of write that the report makes, one after the other in one folder: its runs stay finished."""
     sweep = standin_sweep(section.folder, n_runs=3, limit=6)
     expected = section.reference(sweep)
-    events = section.facts["events"]
-    first = 1 + max(number for number, name in enumerate(events) if "runs/RUN" in name)
+    first = 1 + max(number for number, name in enumerate(section.boundaries) if "runs/RUN" in name)
     watch = section.begin(sweep, expected)
-    if Attempt(sweep.unreported()).wait().code != 0:
-        raise RuntimeError("the undisturbed sweep without its report failed")
-    for name in dict.fromkeys(events[first:]):
+    section.expect(Attempt(sweep.unreported()).wait(), 0, "without its report")
+    for name in dict.fromkeys(section.boundaries[first:]):
         if _can_break(kind, name):
-            section.resumes += 1
-            _break(section, watch, Trap(kind=kind, name=name))
-    section.finish(watch, f"{kind} in the report")
+            _break(section, sweep, watch, Trap(kind=kind, name=name))
+    section.finish(sweep, watch, f"{kind} in the report")
 
 
 def _can_break(kind: str, event: str) -> bool:
@@ -215,87 +199,104 @@ def _can_break(kind: str, event: str) -> bool:
     return kind != FULL or event.split(maxsplit=1)[0] in ("open", "write", "mkdir")
 
 
-def _chosen(events: list[str], each: int, only: Iterable[str]) -> Iterator[int]:
-    """Numbers of the first, the last, and others between them, of every kind of event."""
-    for name in dict.fromkeys(events):
-        places = [i for i, other in enumerate(events) if other == name]
-        if not only or name in only:
-            yield from sorted({places[round((i + (each == 1) / 2) * (len(places) - 1) / max(1, each - 1))] for i in range(each)})
-
-
-def _break(section: Section, watch: Watch, trap: Trap, *, may_miss: bool = False) -> None:
-    end = Attempt(watch.sweep, Faults(trap=trap)).wait()
-    if may_miss and end.code == 0:
-        return
-    seen = names(end)
-    where = trap.name if trap.name in seen else seen[min(trap.at or 0, len(seen) - 1)]
-    section.hit.add(where)
-    if trap.kind == FULL:
-        section.expect(end, 1, "disk full", SENTENCE)
-    elif end.signal == signal.SIGKILL:
-        section.kills["SIGKILL at a write" if trap.kind == KILL else "power cut at a write"] += 1
-    else:
-        section.findings.broken.append(f"{trap.kind} at {where}: ended with {end.code}: {end.log[-1500:]}")
+def _break(section: Section, sweep: Sweep, watch: Watch, trap: Trap, *, may_miss: bool = False) -> None:
+    end = Attempt(sweep, Faults(trap=trap)).wait()
+    section.resumes += 1
+    where = trap.name if trap.name in end.events else end.events[min(trap.at or 0, len(end.events) - 1)]
+    if end.code != 0 or not may_miss:
+        section.hit.add(where)
+        if trap.kind == FULL:
+            section.expect(end, 1, "disk full", SENTENCE)
+        else:
+            section.expect(end, -signal.SIGKILL, f"{trap.kind} at a write")
+            section.kills[f"{trap.kind} at a write"] += 1
     if trap.kind == POWER:
-        watch.acknowledged(end.events, f"power cut at {where}")
-        watch.held.clear()
-    else:
-        watch.repeated(end.events, f"{trap.kind} at {where}")
-    watch.look(f"{trap.kind} at {where}")
+        watch.held.clear()  # what was seen may not have been on the disk; what was written down was
+    watch.look(f"{trap.kind} at {where}", end.answers)
 
 
-# ---- disks
-def full_disks(section: Section, *, levels: int, limits: int) -> None:
-    """A small file system at several sizes, and files that may not become longer than so much."""
+def small_disks(section: Section, *, limits: int) -> None:
+    """Files that may not become longer than so much: a write fails half way, or kills."""
     sweep = standin_sweep(section.folder, n_runs=3, limit=24)
     expected = section.reference(sweep)
-    sizes = [path.stat().st_size for path in expected.sweep.output.rglob("*") if path.is_file()]
-    section.facts |= {"tmpfs_levels": 0, "file_limits": 0, "stopped_at": []}
-    pages = sum(-(-size // 4096) for size in sizes)
-    for level in range(levels):
-        _on_tmpfs(section, sweep, expected, 4096 * max(1, round(pages * (level + 0.5) / levels)))
+    longest = max(path.stat().st_size for path in expected.output.rglob("*") if path.is_file())
     for number in range(limits):
-        most = 12_000 + number * (max(sizes) - 12_000) // limits
+        most = 4_000 + number * (longest - 4_000) // limits
         for kills in (False, True):
             watch = section.begin(sweep, expected)
             end = Attempt(sweep, Faults(file_bytes=most, kill_at_limit=kills)).wait()
-            if kills and end.signal == signal.SIGXFSZ:
-                section.kills["SIGXFSZ in the middle of a write"] += 1
+            if kills and end.code == -signal.SIGXFSZ:
+                section.kills["in the middle of a write"] += 1
             else:
                 section.expect(end, 1, "file limit", SENTENCE)
             watch.look(f"files of at most {most} bytes")
-            section.finish(watch, f"files of at most {most} bytes")
-            section.facts["file_limits"] += 1
+            section.finish(sweep, watch, f"files of at most {most} bytes")
 
 
-def _on_tmpfs(section: Section, sweep: Sweep, expected: Expected, size: int) -> None:
-    with tmpfs(section.folder / "disk", size) as disk:
-        if disk is None:
-            section.facts["no_tmpfs"] = "mounting is not permitted"
-            return
-        small = sweep.into(disk / "out")
-        # its log and list of events must not lie on the small disk
-        small = dataclasses.replace(small, beside=section.folder)
-        watch = section.begin(small, expected)
-        end = Attempt(small).wait()
-        stopped = [name for name in names(end) if name.split()[0] in ("write", "open", "mkdir")][-1]
-        section.expect(end, 1, "tmpfs full", SENTENCE)
-        section.facts["stopped_at"].append(f"{size // 1024} KiB: {stopped}")
-        section.facts["tmpfs_levels"] += 1
-        watch.look(f"tmpfs of {size} bytes")
-        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-        section.finish(watch, f"tmpfs of {size} bytes")
+# ---- logs
+def damaged_logs(section: Section, *, step: int) -> None:
+    """A log cut at each of its last 300 bytes is read up to its last whole batch; at every `step`-th the command goes on.
+
+    And one with a line that was changed, every `step`-th of its lines, is refused.
+    """
+    sweep = standin_sweep(section.folder, n_runs=3, limit=6).unreported()
+    expected = section.reference(sweep)
+    last = max(number for number, name in enumerate(section.boundaries) if name == TEMPORARY_SCORES)
+    _break(section, sweep, section.begin(sweep, expected), Trap(last))
+    left = sweep.output.rename(section.folder / "left")
+    (log,) = (path for path in left.rglob(ANSWERS) if not (path.parent / "record.json").exists())
+    content, place = log.read_bytes(), log.relative_to(left)
+    ends = [batch[-1].end for batch in read_lines(log)]
+
+    def changed(to: bytes) -> Watch:
+        watch = section.begin(sweep, expected)
+        shutil.copytree(left, sweep.output)
+        (sweep.output / place).write_bytes(to)
+        return watch
+
+    for cut in range(1, 301):
+        log.write_bytes(content[:-cut])
+        section.facts["cuts"] = cut
+        if [batch[-1].end for batch in read_lines(log)] != [end for end in ends if end <= len(content) - cut]:
+            section.findings["lost"].append(f"log without its last {cut} bytes: other batches are read than are whole")
+        if cut % step == 1:
+            section.finish(sweep, changed(content[:-cut]), f"log without its last {cut} bytes")
+    lines = content.splitlines(keepends=True)
+    for number in range(0, len(lines), step):
+        other = bytearray(lines[number])
+        other[section.random.randrange(len(other) - 1)] ^= 1
+        watch = changed(b"".join([*lines[:number], bytes(other), *lines[number + 1 :]]))
+        before = contents_of(sweep.output)
+        section.expect(Attempt(sweep).wait(), 2, "changed line", f"{ANSWERS}, line {number + 1}: got a line that does not fit")
+        if contents_of(sweep.output) != before:
+            section.findings["lost"].append(f"line {number + 1} changed: refusing it changed files")
+        shutil.rmtree((sweep.output / place).parent)  # as the sentence says
+        section.finish(sweep, watch, f"line {number + 1} changed")
 
 
-@contextmanager
-def tmpfs(folder: Path, size: int) -> Iterator[Path | None]:
-    """A file system of so many bytes; None where it may not be mounted."""
-    folder.mkdir(exist_ok=True)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, check=False)
-    if done.returncode:
-        yield None
-        return
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+# ---- memory
+def short_of_memory(section: Section, *, rounds: int, kills: int) -> None:
+    """Batches that do not fit, at random, with kills between: a unit has batches of one size, and says which did not fit."""
+    plans = {size: section.reference(standin_sweep(section.folder / str(size), size=size).unreported()) for size in SIZES}
+    sweep = standin_sweep(section.folder, size=SIZES[0]).unreported()
+    expected = section.reference(sweep, any_batch=True)
+    ended: Counter[int] = Counter()
+    for number in range(rounds):
+        watch = section.begin(sweep, expected, may_restart=True)
+        for _ in range(kills):
+            trap = Trap(section.random.randrange(len(section.boundaries)))
+            end = Attempt(sweep, Faults(trap, memory_seed=section.random.randrange(10**9), memory_share=0.06)).wait()
+            section.kills["kill at a write"] += end.code == -signal.SIGKILL
+            section.resumes += 1
+            watch.look(f"memory, round {number}")
+        last = Faults(memory_seed=section.random.randrange(10**9), memory_share=0.06)
+        section.finish(sweep, watch, f"memory, round {number}", last)
+        for path, folder in expected.units.items():
+            record = json.loads((sweep.output / folder / "record.json").read_text())
+            size, exhausted = record["batch_size"], record["exhausted"]
+            ended[size] += 1
+            if exhausted != list(SIZES[: SIZES.index(size)]):
+                section.findings["broken"].append(f"{path}: batch_size {size}, exhausted {exhausted}")
+            if dict(plans[size].answers_in(sweep.output, path)) != plans[size].answers[path]:
+                section.findings["different"].append(f"{path}: batches are not those of size {size}")
+    section.facts["units_by_batch_size"] = {str(size): count for size, count in sorted(ended.items())}

@@ -16,6 +16,7 @@ import resource
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,7 +25,6 @@ from threading import RLock
 from types import SimpleNamespace
 from typing import Any
 
-import datasets
 import lmms_eval.tasks
 import matplotlib.backends.backend_agg
 import matplotlib.backends.backend_svg
@@ -35,7 +35,8 @@ from forked import live, own_streams
 from PIL import Image
 from sweep_standin import N_VISUAL, StandIn, task_manager, write_tasks
 
-from vlm_pruner_eval import cli
+from vlm_pruner_eval import cli, selftest, versions
+from vlm_pruner_eval.embedded import tasks_path
 from vlm_pruner_eval.lmms import wrapper
 from vlm_pruner_eval.lmms.prompts import Defaults, Prompt, Request, image_digest
 from vlm_pruner_eval.lmms.wrapper import PrunedModel
@@ -43,7 +44,7 @@ from vlm_pruner_eval.report import build, printing
 from vlm_pruner_eval.report.figures import style
 from vlm_pruner_eval.report.writers import screen
 from vlm_pruner_eval.store.answers import Answer, AnswerLog
-from vlm_pruner_eval.sweep import runner
+from vlm_pruner_eval.sweep import identity, runner
 from vlm_pruner_eval.sweep.config import SweepConfig, load
 from vlm_pruner_eval.sweep.grid import method_problems
 
@@ -53,7 +54,8 @@ IMPORTED = (
     *(matplotlib.backends.backend_agg, matplotlib.backends.backend_svg, matplotlib.figure),
 )
 _POLL_S, _DEAF_S = 0.002, 60.0
-DOCUMENTS_A_PICTURE = 5
+_DOCUMENTS_A_PICTURE = 5
+_MODEL = "vlmpruner_llava"
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class PausingStandIn(StandIn):
 
     def prompt_of(self, request: Request, in_turn: AbstractContextManager[None]) -> Prompt:
         with in_turn:
-            picture = _picture(request.doc_id // DOCUMENTS_A_PICTURE)
+            picture = _picture(request.doc_id // _DOCUMENTS_A_PICTURE)
         return Prompt(request, "?" * request.length, [picture], image_digests=[image_digest(picture)], originals=[picture])
 
     def prepare(self, batch: list[Prompt], pruner: object = None) -> list[Prompt]:
@@ -135,7 +137,11 @@ class Sweep:
     make: Callable[[Faults], Any]
     options: tuple[str, ...] = ()
     has_report: bool = True
-    beside: Path | None = None  # folder of the log, default beside the results
+
+    @functools.cached_property
+    def sources(self) -> dict[str, str]:
+        """Digests of the tasks' files."""
+        return identity.task_sources(self.config().tasks)
 
     @property
     def argv(self) -> list[str]:
@@ -152,102 +158,80 @@ class Sweep:
         """The same up to the report, which takes longer than all before it."""
         return dataclasses.replace(self, has_report=False)
 
-    @property
-    def log(self) -> Path:
-        return (self.beside or self.output.parent) / f"{self.output.name}.log"
-
-    @property
-    def events(self) -> Path:
-        return (self.beside or self.output.parent) / f"{self.output.name}.events"
-
 
 @dataclass(frozen=True)
 class End:
-    """How an attempt ended: an exit code, or the signal that ended it."""
+    """How an attempt ended: an exit code, or the signal that ended it, negative; its writes in order; answers written, by unit."""
 
-    code: int | None
-    signal: int | None
+    code: int
     log: str
     events: list[str]
+    answers: Counter[str]
     seconds: float
     was_deaf: bool = False
 
-    @property
-    def killed(self) -> bool:
-        return self.signal is not None
-
 
 def standin_sweep(folder: Path, *, pause_s: float = 0.0, n_runs: int = 7, limit: int = 12, size: int = 3) -> Sweep:
-    """The stand-in on three tasks; at `pause_s` 0.6 and otherwise as it is, about a minute."""
+    """The stand-in on three tasks, or on two if there are three runs at most."""
     methods = ["vlmpruner", {"name": "random", "seeds": [0, 1]}, "blind", "uniform", "fastv"]
     tasks = ["tiny_mean", "tiny_pairs", "tiny_state"]
-    raw = {
-        "name": "faults",
-        "model": {"id": "vlmpruner_llava", "pretrained": "somewhere/tiny", "batch_size": size, "visual_tokens": N_VISUAL},
-        "tasks": tasks if n_runs > 3 else tasks[:2],
-        "pruning_rates": ["2/3"],
-        "methods": methods if n_runs > 3 else methods[0 : n_runs - 1 : 2],
-        "limit": limit,
-        "gallery": 10,
-    }
-    tasks = task_manager(write_tasks(folder / "tasks"))
-    make = functools.partial(PausingStandIn, size, pause_s)
-    return Sweep(_write(folder, raw), folder / "out", tasks, make)
+    if n_runs <= 3:
+        methods, tasks = methods[0 : n_runs - 1 : 2], tasks[:2]
+    model = {"pretrained": "somewhere/tiny", "batch_size": size}
+    file = _write(folder, model, tasks, methods, visual_tokens=N_VISUAL, limit=limit)
+    return Sweep(file, folder / "out", task_manager(write_tasks(folder / "tasks")), functools.partial(PausingStandIn, size, pause_s))
 
 
 def minivlm_sweep(folder: Path, *, limit: int = 8, options: tuple[str, ...] = ()) -> Sweep:
     """MiniVLM on two tasks of DIGITSCENES; loaded here, once for all attempts."""
-    from vlm_pruner_eval.bench import tasks_path
-
     args = {"pretrained": "minivlm", "batch_size": 4, "device": "cpu"}
-    raw = {
-        "name": "faults",
-        "model": {"id": "vlmpruner_llava", **args, "visual_tokens": 576},
-        "tasks": ["digitscenes_exist", "digitscenes_pairs"],
-        "pruning_rates": ["8/9"],
-        "methods": ["vlmpruner", "fastv", {"name": "random", "seeds": [0]}, "blind"],
-        "limit": limit,
-        "gallery": 4,
-    }
-    model = wrapper.load("vlmpruner_llava", **args)
-    index = lmms_eval.tasks.TaskManager("ERROR", include_path=[str(tasks_path())], include_defaults=False, model_name="vlmpruner_llava")
-    return Sweep(_write(folder, raw), folder / "out", index, lambda faults: model, options)
+    methods = ["vlmpruner", "fastv", {"name": "random", "seeds": [0]}, "blind"]
+    file = _write(folder, args, ["digitscenes_exist", "digitscenes_pairs"], methods, visual_tokens=576, limit=limit)
+    model = wrapper.load(_MODEL, **args)
+    index = lmms_eval.tasks.TaskManager("ERROR", include_path=[str(tasks_path())], include_defaults=False, model_name=_MODEL)
+    return Sweep(file, folder / "out", index, lambda faults: model, options)
 
 
-def _write(folder: Path, raw: dict[str, Any]) -> Path:
+def _write(folder: Path, model: dict[str, Any], tasks: list[str], methods: list[Any], *, visual_tokens: int, limit: int) -> Path:
+    """A sweep file."""
+    raw = {"model": {"id": _MODEL, **model, "visual_tokens": visual_tokens}, "tasks": tasks, "methods": methods, "limit": limit}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "sweep.yaml"
-    path.write_text(json.dumps(raw))  # JSON is YAML
+    path.write_text(json.dumps(raw | {"name": "faults", "pruning_rates": ["2/3"], "gallery": 10}))  # JSON is YAML
     return path
 
 
-def use_cache(folder: Path) -> None:
-    """Data sets are prepared there by the first attempt, not in the user's cache."""
-    datasets.config.HF_DATASETS_CACHE = folder
+@functools.cache
+def _import_late() -> None:
+    """Import what an evaluation imports, once for all forks."""
+    selftest.late_imports()
 
 
 class Attempt:
-    """One start of a sweep's command, running."""
+    """One start of a sweep's command, running; `lane` tells several of one folder apart."""
 
-    def __init__(self, sweep: Sweep, faults: Faults = NO_FAULTS):
-        self.sweep, self.started = sweep, time.monotonic()
-        for path in (sweep.events, sweep.log):
-            path.unlink(missing_ok=True)
+    def __init__(self, sweep: Sweep, faults: Faults = NO_FAULTS, lane: str = ""):
+        self.started = time.monotonic()
+        self._log, self._events = (sweep.output.with_name(f"{sweep.output.name}{lane}.{kind}") for kind in ("log", "events"))
+        for path in (self._log, self._events):
+            path.write_text("")
+        _import_late()
+        assert sweep.sources is not None
         self.pid = os.fork()
         if not self.pid:
-            live(lambda: _live(sweep, faults))
+            live(lambda: self._live(sweep, faults))
         with contextlib.suppress(OSError):  # the child does the same; whoever is first
             os.setpgid(self.pid, self.pid)
 
     def wait(self, kill_after_s: float | None = None, with_signal: int = signal.SIGKILL) -> End:
         """Its end; after so many seconds its process group gets a signal, and after another minute, which is a finding, the last one."""
-        told_at, is_deaf = None, False
+        begun, told_at, is_deaf = time.monotonic(), None, False
         while True:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             now = time.monotonic()
             if pid:
-                return self._end(status, is_deaf)
-            if told_at is None and kill_after_s is not None and now - self.started >= kill_after_s:
+                return self._end(os.waitstatus_to_exitcode(status), is_deaf)
+            if told_at is None and kill_after_s is not None and now - begun >= kill_after_s:
                 os.killpg(self.pid, with_signal)
                 told_at = now
             if told_at is not None and now - told_at > _DEAF_S:
@@ -255,42 +239,48 @@ class Attempt:
                 is_deaf = True
             time.sleep(_POLL_S)
 
-    def _end(self, status: int, is_deaf: bool) -> End:
+    def _end(self, code: int, is_deaf: bool) -> End:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)  # what it started itself, such as git
-        events = self.sweep.events.read_text().splitlines() if self.sweep.events.exists() else []
-        by_signal = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
-        code = os.WEXITSTATUS(status) if by_signal is None else None
-        log = self.sweep.log.read_text(errors="replace") if self.sweep.log.exists() else ""  # killed before its first line
-        return End(code, by_signal, log, events, time.monotonic() - self.started, is_deaf)
+        lines = self._events.read_text().splitlines()
+        answers: Counter[str] = Counter()
+        for line in lines:
+            if line.startswith("#"):
+                _, unit, number = line.split()
+                answers[unit] += int(number)
+        events = [line for line in lines if not line.startswith("#")]
+        return End(code, self._log.read_text(errors="replace"), events, answers, time.monotonic() - self.started, is_deaf)
 
-
-def _live(sweep: Sweep, faults: Faults) -> None:
-    """The life of the fork."""
-    os.setpgid(0, 0)
-    own_streams(sweep.log)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    wrapper.load = lambda *args, **kwargs: sweep.make(faults)
-    lmms_eval.tasks.TaskManager = lambda **kwargs: sweep.tasks
-    if not sweep.has_report:
-        printing.write_and_print = lambda directory, out: {"md": directory}
-    sys.argv = ["vlm-pruner-eval", *sweep.argv]
-    if faults.file_bytes is None:
-        trace = Trace(sweep.output, sweep.events, faults.trap)
-        trace.install()
-        _note_answers(trace)
-    else:  # without a trace, whose own file would be limited, too
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL if faults.kill_at_limit else signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (faults.file_bytes, faults.file_bytes))
-    cli.app(sweep.argv)
+    def _live(self, sweep: Sweep, faults: Faults) -> None:
+        """The life of the fork."""
+        os.setpgid(0, 0)
+        own_streams(self._log)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        wrapper.load = lambda *args, **kwargs: sweep.make(faults)
+        lmms_eval.tasks.TaskManager = lambda **kwargs: sweep.tasks
+        # what takes seconds and writes nothing
+        selftest.run = lambda: None
+        versions.check = lambda say: None
+        identity.task_sources = lambda *args: sweep.sources
+        if not sweep.has_report:
+            printing.write_and_print = lambda directory, out: {"md": directory}
+        sys.argv = ["vlm-pruner-eval", *sweep.argv]
+        if faults.file_bytes is None:
+            trace = Trace(sweep.output, self._events, faults.trap)
+            trace.install()
+            _note_answers(trace)
+        else:  # without a trace, whose own file would be limited, too
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL if faults.kill_at_limit else signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (faults.file_bytes, faults.file_bytes))
+        cli.app(sweep.argv)
 
 
 def _note_answers(trace: Trace) -> None:
-    """Every answer that is found anew shows in the trace."""
+    """Every answer that is written down shows in the trace, after that."""
     append = AnswerLog.append
 
     def noting(self: AnswerLog, call: str, batch: list[Any], seconds: float) -> None:
         append(self, call, batch, seconds)
-        trace.note("answers", f"{self.folder.parent.name}/{self.folder.name}", len(batch))
+        trace.note(f"{self.folder.parent.name}/{self.folder.name}", len(batch))
 
     AnswerLog.append = noting

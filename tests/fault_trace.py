@@ -73,8 +73,9 @@ class Trace:
     def kind_of(self, path: str) -> str:
         """The path without what differs from run to run."""
         parts = list(Path(os.path.relpath(path, self.root)).parts)
-        if parts[:1] == ["runs"] and len(parts) > 1:
-            parts[1] = "RUN"
+        if parts[:1] == ["runs"]:
+            parts[1:2] = ["RUN"] * len(parts[1:2])
+            parts[2:3] = [part if "run.json" in part else "UNIT" for part in parts[2:3]]
         name = _RANDOM.sub(r"\1 (temporary)", "/".join(parts))
         return re.sub("images/[0-9a-f]{16}", "images/IMAGE", name)
 
@@ -134,15 +135,10 @@ class Trace:
             self.undo.pop(os.readlink(f"/proc/self/fd/{handle}"), None)  # a folder; the root's own name is in the one above it
         if path is not None and not os.path.isdir(path):
             self.synced[path] = os.path.getsize(path)
-            self.promise(path)
 
-    def promise(self, path: str) -> None:
-        """Write down how long a file is that must not become shorter, whatever happens from here on."""
-        self.note("size", path, os.path.getsize(path))
-
-    def note(self, what: str, name: str, number: int) -> None:
+    def note(self, name: str, number: int) -> None:
         """A remark between the events."""
-        os.write(self._log, f"# {what} {name} {number}\n".encode())
+        os.write(self._log, f"# {name} {number}\n".encode())
 
     # ---- files
     def _opened(self, file: Any, mode: str = "r", buffering: int = -1, *args: Any, **kwargs: Any) -> Any:
@@ -167,8 +163,6 @@ class _Traced(io.FileIO):
 
     def write(self, data: Any) -> int:
         written = 0
-        if "journal" in self.path:
-            self.trace.promise(self.path)  # a batch begins when the one before it is safe
 
         def half() -> None:
             nonlocal written

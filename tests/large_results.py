@@ -86,7 +86,9 @@ def write_unit(store: Store, unit: WorkUnit, n_documents: int) -> None:
     images = {answer.doc_id: answer.images for answer in found}
     scored = scores.score_task(f"{unit.task} of no benchmark", {"right,none": value}, rows, Share(), images)
     lines = [
-        DocumentScore(task=unit.task, doc_id=answer.doc_id, answer=answer.answer, score=row["right"], target="yes", images=list(answer.images))
+        DocumentScore(
+            task=unit.task, doc_id=answer.doc_id, answer=answer.answer, score=row["right"], target="yes", images=list(answer.images)
+        )
         for answer, row in zip(found, rows, strict=True)
     ]
     record = UnitRecord(

@@ -1,63 +1,118 @@
-"""The stand-in model in workers of a Ray cluster, and the command line with `--executor ray` that uses it.
+"""The stand-in model in workers of a Ray cluster, and what such a sweep must leave.
 
-    python tests/ray_standin.py sweep FILE --executor ray ...
-
-How it behaves is read from the environment, see `standin_main`, and from a file `behaviour.json` in the folder of the tasks that
-holds more of the same: the environment of a worker is that of its node, which is older than a test. STANDIN_WORKERS is a folder in
-which every worker leaves a file with its process id as its name when it loads the model.
+A worker's environment is that of its node, which is older than a test: how it behaves is read from a file `behaviour.json` in the
+folder of the tasks, with the variables of `standin_main` and those of `_end_if_due`.
 """
 
 from __future__ import annotations
 
-import functools
+import io
 import json
 import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import psutil
+from fault_checks import Expected, Findings, Watch, age
+from rich.console import Console
 from standin_main import Subprocess, tasks_folder
-from sweep_standin import task_manager
-from vlm_pruner_eval.sweep.executors import RayExecutor
+from sweep_standin import N_VISUAL, StandIn, make_config, task_manager
 
-from vlm_pruner_eval import cli
-from vlm_pruner_eval.report import printing
-from vlm_pruner_eval.sweep import executors
+from vlm_pruner_eval.lmms.prompts import Request
+from vlm_pruner_eval.store.answers import Batch, Done
+from vlm_pruner_eval.sweep import on_ray
+from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.opening import open_session
+from vlm_pruner_eval.sweep.runner import run_sweep
 from vlm_pruner_eval.sweep.session import Session
 
 HERE = Path(__file__).parent
-_BEHAVIOUR = "behaviour.json"
+MODEL = {"id": "vlmpruner_llava", "pretrained": "somewhere/tiny", "batch_size": 3, "visual_tokens": N_VISUAL}
 
 
-def behave(tasks: Path, **variables: str) -> None:
-    """Let workers that are started from now on behave so."""
-    (tasks / _BEHAVIOUR).write_text(json.dumps(variables))
+class Worker(Subprocess):
+    """Ends by itself, or with its node, when its time has come."""
+
+    def batches_of(self, asked: Sequence[Request], done: Done) -> Iterator[Batch]:
+        for batch in super().batches_of(asked, done):
+            _end_if_due()
+            yield batch
+
+
+def _end_if_due() -> None:
+    """End this process when all workers together have given STANDIN_AFTER answers, a moment (STANDIN_DELAY, s) later.
+
+    One process does, which leaves the file STANDIN_KILLED; with STANDIN_RAYLET one of the node with that process, and the node with it.
+    """
+    log = Path(os.environ.get("STANDIN_LOG", ""))
+    given = len(log.read_text().splitlines()) if log.is_file() else 0
+    raylet = int(os.environ.get("STANDIN_RAYLET", "0"))
+    is_its_node = not raylet or raylet in [process.pid for process in psutil.Process().parents()]
+    if not is_its_node or given < int(os.environ.get("STANDIN_AFTER", "1000000")):
+        return
+    try:
+        Path(os.environ["STANDIN_KILLED"]).touch(exist_ok=False)
+    except FileExistsError:
+        return
+
+    def end() -> None:
+        for pid in filter(None, (raylet, os.getpid())):
+            os.kill(pid, signal.SIGKILL)
+
+    threading.Timer(float(os.environ["STANDIN_DELAY"]), end).start()
+
+
+def behave(tasks: Path, **variables: object) -> None:
+    """Let workers that begin from now on behave so."""
+    (tasks / "behaviour.json").write_text(json.dumps({name: str(value) for name, value in variables.items()}))
 
 
 def standin_session(*args: Any, **options: Any) -> Session:
     """As `open_session`, with the stand-in."""
-    file = tasks_folder() / _BEHAVIOUR
-    os.environ.update(json.loads(file.read_text()) if file.exists() else {})
-    if folder := os.environ.get("STANDIN_WORKERS"):
-        (Path(folder) / str(os.getpid())).touch()
-    model = Subprocess(size=int(os.environ.get("STANDIN_SIZE", "3")))
-    return open_session(*args, **options, load=lambda *_, **__: model, task_manager=task_manager(tasks_folder()))
+    for name in [name for name in os.environ if name.startswith("STANDIN_") and name != "STANDIN_TASKS"]:
+        del os.environ[name]  # a worker may have worked before
+    os.environ.update(json.loads((tasks_folder() / "behaviour.json").read_text()))
+    _end_if_due()
+    model = Worker(size=3)
+    return open_session(*args, **options | {"load": lambda *_, **__: model, "task_manager": task_manager(tasks_folder())})
 
 
 def environment(tasks: Path) -> dict[str, str]:
-    """What a node of the cluster needs to import the package and this file."""
+    """Variables by which a node of the cluster can import the package and this file."""
     path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
     quiet = {"RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    return quiet | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "STANDIN_TASKS": str(tasks)}
+    own = {"STANDIN_TASKS": str(tasks), "HF_DATASETS_CACHE": str(tasks.parent / "datasets")}
+    return quiet | own | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
 
 
-def main() -> None:
-    import ray_standin  # under its own name, by which workers import it
+@contextmanager
+def with_standin() -> Iterator[None]:
+    """Sweeps with `--executor ray` use the stand-in."""
+    with mock.patch.object(on_ray, "work_on_ray", partial(on_ray.work_on_ray, opener=standin_session)):
+        yield
 
-    executors.RayExecutor = functools.partial(RayExecutor, opener=ray_standin.standin_session)
-    printing.write_and_print = lambda directory, out: {"md": directory / "report.md"}
-    cli.main()
+
+def config(**changes: Any) -> SweepConfig:
+    """Ten units of 12 answers each."""
+    return make_config(**{"methods": ["vlmpruner", {"name": "random", "seeds": [0, 1]}, "blind"], "model": MODEL} | changes)
 
 
-if __name__ == "__main__":
-    main()
+def alone(tasks: Path, output: Path) -> Expected:
+    """What one process leaves."""
+    silent = Console(file=io.StringIO())
+    run_sweep(config(), output, console=silent, load=lambda *_, **__: StandIn(size=3), task_manager=task_manager(tasks))
+    return Expected(config(), output)
+
+
+def compare(output: Path, expected: Expected) -> Findings:
+    """What is wrong with a sweep after all, two hours later."""
+    age(output)
+    watch = Watch(output, expected)
+    watch.finish("at last")
+    return watch.findings

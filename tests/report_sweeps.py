@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +20,10 @@ from rich.console import Console
 from sweep_standin import N_VISUAL, Behaviour, StandIn, make_config, task_manager, write_tasks
 
 from vlm_pruner_eval.cost import DecoderShape
-from vlm_pruner_eval.lmms.log import Answer
+from vlm_pruner_eval.report.contents import report_of
+from vlm_pruner_eval.report.load import load_sweep
+from vlm_pruner_eval.report.writers.markdown import markdown
+from vlm_pruner_eval.store.answers import Answer, AnswerLog, BatchSize, read_lines
 from vlm_pruner_eval.sweep.runner import run_sweep
 from vlm_pruner_eval.sweep.scores import MAIN_METRICS, Main
 
@@ -72,7 +78,8 @@ class Costly(StandIn):
         if answer.record is None:
             return answer
         lengths = [50 - N_VISUAL + n for n in answer.record.visual_lengths]
-        record = dataclasses.replace(answer.record, kv_lengths=lengths, kv_bytes=10 * sum(lengths))
+        runs = tuple((length, len(list(layers))) for length, layers in itertools.groupby(lengths))
+        record = dataclasses.replace(answer.record, lengths=runs, kv_bytes=10 * sum(lengths))
         prefill_ms = PREFILL_MS[self.method] + (self.params.get("seed") or 0)
         return dataclasses.replace(answer, record=record, prefill_ms=prefill_ms, peak_bytes=PEAKS[self.method] + doc_id)
 
@@ -101,11 +108,64 @@ def copied(name: str, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder(name), tmp_path / "up" / name))
 
 
-def edit(root: Path, key: str, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the record of one run ("vlmpruner-2of3"), or of all ("")."""
-    paths = list(root.glob(f"runs/{key}*/run.json"))
-    assert paths, f"no run {key}"
+def edit(root: Path, key: str, change: Callable[[dict[str, Any]], object], task: str = "*") -> None:
+    """Change the records of one run's tasks ("vlmpruner-2of3"), or of all runs' (""), or of one task alone."""
+    _edit(root, f"runs/{key}*/{task}/record.json", change)
+
+
+def configure(root: Path, key: str, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the configuration of one run, or of all ("")."""
+    _edit(root, f"runs/{key}*/run.json", lambda head: change(head["config"]))
+
+
+def edit_grid(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change sweep.json."""
+    _edit(root, "sweep.json", change)
+
+
+def _edit(root: Path, pattern: str, change: Callable[[dict[str, Any]], object]) -> None:
+    paths = list(root.glob(pattern))
+    assert paths, f"no {pattern}"
     for path in paths:
         record = json.loads(path.read_text())
         change(record)
         path.write_text(json.dumps(record))
+
+
+def edit_answers(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the lines of an answers.jsonl, each with its new checksum, as if they had been written like that."""
+    lines = []
+    for batch in read_lines(path):
+        for line in batch:
+            row = line.parsed()
+            change(row)
+            text = json.dumps(row)[:-1].encode()
+            lines.append(b'%s, "crc": "%08x"}\n' % (text, zlib.crc32(text)))
+    path.write_bytes(b"".join(lines))
+
+
+def write_answers(folder: Path, answers: Sequence[Answer]) -> None:
+    """Put other answers into a unit's folder, through the log, in one batch."""
+    with AnswerLog(folder, {"unit": "of a test"}) as log:
+        asked = [
+            SimpleNamespace(index=i, task=answer.task, doc_id=answer.doc_id, nth=answer.choice or 0, digest="0")
+            for i, answer in enumerate(answers)
+        ]
+        log.begin("generate_until", asked, BatchSize(1))
+        log.append("generate_until", list(zip(asked, answers, strict=True)), 1.0)
+
+
+def markdown_of(root: Path) -> str:
+    """The text of the report, without its figures and files."""
+    return markdown(report_of(load_sweep(root)), {})
+
+
+def as_embedded(root: Path) -> Path:
+    """Rename the tasks to those of the embedded benchmark, which is no evidence."""
+    for path in (root / "sweep.json", *root.glob("runs/*/*/*.json*")):
+        if path.name != "answers.jsonl":
+            path.write_text(path.read_text().replace("tiny_", "digitscenes_"))
+    for path in list(root.glob("runs/*/tiny_*")):
+        edit_answers(path / "answers.jsonl", lambda row: row.update(task=row["task"].replace("tiny_", "digitscenes_")))
+        path.rename(path.with_name(path.name.replace("tiny_", "digitscenes_")))
+    return root

@@ -72,7 +72,7 @@ class _FromNumbers(TorchFunctionMode):
 
 
 def _is_view(func: Any) -> bool:
-    """Whether an operation returns its argument's own numbers, unchanged."""
+    """True for an operation that returns its argument's own numbers, unchanged."""
     made = [part.alias_info for part in func._schema.returns]
     return bool(made) and all(alias is not None and not alias.is_write for alias in made)
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from vlm_pruner_eval import __version__
 from vlm_pruner_eval.cli import app
-from vlm_pruner_eval.doctor import registration
+from vlm_pruner_eval.doctor import installation
 from vlm_pruner_eval.lmms import plugin
 from vlm_pruner_eval.report import printing
 
@@ -214,7 +214,7 @@ def test_list_shows_every_task_of_the_package(tmp_path: Path, monkeypatch: pytes
     """What doctor counts; a task that is added later is listed by being there."""
     told = last_json(call("list", "--json"))["tasks"]
     assert {"textvqa_val_ocr", "ok_vqa_val2014_plain", "mme_total", "pope_splits", "seedbench_image", "digitscenes"} <= set(told)
-    (finding,) = registration.packaged_tasks()
+    (finding,) = installation.packaged_tasks()
     assert finding.found == f"lmms-eval knows {len(told)}" and f"packaged tasks ({len(told)})" in call("list").stdout
     (tmp_path / "new_task.yaml").write_text("task: new_task\n")
     monkeypatch.setattr(plugin, "task_folders", lambda: (tmp_path,))

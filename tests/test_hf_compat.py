@@ -107,4 +107,4 @@ def test_no_other_file_asks_for_the_version_of_transformers() -> None:
                 found.append(file.relative_to(PACKAGE).as_posix())
             if isinstance(node, ast.Constant) and node.value in hf_compat.CACHE_NAMES[1:]:
                 found.append(file.relative_to(PACKAGE).as_posix())
-    assert set(found) <= {"hf_compat.py", "bench/measure.py", "speed/machine.py"}, found
+    assert set(found) <= {"hf_compat.py", "embedded/measure.py", "speed/measuring.py"}, found

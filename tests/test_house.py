@@ -13,22 +13,22 @@ NAME = "vlm_pruner_eval"
 MOST_LINES = 350
 # what a part may import of this package, and which outside packages it must not know
 ALLOWED = {
-    "shown": set(),
+    "redact": set(),
     "stdout": set(),
-    "errors": {"shown"},
+    "errors": {"redact"},
     "durable": {"errors"},
-    "ending": {"durable", "errors"},
+    "exit_codes": {"durable", "errors"},
     "versions": {"errors"},
     "hf_compat": {"errors", "versions"},
     "selftest": {"errors", "versions", ""},
-    "host": set(),
-    "budget": {"errors", "shown"},
+    "device_copy": set(),
+    "budget": {"errors", "redact"},
     "cost": set(),
-    "types": {"errors", "host"},
+    "types": {"errors", "device_copy"},
     "ledger": {"budget"},
     "timing": set(),
-    "pruners": {"pruners", "budget", "errors", "host", "shown", "types"},
-    "vlms": {"vlms", "pruners", "budget", "errors", "hf_compat", "host", "types"},
+    "pruners": {"pruners", "budget", "errors", "device_copy", "redact", "types"},
+    "vlms": {"vlms", "pruners", "budget", "errors", "hf_compat", "device_copy", "types"},
     "probe": {"errors", "hf_compat"},
     "cut": {"errors", "hf_compat"},
     "unwrap": {"errors"},
@@ -38,39 +38,55 @@ ALLOWED = {
     "batch_rows": {"errors", "timing", "vlms"},
     "refusals": {"cut", "errors", "hf_compat", "pruners", "types", "vlms"},
     "prefill": {"batch_rows", "cut", "errors", "ledger", "probe", "pruners", "refusals", "timing", "types", "vlms"},
-    "hook": {"cut", "eager", "errors", "guard", "hf_compat", "host", "installed", "ledger"}
+    "hook": {"cut", "eager", "errors", "guard", "hf_compat", "device_copy", "installed", "ledger"}
     | {"prefill", "probe", "pruners", "refusals", "unwrap", "vlms"},
     "prefix": {"cut", "errors", "hf_compat", "hook", "probe", "pruners", "vlms"},
-    "bench": {"bench", "errors", "versions"},
-    "lmms": {"lmms", "prefix", "bench", "budget", "cost", "durable", "errors", "hook", "ledger", "pruners", "shown", "store", "timing", "types"}
+    "embedded": {"embedded", "errors", "versions"},
+    "bench": {"embedded"},
+    "lmms": {
+        "lmms",
+        "prefix",
+        "embedded",
+        "budget",
+        "cost",
+        "durable",
+        "errors",
+        "hook",
+        "ledger",
+        "pruners",
+        "redact",
+        "store",
+        "timing",
+        "types",
+    }
     | {"hf_compat", "versions", "vlms", ""},
     "method_table": {"pruners"},
-    "store": {"store", "durable", "errors", "ledger", "shown"},
-    "sweep": {"sweep", "store", "lmms", "bench", "budget", "cost", "durable", "ending", "errors", "ledger", "pruners"}
-    | {"selftest", "shown", "timing", "versions", ""},
+    "store": {"store", "durable", "errors", "ledger", "redact"},
+    "sweep": {"sweep", "store", "lmms", "embedded", "budget", "cost", "durable", "exit_codes", "errors", "ledger", "pruners"}
+    | {"selftest", "redact", "timing", "versions", ""},
     "speed": {
         "speed",
         "stdout",
-        "bench",
+        "embedded",
         "budget",
         "cost",
-        "ending",
+        "exit_codes",
         "errors",
         "hf_compat",
         "hook",
         "ledger",
         "lmms",
         "pruners",
-        "shown",
+        "redact",
         "sweep",
         "timing",
         "types",
         "vlms",
     }
     | {""},
-    "report": {"report", "stdout", "store", "sweep", "vlms", "budget", "cost", "errors", "shown", ""},
-    "doctor": {"doctor", "stdout", "selftest", "versions", "bench", "errors", "lmms", "shown", "sweep", ""},
-    "reproduce": {"reproduce", "report", "store", "sweep", "lmms", "pruners", "errors", "shown", ""},
+    "report": {"report", "stdout", "store", "sweep", "vlms", "budget", "cost", "errors", "redact", ""},
+    "doctor": {"doctor", "stdout", "selftest", "versions", "embedded", "errors", "lmms", "redact", "sweep", ""},
+    "reproduce": {"reproduce", "report", "store", "sweep", "lmms", "pruners", "errors", "redact", ""},
 }
 # what a part of report may import of report: from reading over numbers to tables and pictures, and from those to formats
 INSIDE_REPORT = {
@@ -93,7 +109,7 @@ INSIDE_REPORT = {
     "__init__": {"build", "check"},
 }
 FORBIDDEN = {
-    "shown": {"torch", "transformers", "lmms_eval"},
+    "redact": {"torch", "transformers", "lmms_eval"},
     "stdout": {"torch", "transformers", "lmms_eval"},
     "errors": {"torch", "transformers", "lmms_eval"},
     "durable": {"torch", "transformers", "lmms_eval"},
@@ -199,7 +215,17 @@ def test_files_are_short_enough_to_be_read_in_one_go():
 
 
 def test_light_modules_do_not_load_torch():
-    for part in ("", ".budget", ".cost", ".lmms.plugin", ".sweep.config", ".cli", ".report.geometry.views", ".store.folder", ".sweep.status"):
+    for part in (
+        "",
+        ".budget",
+        ".cost",
+        ".lmms.plugin",
+        ".sweep.config",
+        ".cli",
+        ".report.geometry.views",
+        ".store.folder",
+        ".sweep.status",
+    ):
         code = f"import sys, {NAME}{part}; sys.exit('torch' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0, part
 

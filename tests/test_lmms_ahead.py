@@ -64,7 +64,9 @@ def test_scored_continuations(model: PrunedModel) -> None:
     requests = [one for i in range(20) for one in test_lmms_loglikelihood.choices(i)]
     requests[8:8] = [test_lmms_loglikelihood.target(99, " x"), test_lmms_loglikelihood.target(3, "")]
     records = assert_same_with_threads(model, lambda: model.loglikelihood(requests))
-    assert [i for i, record in enumerate(records) if record.get("error")] == [8, 9, 14, 15, 16, 17], "document 3 has a choice without tokens"
+    assert [i for i, record in enumerate(records) if record.get("error")] == [8, 9, 14, 15, 16, 17], (
+        "document 3 has a choice without tokens"
+    )
 
 
 def test_continuations_that_a_task_draws(model: PrunedModel) -> None:

@@ -145,9 +145,7 @@ def test_what_stops_a_run_does_so_in_its_turn(model: PrunedModel, monkeypatch: p
     assert len(model.answers) == WINDOW_BATCHES
 
 
-def test_nothing_runs_on_after_a_log_that_can_not_be_written(
-    model: PrunedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_runs_on_after_a_log_that_can_not_be_written(model: PrunedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any) -> None:
         raise OSError("no space left on the device")
 

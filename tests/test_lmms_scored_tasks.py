@@ -19,7 +19,7 @@ from lmms_requests import fresh_model
 from stored import answers, read_runs, scores
 
 from vlm_pruner_eval import ConfigError
-from vlm_pruner_eval.bench import questions_path
+from vlm_pruner_eval.embedded import questions_path
 from vlm_pruner_eval.errors import StoppedError
 from vlm_pruner_eval.lmms import PrunedModel, plugin
 from vlm_pruner_eval.lmms.scored_tasks import TOTAL, keep_pairs
@@ -31,7 +31,7 @@ from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
 N_DOCS = 40
 
 UTILS = """
-from vlm_pruner_eval.bench.tasks.utils import doc_to_text, doc_to_visual, exist_docs
+from vlm_pruner_eval.embedded.tasks.utils import doc_to_text, doc_to_visual, exist_docs
 
 
 def gold(doc):

@@ -93,7 +93,13 @@ def test_lmms_eval_builds_a_model_that_refuses_failures(tmp_path: Path) -> None:
     model = VlmPrunerLlava.create_from_arg_string(
         f"pretrained={folder},method=random,pruning_rate=0.5", {"batch_size": "2", "device": "cpu"}
     )
-    assert (model.context.refuses_failures, model.batch_size, model.device, model.rank, model.world_size) == (True, 2, torch.device("cpu"), 0, 1)
+    assert (model.context.refuses_failures, model.batch_size, model.device, model.rank, model.world_size) == (
+        True,
+        2,
+        torch.device("cpu"),
+        0,
+        1,
+    )
     assert load("vlmpruner_llava", pretrained=str(folder)).refuses_failures is False
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlm_pruner_eval.bench import minivlm_path, tasks_path
+from vlm_pruner_eval.embedded import minivlm_path, tasks_path
 
 pytest.importorskip("decord", reason="lmms-eval's stock wrappers import decord, which it does not install by itself")
 pytest.importorskip("qwen_vl_utils", reason="lmms-eval's stock Qwen wrappers resize images with qwen_vl_utils")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vlm_pruner_eval import TextTokens, VisualTokens, get_pruner
+from vlm_pruner_eval.pruners.dart import largest_keys
 
 RATE = 0.5  # not used: the tests pass `keep`
 SEEDS = range(4)
@@ -236,3 +237,7 @@ def test_dart(seed: int, n_text: int):
         released = get_pruner("dart", pruning_rate=RATE, official_quirks=True).select(tokens, keep)
         assert len(released.order) == min(n_visual, 4 + pivots * (keep // pivots))
         assert ("count" in got.quirks) == (len(released.order) != keep)
+
+
+def test_darts_pivots_of_equal_norm_are_the_first():
+    assert largest_keys(torch.ones(9, 2, 3), 4).tolist() == [0, 1, 2, 3]

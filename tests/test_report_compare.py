@@ -4,19 +4,22 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from report_sweeps import copied, edit, folder
+from report_sweeps import as_embedded, copied, edit, folder
 
-from vlm_pruner_eval.report.answer_arrays import DocumentAnswer, document_answer, flips
-from vlm_pruner_eval.report.load import Results, load_results
+from vlm_pruner_eval.report.answer_arrays import TaskAnswers, answers_of
+from vlm_pruner_eval.report.load import Results, load_sweep
 from vlm_pruner_eval.report.rows import rows_of
 from vlm_pruner_eval.report.stats import paired
 from vlm_pruner_eval.report.stats.compare import compare
 from vlm_pruner_eval.report.stats.comparisons import AVERAGE, Comparison, Comparisons
+from vlm_pruner_eval.report.stats.flip_counts import flips
 from vlm_pruner_eval.report.tables.layout import differences
+from vlm_pruner_eval.store.answers import Answer
+from vlm_pruner_eval.store.folder import DocumentScore
+from vlm_pruner_eval.sweep.records import document_answer
 from vlm_pruner_eval.sweep.scores import percentile_interval
 
 TASKS = ["tiny_mean", "tiny_pairs"]
@@ -29,7 +32,7 @@ def plain() -> tuple[Results, Comparisons]:
 
 
 def compared(root: Path) -> tuple[Results, Comparisons]:
-    results = load_results(root)
+    results = load_sweep(root)
     return results, compare(results, rows_of(results))
 
 
@@ -38,13 +41,16 @@ def changed(tmp_path: Path) -> Path:
     return copied("plain", tmp_path)
 
 
-def run_of(results: Results, key: str) -> tuple[dict[str, np.ndarray], dict[str, list[dict[str, Any]]]]:
-    """Draws and samples by task of one run."""
+def draws_of(results: Results, key: str) -> dict[str, np.ndarray]:
+    """Replicates by task of one run."""
     (run,) = [run for run in results.runs if run.key == key]
-    samples: dict[str, list[dict[str, Any]]] = {}
-    for sample in results.store.read_samples(run.run_id):
-        samples.setdefault(sample["task"], []).append(sample)
-    return results.store.read_draws(run.run_id), samples
+    return results.read_draws(run.run_id)
+
+
+def scores_of(results: Results, key: str, task: str) -> list[DocumentScore]:
+    """Scores of one run by document."""
+    (run,) = [run for run in results.runs if run.key == key]
+    return [one for one in results.each_score(run.run_id) if one.task == task]
 
 
 def known(comparisons: Comparisons, label: str, task: str, rate: str | None = "2/3") -> Comparison:
@@ -55,7 +61,7 @@ def known(comparisons: Comparisons, label: str, task: str, rate: str | None = "2
 
 def test_a_difference_has_the_interval_of_paired_draws(plain: tuple[Results, Comparisons]) -> None:
     results, comparisons = plain
-    ours, theirs = run_of(results, "fastv-2of3")[0], run_of(results, "unpruned")[0]
+    ours, theirs = draws_of(results, "fastv-2of3"), draws_of(results, "unpruned")
     for task in TASKS:
         cell, reference = known(comparisons, "fastv", task), known(comparisons, "unpruned", task, None)
         assert cell.difference.value == pytest.approx(cell.score.value - reference.score.value)
@@ -72,10 +78,10 @@ def test_a_difference_has_the_interval_of_paired_draws(plain: tuple[Results, Com
 
 def test_flips_and_mcnemar_are_counted_over_documents(plain: tuple[Results, Comparisons]) -> None:
     results, comparisons = plain
-    ours, theirs = (run_of(results, key)[1]["tiny_mean"] for key in ("fastv-2of3", "unpruned"))
-    changed = sum(mine["answer"] != other["answer"] for mine, other in zip(ours, theirs, strict=True))
-    lost = sum(mine["score"] < other["score"] for mine, other in zip(ours, theirs, strict=True))
-    gained = sum(mine["score"] > other["score"] for mine, other in zip(ours, theirs, strict=True))
+    ours, theirs = (scores_of(results, key, "tiny_mean") for key in ("fastv-2of3", "unpruned"))
+    changed = sum(mine.answer != other.answer for mine, other in zip(ours, theirs, strict=True))
+    lost = sum(mine.score < other.score for mine, other in zip(ours, theirs, strict=True))
+    gained = sum(mine.score > other.score for mine, other in zip(ours, theirs, strict=True))
     cell = known(comparisons, "fastv", "tiny_mean")
     assert cell.flip_rate == pytest.approx(changed / 96)
     assert (lost > 10, gained) == (True, 0)
@@ -87,7 +93,7 @@ def test_flips_and_mcnemar_are_counted_over_documents(plain: tuple[Results, Comp
 
 def test_the_average_is_resampled_with_its_denominators(plain: tuple[Results, Comparisons]) -> None:
     results, comparisons = plain
-    ours, theirs = run_of(results, "vlmpruner-2of3")[0], run_of(results, "unpruned")[0]
+    ours, theirs = draws_of(results, "vlmpruner-2of3"), draws_of(results, "unpruned")
     draws = 100 * np.mean([ours[task] / theirs[task] for task in TASKS], axis=0)
     cell = known(comparisons, "vlmpruner", AVERAGE)
     assert (cell.score.low, cell.score.high) == pytest.approx(percentile_interval(draws))
@@ -101,7 +107,7 @@ def test_the_average_is_resampled_with_its_denominators(plain: tuple[Results, Co
 
 def test_draws_of_seeds_are_averaged(plain: tuple[Results, Comparisons]) -> None:
     results, comparisons = plain
-    draws = [run_of(results, f"random-2of3-seed{seed}")[0]["tiny_mean"] for seed in range(3)]
+    draws = [draws_of(results, f"random-2of3-seed{seed}")["tiny_mean"] for seed in range(3)]
     cell = known(comparisons, "random", "tiny_mean")
     assert (cell.score.low, cell.score.high) == percentile_interval(np.mean(draws, axis=0))
     assert (cell.seeds, cell.sd > 0, cell.mcnemar_p) == (3, True, None)
@@ -157,9 +163,7 @@ def test_iso_compute_rows_do_not_compete(plain: tuple[Results, Comparisons]) -> 
 
 
 def test_nobody_wins_on_the_embedded_benchmark(changed: Path) -> None:
-    for path in (changed / "sweep.json", *changed.glob("runs/*/*.json*")):
-        path.write_text(path.read_text().replace("tiny_", "digitscenes_"))
-    comparisons = compared(changed)[1]
+    comparisons = compared(as_embedded(changed))[1]
     assert comparisons.contests
     assert not any(contest.decided for contest in comparisons.contests)
     assert not any(cell.bold for cell in comparisons.cells)
@@ -167,11 +171,11 @@ def test_nobody_wins_on_the_embedded_benchmark(changed: Path) -> None:
 
 def test_the_power_is_that_of_the_observed_spread(plain: tuple[Results, Comparisons]) -> None:
     results, comparisons = plain
-    reference = run_of(results, "unpruned")[0]["tiny_mean"]
+    reference = draws_of(results, "unpruned")["tiny_mean"]
     errors = [
-        paired.standard_error(run_of(results, f"{key}-2of3")[0]["tiny_mean"] - reference, 48) for key in ("vlmpruner", "fastv", "uniform")
+        paired.standard_error(draws_of(results, f"{key}-2of3")["tiny_mean"] - reference, 48) for key in ("vlmpruner", "fastv", "uniform")
     ]
-    seeds = [run_of(results, f"random-2of3-seed{seed}")[0]["tiny_mean"] for seed in range(3)]
+    seeds = [draws_of(results, f"random-2of3-seed{seed}")["tiny_mean"] for seed in range(3)]
     errors.append(paired.standard_error(np.mean(seeds, axis=0) - reference, 48))
     power = {entry.task: entry for entry in comparisons.power}
     assert power["tiny_mean"].smallest == pytest.approx(paired.smallest_difference(np.median(errors)))
@@ -182,9 +186,9 @@ def test_questions_about_one_image_make_one_cluster() -> None:
     results, comparisons = compared(folder("images"))
     power = comparisons.power
     assert [(entry.n_documents, entry.n_clusters) for entry in power] == [(96, 12), (96, 12)]
-    clusters = results.runs[0].record["tasks"]["tiny_mean"]["clusters"]
-    assert clusters == results.runs[1].record["tasks"]["tiny_mean"]["clusters"]
-    images = {tuple(sample["images"]) for sample in results.store.read_samples(results.runs[0].run_id)}
+    first, second = (run.record.scores["tiny_mean"].clusters for run in results.runs)
+    assert first == second
+    images = {tuple(one.images) for one in results.each_score(results.runs[0].run_id)}
     assert len(images) == 12
 
 
@@ -201,8 +205,8 @@ def test_a_task_that_cannot_be_resampled_says_why() -> None:
 
 
 def test_draws_of_other_clusters_are_not_paired(changed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    edit(changed, "fastv-2of3", lambda record: record["tasks"]["tiny_mean"]["clusters"].update(digest="other"))
-    monkeypatch.setattr("vlm_pruner_eval.report.load.document_problems", lambda records, documents: [])  # it refuses such a table
+    edit(changed, "fastv-2of3", lambda record: record["scores"]["tiny_mean"]["clusters"].update(digest="other"), "tiny_mean")
+    monkeypatch.setattr("vlm_pruner_eval.report.load._other_documents", lambda runs: [])  # it refuses such a table
     comparisons = compared(changed)[1]
     assert known(comparisons, "fastv", "tiny_mean").difference.low is None
     assert known(comparisons, "fastv", "tiny_pairs").difference.low is not None
@@ -226,30 +230,47 @@ def test_a_sweep_without_any_run_has_nothing_to_compare(changed: Path) -> None:
     assert (comparisons.cells, comparisons.contests, comparisons.pairs, comparisons.power) == ((), (), (), ())
 
 
-def test_of_scored_choices_the_likeliest_is_the_answer() -> None:
+def test_of_scored_choices_the_likeliest_by_mean_over_its_tokens_is_the_answer() -> None:
     choices = [
-        {"choice": i, "answer": text, "loglikelihood": value, "n_new_tokens": n}
+        Answer("t", "test", 0, text, choice=i, loglikelihood=value, n_new_tokens=n)
         for i, (text, value, n) in enumerate([("a", -4.0, 1), ("a longer one", -6.0, 3), ("c", -5.0, 2)])
     ]
     assert document_answer(choices) == 1
-    assert document_answer([{"choice": None, "answer": "yes"}]) == "yes"
+    failed = dataclasses.replace(choices[1], loglikelihood=None, error="no memory")
+    assert document_answer([choices[0], failed, choices[2]]) == 2
+    assert document_answer([Answer("t", "test", 0, "yes")]) == "yes"
+
+
+def test_answers_of_a_run_are_arrays_in_the_order_of_documents() -> None:
+    lines = [
+        DocumentScore(task=task, doc_id=i, answer=text, score=s)
+        for task, i, text, s in [("a", 2, "x", 1), ("b", 0, 3, None), ("a", 1, "x", 0.5)]
+    ]
+    found = answers_of(lines)
+    assert found["a"].doc_ids.tolist() == [1, 2] and found["a"].scores.tolist() == [0.5, 1.0]
+    assert found["a"].answers[0] == found["a"].answers[1]
+    assert np.isnan(found["b"].scores).all()
+
+
+def task_answers(*documents: tuple[str, float | None]) -> TaskAnswers:
+    return answers_of(DocumentScore(task="t", doc_id=i, answer=text, score=s) for i, (text, s) in enumerate(documents))["t"]
 
 
 def test_flips_need_the_same_documents() -> None:
-    ours = {"a": {0: DocumentAnswer("yes", 1.0), 1: DocumentAnswer("no", None)}, "b": {0: DocumentAnswer("x", 1.0)}}
-    theirs = {"a": {0: DocumentAnswer("yes", 1.0), 1: DocumentAnswer("yes", 1.0)}, "b": {0: DocumentAnswer("x", 1.0)}}
+    ours = {"a": task_answers(("yes", 1.0), ("no", None)), "b": task_answers(("x", 1.0))}
+    theirs = {"a": task_answers(("yes", 1.0), ("yes", 1.0)), "b": task_answers(("x", 1.0))}
     assert flips(ours, theirs, ["a", "b"]).rate == pytest.approx(1 / 3)
     assert flips(ours, theirs, ["a"]).mcnemar_p is None
     assert flips(ours, theirs, ["b"]).mcnemar_p == 1.0
-    theirs["a"][1] = DocumentAnswer("yes", None)  # a further turn of a question of MMBench is not counted apart
+    theirs["a"] = task_answers(("yes", 1.0), ("yes", None))  # a further turn of a question of MMBench is not counted apart
     assert flips(ours, theirs, ["a", "b"]).mcnemar_p == 1.0
-    del ours["a"][1]
+    ours["a"] = task_answers(("yes", 1.0))
     assert flips(ours, theirs, ["a"]) is None
     assert flips(ours, theirs, ["c"]) is None
 
 
 def test_averages_without_an_interval_say_why(changed: Path) -> None:
-    (path,) = changed.glob("runs/unpruned-*/draws.json")
+    (path,) = changed.glob("runs/unpruned-*/tiny_mean/draws.json")
     draws = json.loads(path.read_text())
     draws["tiny_mean"][0] = 0.0
     path.write_text(json.dumps(draws))
@@ -262,9 +283,9 @@ def test_a_row_that_scores_as_unpruned_has_no_interval_and_says_so(changed: Path
     """Documents that are all alike say nothing of the width of an interval, and a p of 1 would sound as if they did."""
     (unpruned,) = changed.glob("runs/unpruned-*")
     (pruned,) = changed.glob("runs/vlmpruner-2of3-*")
-    shutil.copy(unpruned / "draws.json", pruned / "draws.json")
-    edit(changed, "vlmpruner-2of3", lambda record: record.update(tasks=json.loads((unpruned / "run.json").read_text())["tasks"]))
-    results = load_results(changed)
+    for task in TASKS:
+        shutil.copytree(unpruned / task, pruned / task, dirs_exist_ok=True)
+    results = load_sweep(changed)
     rows = rows_of(results)
     comparisons = compare(results, rows)
     cell = comparisons.of("vlmpruner", "2/3", "tiny_mean")

@@ -16,8 +16,11 @@ from vlm_pruner_eval import get_pruner, prune
 from vlm_pruner_eval.cost import DecoderShape, kv_bytes, literature_flops, prefill_flops
 from vlm_pruner_eval.hf_compat import cache_of
 from vlm_pruner_eval.ledger import SampleRecord
-from vlm_pruner_eval.report.load import load_results
+from vlm_pruner_eval.report.load import load_sweep
 from vlm_pruner_eval.report.rows import Row, rows_of
+from vlm_pruner_eval.store.answers import Answer
+from vlm_pruner_eval.store.kept import Kept
+from vlm_pruner_eval.store.summaries import Median, Memory, Spread, Times, Tokens
 from vlm_pruner_eval.sweep import records
 from vlm_pruner_eval.timing import time_forwards
 
@@ -64,56 +67,81 @@ def test_a_gpus_peak_is_measured_and_a_cpu_has_none(tiny_model) -> None:
 
 
 # ---- summarised over a run
-def sample(doc_id: int, lengths: list[int], **changes: object) -> dict:
+def answer(doc_id: int, lengths: list[int], *, n_visual: int = 5, **changes: object) -> Answer:
     record = SampleRecord(
         row=0,
-        n_visual=5,
+        n_visual=n_visual,
         n_asked=3,
         n_kept=3,
         n_images=1,
         layer=1,
-        kept_positions=[],
-        order=[],
+        kept_positions=[0, 1, 2],
+        order=[0, 1, 2],
         kv_lengths=lengths,
         visual_lengths=[5, 3],
         kv_bytes=100 * (doc_id + 1),
     )
-    shared = {"task": "t", "prefill_ms": 1.0 + doc_id, "decode_ms": 2.0, "batch_size": 4, "peak_bytes": 1000 - doc_id}
-    return shared | {"doc_id": doc_id, "record": record.as_json()} | changes
+    times = {"prefill_ms": 1.0 + doc_id, "decode_ms": 2.0, "batch_size": 4, "peak_bytes": 1000 - doc_id}
+    return Answer("t", "test", doc_id, "yes", record=Kept.of(record), **times | changes)
+
+
+FAILED = Answer("t", "test", 3, "", error="no memory")
 
 
 def test_flops_and_bytes_come_from_the_real_lengths() -> None:
-    samples = [sample(0, [20, 10]), sample(1, [40, 30])]
-    found = records.summarise_memory(samples, {"shape": dataclasses.asdict(SHAPE), "dtype": "float16"})
+    answers = [answer(0, [20, 10]), answer(1, [40, 30])]
+    found = records.summarise_memory(answers, {"shape": dataclasses.asdict(SHAPE), "dtype": "float16"})
     flops = [prefill_flops(SHAPE, lengths, logits=1) for lengths in ([20, 10], [40, 30])]
-    assert found["flops"] == {"mean": sum(flops) / 2, "min": flops[0], "max": flops[1]}
-    assert found["literature_flops"]["max"] == literature_flops(SHAPE, [40, 30])
-    assert found["kv_bytes_counted"] == {"mean": 50 * 2 * 32 * 2, "min": 30 * 2 * 32 * 2, "max": 70 * 2 * 32 * 2}
-    assert found["kv_bytes_measured"] == {"mean": 150, "min": 100, "max": 200}
-    assert found["peak_bytes"] == 1000
-    single = records.summarise_memory(samples, {"shape": dataclasses.asdict(SHAPE), "dtype": "float32"})
-    assert single["kv_bytes_counted"]["mean"] == 2 * found["kv_bytes_counted"]["mean"]
+    assert found.flops == Spread(mean=sum(flops) / 2, min=flops[0], max=flops[1], n=2)
+    assert found.literature_flops.max == literature_flops(SHAPE, [40, 30])
+    assert found.kv_bytes_counted == Spread(mean=50 * 2 * 32 * 2, min=30 * 2 * 32 * 2, max=70 * 2 * 32 * 2, n=2)
+    assert found.kv_bytes_measured == Spread(mean=150, min=100, max=200, n=2)
+    assert found.peak_bytes == 1000
+    single = records.summarise_memory(answers, {"shape": dataclasses.asdict(SHAPE), "dtype": "float32"})
+    assert single.kv_bytes_counted.mean == 2 * found.kv_bytes_counted.mean
 
 
 def test_prompts_without_images_failed_ones_and_further_choices_do_not_count() -> None:
-    plain = sample(2, [9, 9])
-    plain["record"]["n_visual"] = 0
-    failed = {"task": "t", "doc_id": 3, "record": None, "prefill_ms": None, "decode_ms": None, "batch_size": None}
-    found = records.summarise_memory([sample(0, [20, 10]), sample(0, [20, 10]), sample(1, [40, 30]), plain, failed], {})
-    assert found["kv_bytes_measured"] == {"mean": 150, "min": 100, "max": 200}
-    assert (found["flops"], found["literature_flops"], found["kv_bytes_counted"]) == (None, None, None)
-    assert records.summarise_memory([failed], {})["peak_bytes"] is None
+    plain = answer(2, [9, 9], n_visual=0)
+    found = records.summarise_memory([answer(0, [20, 10]), answer(0, [20, 10]), answer(1, [40, 30]), plain, FAILED], {})
+    assert found.kv_bytes_measured == Spread(mean=150, min=100, max=200, n=2)
+    assert (found.flops, found.literature_flops, found.kv_bytes_counted) == (None, None, None)
+    assert records.summarise_memory([FAILED], {}).peak_bytes is None
 
 
 def test_decoded_tokens_per_second_are_rows_over_a_step() -> None:
-    found = records.summarise_times([sample(0, [9]), sample(1, [9], decode_ms=4.0), sample(2, [9], decode_ms=None)])
-    assert found["decoded_tokens_per_s"] == {"median": 1500.0, "iqr": 500.0, "n": 2}
+    found = records.summarise_times([answer(0, [9]), answer(1, [9], decode_ms=4.0), answer(2, [9], decode_ms=None)], 3.0, 2.0)
+    assert found.decoded_tokens_per_s == Median(median=1500.0, iqr=500.0, n=2)
+    assert (found.total_s, found.answers_s) == (3.0, 2.0)
+
+
+def test_units_of_a_run_count_as_much_as_they_hold() -> None:
+    """One task of three prompts and one of one: medians are averaged over the prompts, spreads are those of one list."""
+    lengths = [[20, 10], [40, 30], [60, 50], [80, 70]]
+    answers = [answer(i, each, prefill_ms=float(10 * i)) for i, each in enumerate(lengths)]
+    model = {"shape": dataclasses.asdict(SHAPE), "dtype": "float16"}
+    parts, whole = ([answers[:3], answers[3:]], [answers])
+    spreads = [Memory.merged([records.summarise_memory(part, model) for part in split]) for split in (parts, whole)]
+    assert spreads[0].flops.mean == pytest.approx(spreads[1].flops.mean)
+    assert [found.kv_bytes_counted.max for found in spreads] == [150 * 2 * 32 * 2] * 2
+    times = Times.merged([records.summarise_times(part, 3.0, 2.0) for part in parts])
+    assert (times.prefill_ms.median, times.prefill_ms.n) == ((3 * 10 + 30) / 4, 4)
+    assert (times.total_s, times.batch_sizes) == (6.0, [4])
+    tokens = Tokens.merged([records.summarise_tokens(part) for part in parts])
+    assert (tokens.samples_with_images, tokens.kept.n, tokens.layers) == (4, 4, [1])
+
+
+def test_times_that_other_runs_shared_are_not_there() -> None:
+    shared = answer(0, [9]).untimed()
+    found = records.summarise_times([shared, answer(1, [9])], 3.0, 2.0)
+    assert (found.prefill_ms, found.total_s, found.batch_sizes) == (None, None, [4])
+    assert Times.merged([found, records.summarise_times([answer(1, [9])], 3.0, 2.0)]).total_s is None
 
 
 # ---- rows
 def costs(root: Path) -> dict[str, Row]:
     """By label, those at 2/3 and without a rate."""
-    return {row.label: row for row in rows_of(load_results(root)) if row.pruning_rate != "8/9"}
+    return {row.label: row for row in rows_of(load_sweep(root)) if row.pruning_rate != "8/9"}
 
 
 def test_costs_of_a_row() -> None:
@@ -150,7 +178,7 @@ def test_other_conditions_have_no_speedup(tmp_path: Path) -> None:
 
 def test_a_row_without_a_finished_run_has_no_costs_and_nothing_is_a_share_of_it(tmp_path: Path) -> None:
     root = copied("good", tmp_path)
-    edit(root, "unpruned", lambda record: record.update(status="failed"))
+    edit(root, "unpruned", lambda record: record.update(status="failed", problem="no memory"))
     rows = costs(root)
     assert rows["unpruned"].costs is None
     assert (rows["vlmpruner"].costs.flops_share, rows["vlmpruner"].costs.prefill_speedup) == (None, None)

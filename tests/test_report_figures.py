@@ -14,7 +14,7 @@ from report_sweeps import copied, edit, folder
 from vlm_pruner_eval.report.figures import pareto, rates, style
 from vlm_pruner_eval.report.figures.pareto import Cost, front, points_of
 from vlm_pruner_eval.report.figures.report_figures import WORDS, costs, draw_all
-from vlm_pruner_eval.report.load import load_results
+from vlm_pruner_eval.report.load import load_sweep
 from vlm_pruner_eval.report.rows import Cell, Row, rows_of
 from vlm_pruner_eval.report.stats.comparisons import AVERAGE, Comparison, Comparisons
 from vlm_pruner_eval.report.stats.paired import Estimate
@@ -130,16 +130,16 @@ def test_pareto_has_a_panel_for_each_cost_that_is_known(rows: list[Row], tmp_pat
 def test_times_of_other_machines_or_batches_are_no_axis(tmp_path: Path) -> None:
     root = copied("good", tmp_path)
     both = ["prefill of a batch, ms (median)", "prefill of a prompt, GFLOPs (mean)"]
-    results = load_results(root)
+    results = load_sweep(root)
     assert [cost.label for cost in costs(rows_of(results), results)] == both
     edit(root, "blind", lambda record: record["provenance"].update(processor="Abacus"))
-    results = load_results(root)
+    results = load_sweep(root)
     assert [cost.label for cost in costs(rows_of(results), results)] == both[1:]
 
 
 # ---- all of them
 def test_all_figures_are_drawn_and_old_ones_are_removed(tmp_path: Path) -> None:
-    results, out = load_results(folder("good")), tmp_path / "out"
+    results, out = load_sweep(folder("good")), tmp_path / "out"
     listed = rows_of(results)
     drawn = draw_all(listed, results, out)
     assert set(drawn) == set(WORDS) == {"accuracy_vs_rate", "pareto"}

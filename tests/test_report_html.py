@@ -22,7 +22,7 @@ from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.build import build
 from vlm_pruner_eval.report.contents import Report
 from vlm_pruner_eval.report.figures.report_figures import draw_all
-from vlm_pruner_eval.report.load import load_results
+from vlm_pruner_eval.report.load import load_sweep
 from vlm_pruner_eval.report.paper import printed
 from vlm_pruner_eval.report.paper.paper_comparison import paper_for
 from vlm_pruner_eval.report.paper.printed import Erratum, Number, PrintedNumbers
@@ -62,7 +62,7 @@ def numbers(rows: list[Row]) -> PrintedNumbers:
 def made() -> Iterator[Report]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(printed, "BENCHMARKS", {"tiny_mean": "A"})
-        results = dataclasses.replace(load_results(folder("paper")), name="<b>hostile</b> & 'sweep'")
+        results = dataclasses.replace(load_sweep(folder("paper")), name="<b>hostile</b> & 'sweep'")
         rows = rows_of(results)
         strata = [
             Stratum(CAPABILITIES[0], LABEL, "vlmpruner", "2/3", Estimate(81.5, 70.25, 90.0), 24, ("tiny_mean",)),

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import io
-import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from report_sweeps import configure, edit, edit_grid, markdown_of
 from rich.console import Console
 from sweep_standin import StandIn, make_config, task_manager, write_tasks
 
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.build import build
-from vlm_pruner_eval.report.load import SAMPLES_MISSING, load_results
+from vlm_pruner_eval.report.load import ANSWERS_MISSING, NOT_RUN, load_sweep
 from vlm_pruner_eval.report.rows import rows_of
 from vlm_pruner_eval.sweep import documents
 from vlm_pruner_eval.sweep.runner import run_sweep
@@ -43,20 +44,8 @@ def folder(sweep: Path, tmp_path: Path) -> Path:
 
 
 def run_of(folder: Path, key: str) -> Path:
-    (path,) = [path.parent for path in folder.glob("runs/*/run.json") if json.loads(path.read_text())["key"] == key]
+    (path,) = folder.glob(f"runs/{key}-??????????")
     return path
-
-
-def change_record(folder: Path, key: str, change: Callable[[Record], object]) -> None:
-    path = run_of(folder, key) / "run.json"
-    record = json.loads(path.read_text())
-    change(record)
-    path.write_text(json.dumps(record))
-
-
-def change_samples(folder: Path, key: str, change: Callable[[list[str]], list[str]]) -> None:
-    path = run_of(folder, key) / "samples.jsonl"
-    path.write_text("".join(change(path.read_text().splitlines(keepends=True))))
 
 
 def refusal(folder: Path) -> list[str]:
@@ -67,7 +56,7 @@ def refusal(folder: Path) -> list[str]:
 
 
 def test_a_whole_sweep_is_read_with_its_splits_and_parameters(folder: Path) -> None:
-    results = load_results(folder)
+    results = load_sweep(folder)
     assert results.splits == {"tiny_mean": "test", "tiny_pairs": "test"}
     assert results.notes == ()
     row = next(row for row in rows_of(results) if row.method == "vlmpruner")
@@ -78,87 +67,131 @@ def test_a_whole_sweep_is_read_with_its_splits_and_parameters(folder: Path) -> N
 
 
 def test_an_iso_compute_row_stands_under_the_rate_that_was_asked_and_says_what_it_removes(folder: Path) -> None:
-    rows = rows_of(load_results(folder))
+    rows = rows_of(load_sweep(folder))
     iso = next(row for row in rows if row.iso_layer is not None)
     # (2 + 2 x 1/3) / 4 = 2/3 is kept
     assert (iso.label, iso.pruning_rate, iso.asked_rate, round(iso.percent, 1)) == ("uniform (iso-compute)", "1/3", "2/3", 33.3)
     assert [row.label for row in rows if row.heading == "66.7 % removed (2/3)"] == ["vlmpruner", "uniform (iso-compute)", "random"]
-    text = build(folder)["md"].read_text()
+    text = markdown_of(folder)
     assert (
         "uniform (iso-compute), listed under 66.7 %: removes 33.3 %, so that it keeps in every layer what a method that prunes at" in text
     )
 
 
-# ---- missing samples
+# ---- missing answers
 def test_without_its_answers_a_run_is_not_run_and_enters_nothing(folder: Path) -> None:
-    before = {row.label: row for row in rows_of(load_results(folder))}
-    (run_of(folder, "vlmpruner-2of3") / "samples.jsonl").unlink()
-    results = load_results(folder)
+    before = {row.label: row for row in rows_of(load_sweep(folder))}
+    (run_of(folder, "vlmpruner-2of3") / "tiny_pairs" / "answers.jsonl").unlink()  # of one task
+    results = load_sweep(folder)
     after = {row.label: row for row in rows_of(results)}
-    assert (after["vlmpruner"].status, after["vlmpruner"].cells, after["vlmpruner"].relative.value) == (SAMPLES_MISSING, {}, None)
+    assert (after["vlmpruner"].status, after["vlmpruner"].cells, after["vlmpruner"].relative.value) == (ANSWERS_MISSING, {}, None)
     assert {label for label in before if before[label] != after[label]} == {"vlmpruner"}
-    assert results.notes == (
-        "The answers (samples.jsonl) of vlmpruner-2of3 are missing, so nothing of them is shown; run the sweep again.",
-    )
-    assert "| vlmpruner | not run: samples missing | not run: samples missing | n/a |" in build(folder)["md"].read_text()
+    (note,) = results.notes
+    assert re.search(r"answers\.jsonl\) of vlmpruner-2of3 are missing.* run the sweep again", note)
+    assert "| vlmpruner | not run: answers missing | not run: answers missing | n/a |" in markdown_of(folder)
 
 
 def test_one_lost_seed_is_counted(folder: Path) -> None:
-    (run_of(folder, "random-2of3-seed1") / "samples.jsonl").unlink()
-    row = next(row for row in rows_of(load_results(folder)) if row.method == "random")
+    (run_of(folder, "random-2of3-seed1") / "tiny_mean" / "answers.jsonl").unlink()
+    row = next(row for row in rows_of(load_sweep(folder)) if row.method == "random")
     assert (row.status, row.cells["tiny_mean"].seeds) == ("1 of 2 seeds finished", 1)
 
 
 @pytest.mark.parametrize(
-    ("change", "got"),
-    [(lambda lines: lines[:-1], "holds 23 answers, expected 24"), (lambda lines: [*lines[:-1], lines[-1][:40]], "1 lines are cut off")],
+    "lose",
+    [
+        lambda run: (run / "tiny_pairs" / "record.json").unlink(),
+        lambda run: shutil.rmtree(run / "tiny_pairs"),
+        lambda run: (run / "run.json").unlink(),
+        lambda run: edit(run.parent.parent, run.name, lambda record: record.update(limit=5), "tiny_pairs"),
+    ],
 )
-def test_answers_that_are_incomplete_are_refused(folder: Path, change: Callable[[list[str]], list[str]], got: str) -> None:
-    change_samples(folder, "vlmpruner-2of3", change)
-    (problem, *_) = refusal(folder)
-    assert problem.startswith("vlmpruner-2of3: samples.jsonl holds 23 answers")
-    assert got in problem
-    assert "samples are missing; delete the run's folder and run the sweep again." in problem
-
-
-# ---- other documents
-def test_different_document_sets_are_refused(folder: Path) -> None:
-    def rename(lines: list[str]) -> list[str]:
-        return [line.replace('"doc_id": 3,', '"doc_id": 99,') if '"tiny_mean"' in line else line for line in lines]
-
-    change_samples(folder, "vlmpruner-2of3", rename)
-    assert refusal(folder) == [
-        "vlmpruner-2of3: answered other documents of tiny_mean than unpruned (2 are on one side only, the first is 3); "
-        "differences would not be paired: run one of them again."
-    ]
-
-
-def test_lines_that_another_program_wrote_are_read_all_the_same(folder: Path) -> None:
-    def reorder(lines: list[str]) -> list[str]:
-        return [json.dumps(dict(reversed(json.loads(line).items()))) + "\n" for line in lines]
-
-    change_samples(folder, "vlmpruner-2of3", reorder)
-    assert load_results(folder).notes == ()
+def test_a_run_that_lacks_a_task_is_not_run(folder: Path, lose: Callable[[Path], object]) -> None:
+    lose(run_of(folder, "vlmpruner-2of3"))
+    results = load_sweep(folder)
+    assert results.not_run == ["vlmpruner-2of3"]
+    row = next(row for row in rows_of(results) if row.method == "vlmpruner")
+    assert (row.status, row.cells) == (NOT_RUN, {})
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("name", "content", "facts"),
+    [
+        ("record.json", '{"schema": 2}', "got schema 2, expected 3: .*another version"),
+        ("record.json", "{}", "no schema number"),
+        ("record.json", "[1", "can't be read"),
+        ("draws.json", "[]", "can't be read"),
+        ("scores.jsonl", "{\n", "line 1: can't be read"),
+        ("scores.jsonl", "{}\n", "line 1: can't be read \\(lacks answer, doc_id, score, task"),
+        ("scores.jsonl", "[]\n", "line 1: can't be read"),
+        ("scores.jsonl", None, "can't be read"),
+    ],
+)
+def test_a_file_that_is_not_what_was_written_is_refused(folder: Path, name: str, content: str | None, facts: str) -> None:
+    path = run_of(folder, "vlmpruner-2of3") / "tiny_mean" / name
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content)
+    (problem,) = refusal(folder)
+    assert problem.startswith(f"{path}")
+    assert re.search(facts, problem) and "run the sweep again" in problem
+
+
+@pytest.mark.parametrize(
+    ("change", "facts"),
+    [
+        (lambda record: record.update(surprise=1), "surprise: Extra inputs are not permitted"),
+        (lambda record: record.update(status="perhaps"), "status: .*finished.*failed"),
+        (lambda record: record["tokens"].update(quirks=["stall"]), "tokens.quirks"),
+        (lambda record: record.pop("provenance"), "provenance: Field required"),
+    ],
+)
+def test_fields_that_nobody_knows_or_that_are_missing_are_refused(folder: Path, change: Callable[[Record], object], facts: str) -> None:
+    edit(folder, "vlmpruner-2of3", change, "tiny_mean")
+    (problem,) = refusal(folder)
+    assert re.search(rf"vlmpruner-2of3-.*record\.json: {facts}", problem)
+
+
+# ---- what a table does not mix
+@pytest.mark.parametrize(
+    ("change", "facts"),
+    [
+        (lambda config: config["model"].update(revision="v2"), 'model.revision "v2", but unpruned has null'),
+        (lambda config: config["model"].update(protocol="paper"), 'model.protocol "paper".*"hf"'),
+        (lambda config: config["model"].update(pretrained="other"), 'model.pretrained "other"'),
+        (lambda config: config.update(seed=7), "seed 7, but unpruned has 0"),
+        (lambda config: config.update(results_version=0), "results_version 0"),
+    ],
+)
+def test_other_settings_are_refused(folder: Path, change: Callable[[Record], object], facts: str) -> None:
+    configure(folder, "vlmpruner-2of3", change)
+    (problem,) = refusal(folder)
+    assert re.search(rf"^vlmpruner-2of3: has {facts}.*do not belong in one table", problem)
+
+
+@pytest.mark.parametrize(
+    ("change", "facts"),
     [
         (
             lambda record: record["documents"].update(tiny_mean="0" * 16),
-            "vlmpruner-2of3: the documents of tiny_mean have another content than those of unpruned: another revision of the data set;",
+            "the documents of tiny_mean have another content than those of unpruned",
         ),
         (
-            lambda record: record["tasks"]["tiny_pairs"]["clusters"].update(digest="0"),
-            "vlmpruner-2of3: the images of tiny_pairs have another content than those of unpruned: another revision of the data set;",
+            lambda record: _score(record)["clusters"].update(digest="0"),
+            "the images of tiny_mean have another content than those of unpruned",
         ),
-        (lambda record: record["config"]["model"].update(revision="v2"), 'vlmpruner-2of3: has model.revision "v2", but unpruned has null;'),
+        (lambda record: _score(record)["main"].update(n=11), "tiny_mean has 11 documents, but unpruned has 12"),
     ],
 )
-def test_another_revision_of_data_or_model_is_refused(folder: Path, change: Callable[[Record], object], sentence: str) -> None:
-    change_record(folder, "vlmpruner-2of3", change)
+def test_other_documents_are_refused(folder: Path, change: Callable[[Record], object], facts: str) -> None:
+    edit(folder, "vlmpruner-2of3", change, "tiny_mean")
     (problem,) = refusal(folder)
-    assert problem.startswith(sentence)
+    assert problem.startswith(f"vlmpruner-2of3: {facts}")
+
+
+def _score(record: Record) -> Record:
+    return record["scores"]["tiny_mean"]
 
 
 def test_the_fingerprint_is_of_what_the_documents_say() -> None:
@@ -175,44 +208,67 @@ def test_the_fingerprint_is_of_what_the_documents_say() -> None:
 
 
 def test_a_sweep_records_the_fingerprint_of_every_task(folder: Path) -> None:
-    held = {json.loads(path.read_text())["documents"]["tiny_mean"] for path in folder.glob("runs/*/run.json")}
+    held = {run.record.documents["tiny_mean"] for run in load_sweep(folder).runs}
     assert len(held) == 1
     assert all(len(digest) == 16 for digest in held)
 
 
-# ---- two runs with the same id
-def test_a_copied_run_is_refused(folder: Path) -> None:
+# ---- names and ids
+def test_a_run_in_the_folder_of_another_is_refused(folder: Path) -> None:
+    original, other = run_of(folder, "vlmpruner-2of3"), run_of(folder, "blind")
+    shutil.copy(original / "run.json", other / "run.json")
+    (problem,) = refusal(folder)
+    assert re.search(rf"{other.name}/run\.json: holds the record of {original.name!r}: two runs with the same id; delete the copy", problem)
+
+
+def test_a_copied_run_enters_nothing(folder: Path) -> None:
     original = run_of(folder, "vlmpruner-2of3")
+    rows = rows_of(load_sweep(folder))
     shutil.copytree(original, original.with_name("vlmpruner-copy"))
-    assert refusal(folder) == [
-        f"runs/vlmpruner-copy: holds the record of {original.name!r}: two runs with the same id; delete the copy, or move it away."
-    ]
+    results = load_sweep(folder)
+    assert rows_of(results) == rows
+    assert "1 older runs" in results.notes[0] and "left out" in results.notes[0]
 
 
 def test_a_grid_that_lists_a_run_twice_is_refused(folder: Path) -> None:
-    path = folder / "sweep.json"
-    grid = json.loads(path.read_text())
-    grid["runs"].append(grid["runs"][1])
-    path.write_text(json.dumps(grid))
+    edit_grid(folder, lambda grid: grid["runs"].append(grid["runs"][1]))
     problems = refusal(folder)
     assert problems[0].startswith("sweep.json: lists 2 runs with the run_id 'vlmpruner-2of3-")
     assert problems[1].startswith("sweep.json: lists 2 runs with the key 'vlmpruner-2of3'")
 
 
-# ---- two meanings of a budget
 @pytest.mark.parametrize(
-    ("name", "value", "sentence"),
+    ("change", "facts"),
     [
-        ("budget", "layer_average", "random-2of3-seed0: has budget kept, but vlmpruner-2of3 has layer_average; a table does not mix"),
-        ("scope", "per_sample", "uniform-iso-compute-2of3: has scope per_image, but vlmpruner-2of3 has per_sample; a table does not mix"),
+        (lambda grid: grid["runs"][1].update(run_id="../../elsewhere"), "runs.1.run_id: .*expected the name of a folder"),
+        (lambda grid: grid["runs"][1].update(key="/tmp"), "runs.1.key: .*expected the name of a folder"),
+        (lambda grid: grid["units"].update(tiny_mean=".."), "units.tiny_mean: .*expected the name of a folder"),
+        (lambda grid: grid.update(name="a/b"), "name: .*expected the name of a folder"),
+        (lambda grid: grid["runs"][1].update(label="a\x1b[2J"), "runs.1.label: .*without control characters"),
+        (lambda grid: grid["runs"][1].update(surprise=1), "runs.1.surprise: Extra"),
+        (lambda grid: grid["runs"][1].pop("method"), "runs.1.method: Field required"),
+        (lambda grid: grid.update(schema=2), "got schema 2, expected 3"),
     ],
 )
-def test_two_meanings_of_a_budget_are_refused(folder: Path, name: str, value: str, sentence: str) -> None:
-    path = folder / "sweep.json"
-    grid = json.loads(path.read_text())
-    grid["runs"][1]["parameters"][name] = value
-    path.write_text(json.dumps(grid))
-    assert refusal(folder)[0].startswith(sentence)
+def test_a_grid_with_names_that_lead_elsewhere_or_of_another_version_is_refused(
+    folder: Path, change: Callable[[Record], object], facts: str
+) -> None:
+    edit_grid(folder, change)
+    (problem,) = refusal(folder)
+    assert re.search(rf"sweep\.json: {facts}", problem) and "\x1b" not in problem
+
+
+# ---- two meanings of a budget
+@pytest.mark.parametrize(
+    ("name", "value", "facts"),
+    [
+        ("budget", "layer_average", "random-2of3-seed0: has budget kept, but vlmpruner-2of3 has layer_average"),
+        ("scope", "per_sample", "uniform-iso-compute-2of3: has scope per_image, but vlmpruner-2of3 has per_sample"),
+    ],
+)
+def test_two_meanings_of_a_budget_are_refused(folder: Path, name: str, value: str, facts: str) -> None:
+    edit_grid(folder, lambda grid: grid["runs"][1]["parameters"].update({name: value}))
+    assert refusal(folder)[0].startswith(facts)
 
 
 def test_a_wrong_number_of_layers_is_refused_before_anything_runs(tmp_path: Path) -> None:

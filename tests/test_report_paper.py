@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_sweeps import HOSTILE, RELEASE, copied
+from report_sweeps import HOSTILE, RELEASE, configure, copied, edit_grid, markdown_of
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -18,7 +18,7 @@ from vlm_pruner_eval.cli import app
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.build import build
 from vlm_pruner_eval.report.contents import report_of
-from vlm_pruner_eval.report.load import load_results
+from vlm_pruner_eval.report.load import load_sweep
 from vlm_pruner_eval.report.paper import printed
 from vlm_pruner_eval.report.paper.differences import OF_TASK, differences
 from vlm_pruner_eval.report.paper.gate import FAILS, INCOMPARABLE, REPRODUCES
@@ -28,18 +28,17 @@ from vlm_pruner_eval.report.paper.recompute import recompute_averages, recompute
 from vlm_pruner_eval.report.rows import rows_of
 from vlm_pruner_eval.report.writers.screen import print_paper
 
-RESULTS = Path(__file__).parent.parent / "results" / "paper"
+RESULTS = Path(__file__).parent.parent / "results"
 HEADER = "paper,table,vlm,method,retained_tokens,pruning_rate_percent,benchmark,metric,value,read_from\n"
 COLUMNS = {"tiny_mean": "A", "tiny_pairs": "B"}
 Change = Callable[[dict[tuple[str, float, str], float]], None]
 
 
 # ---- the printed numbers themselves
-def test_the_package_and_the_results_folder_hold_the_same_printed_numbers() -> None:
-    names = {path.name for path in printed.DATA.glob("*.csv")}
-    assert names == {path.name for path in RESULTS.glob("*.csv")} == {"vlm_pruner.csv", "errata.csv"}
-    for name in names:
-        assert (printed.DATA / name).read_bytes() == (RESULTS / name).read_bytes()
+def test_the_printed_numbers_lie_in_the_package_and_nowhere_else() -> None:
+    names = {"vlm_pruner.csv", "errata.csv"}
+    assert {path.name for path in printed.DATA.glob("*.csv")} == names
+    assert not [path for path in RESULTS.rglob("*.csv") if path.name in names]
 
 
 def test_every_printed_average_is_derived_again() -> None:
@@ -137,7 +136,7 @@ def changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def numbers(root: Path, **extra: Any) -> PrintedNumbers:
     """A paper that prints our own numbers, which are therefore all equivalent."""
     cells = {}
-    for row in rows_of(load_results(root)):
+    for row in rows_of(load_sweep(root)):
         if row.label in ("unpruned", RELEASE["label"], HOSTILE):
             scores = {COLUMNS[task]: cell.value for task, cell in row.cells.items()} | {"Avg": row.relative.value}
             for benchmark, value in scores.items():
@@ -146,7 +145,7 @@ def numbers(root: Path, **extra: Any) -> PrintedNumbers:
 
 
 def paper(root: Path, table: PrintedNumbers | None) -> PaperTable | None:
-    results = load_results(root)
+    results = load_sweep(root)
     return paper_for(results, rows_of(results), table)
 
 
@@ -199,7 +198,7 @@ def test_twice_the_noise_that_reproduce_measured_widens_the_tolerance(changed: P
     assert of(paper(changed, far), *CELL).verdict == OUTSIDE
     assert "noise of the unpruned model was not measured" in paper(changed, far).noise
     measured = {
-        "config": load_results(changed).config,
+        "config": load_sweep(changed).config,
         "noise": {"variants": {"batch1-sdpa": {}, "batch1-eager": {}}, "average_spread": 0.2, "tasks": {"tiny_mean": {"spread": 0.46}}},
     }
     (changed.parent / "reproduce.json").write_text(json.dumps(measured))
@@ -223,27 +222,27 @@ def test_removing_one_printed_number_makes_exactly_its_cell_not_run(changed: Pat
     assert (cell.verdict, cell.reason, cell.printed, cell.cell.value is not None) == (NOT_RUN, "no printed number", None, True)
 
 
-def test_removing_one_sample_file_makes_exactly_its_row_not_run(changed: Path) -> None:
+def test_removing_one_file_of_answers_makes_exactly_its_row_not_run(changed: Path) -> None:
     table = numbers(changed)
     before = verdicts(paper(changed, table))
     (run,) = changed.glob("runs/vlm-pruner-release-2of3-*")
-    (run / "samples.jsonl").unlink()
+    (run / "tiny_mean" / "answers.jsonl").unlink()
     after = verdicts(paper(changed, table))
     gone = {(RELEASE["label"], 66.7, name) for name in ("tiny_mean", "tiny_pairs", "Avg")}
     assert {key for key in before if before[key] != after[key]} == gone
-    assert {of(paper(changed, table), *key).reason for key in gone} == {"not run: samples missing"}
-    text = build(changed)["md"].read_text()
-    assert "| VLM-Pruner (release) | not run: samples missing | not run: samples missing | n/a |" in text
-    assert "The answers (samples.jsonl) of vlm-pruner-release-2of3 are missing" in text
+    assert {of(paper(changed, table), *key).reason for key in gone} == {"not run: answers missing"}
+    text = markdown_of(changed)
+    assert "| VLM-Pruner (release) | not run: answers missing | not run: answers missing | n/a |" in text
+    assert "The answers (answers.jsonl) of vlm-pruner-release-2of3 are missing" in text
 
 
 def test_without_the_unpruned_answers_nothing_is_claimed(changed: Path) -> None:
     table = numbers(changed)
     (run,) = changed.glob("runs/unpruned-*")
-    (run / "samples.jsonl").unlink()
+    (run / "tiny_pairs" / "answers.jsonl").unlink()
     after = paper(changed, table)
     assert (after.gate.status, after.gate.stops) == (FAILS, True)
-    assert "it is not run: samples missing" in after.gate.sentence
+    assert "it is not run: answers missing" in after.gate.sentence
     assert of(after, *CELL).verdict == NO_CLAIM
 
 
@@ -262,10 +261,8 @@ def test_nothing_is_claimed_about_pruned_rows_when_the_unpruned_one_fails_the_ga
 )
 def test_another_protocol_or_model_is_not_comparable(changed: Path, name: str, value: str, reason: str) -> None:
     table = numbers(changed)
-    for path in (changed / "sweep.json", *changed.glob("runs/*/run.json")):
-        held = json.loads(path.read_text())
-        held["config"]["model"][name] = value
-        path.write_text(json.dumps(held))
+    edit_grid(changed, lambda grid: grid["config"]["model"].update({name: value}))
+    configure(changed, "", lambda config: config["model"].update({name: value}))
     found = paper(changed, table)
     assert (found.gate.status, of(found, *CELL).verdict) == (INCOMPARABLE, "not comparable")
     assert reason in found.gate.sentence
@@ -285,27 +282,19 @@ def test_a_checkpoint_that_is_not_the_papers_has_no_printed_numbers(changed: Pat
     for path in (changed / "sweep.json", *changed.glob("runs/*/run.json")):
         path.write_text(path.read_text().replace("llava-hf/llava-1.5-7b-hf", "somewhere/tiny"))
     assert paper(changed, None) is None
-    assert "No numbers are printed for this checkpoint" in build(changed)["md"].read_text()
+    assert "No numbers are printed for this checkpoint" in markdown_of(changed)
 
 
 # ---- how it is shown
-def test_the_report_says_what_the_authors_did_otherwise(changed: Path, monkeypatch: Any) -> None:
-    text = build(changed)["md"].read_text()
-    assert "Known differences" not in text
-    monkeypatch.setitem(OF_TASK, "tiny_mean", ("another mean.",))
-    paths = build(changed)
-    assert "\n- tiny_mean: another mean.\n" in paths["md"].read_text()
-    assert json.loads(paths["json"].read_text())["paper"]["differences"] == ["tiny_mean: another mean."]
-    assert "tiny_mean: another mean." in paths["html"].read_text()
-
-
 def test_the_report_shows_ours_the_printed_number_the_difference_and_the_verdict(changed: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    assert "Known differences" not in markdown_of(changed)
+    monkeypatch.setitem(OF_TASK, "tiny_mean", ("another mean.",))
     far = shifted(numbers(changed), KEY, 2.0)
     lines = [f"VLM-Pruner,T,{key[0]},{key[1]},1,{key[2]},{key[3]},acc,{value.value},print" for key, value in far.numbers.items()]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.csv").write_text(HEADER + "\n".join(lines) + "\n")
     monkeypatch.setattr(printed, "DATA", tmp_path / "data")
-    made = report_of(load_results(changed))
+    made = report_of(load_sweep(changed))
     cell = of(made.paper, *CELL)
     paths = build(changed)
     text = paths["md"].read_text()
@@ -313,7 +302,11 @@ def test_the_report_shows_ours_the_printed_number_the_difference_and_the_verdict
     assert f"paper {cell.printed.value:g} (-2.00); outside]" in text
     assert "The unpruned row reproduces: 2 of 2 tasks with a printed number are inside. Ours: lmms-eval" in text
     assert "protocol paper, splits tiny_mean: test, tiny_pairs: test." in text
-    held = {(row["label"], row["pruning_rate"]): row for row in json.loads(paths["json"].read_text())["paper"]["rows"]}
+    assert "\n- tiny_mean: another mean.\n" in text
+    assert "tiny_mean: another mean." in paths["html"].read_text()
+    table = json.loads(paths["json"].read_text())["paper"]
+    assert table["differences"] == ["tiny_mean: another mean."]
+    held = {(row["label"], row["pruning_rate"]): row for row in table["rows"]}
     assert held[RELEASE["label"], "2/3"]["cells"]["tiny_mean"]["verdict"] == OUTSIDE
     assert held[RELEASE["label"], "2/3"]["cells"]["tiny_mean"]["difference"] == pytest.approx(-2)
     lines = list(csv.DictReader(io.StringIO((paths["tables"] / "paper.csv").read_text())))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import stored
 from PIL import Image, ImageChops
+from report_sweeps import write_answers
 from rich.console import Console
 from tiny_checkpoints import checkpoint
 from typer.testing import CliRunner
@@ -17,11 +21,14 @@ from typer.testing import CliRunner
 from vlm_pruner_eval import ConfigError
 from vlm_pruner_eval.cli import app
 from vlm_pruner_eval.report.geometry.views import Medium, views
-from vlm_pruner_eval.report.load import Results, load_results
+from vlm_pruner_eval.report.load import Results, load_sweep
 from vlm_pruner_eval.report.show.draw import LARGE, SMALL, draw, geometry_of
 from vlm_pruner_eval.report.show.flips import Flip, drawable_first, find_flips
 from vlm_pruner_eval.report.show.gallery import disagreement, gallery
 from vlm_pruner_eval.report.show.records import Document, Place, Reply, find_place, pick_runs, read_documents
+from vlm_pruner_eval.store.answers import read_answers
+from vlm_pruner_eval.store.folder import DocumentScore, Store
+from vlm_pruner_eval.store.schema import to_json
 from vlm_pruner_eval.sweep.config import validate
 from vlm_pruner_eval.sweep.images import ImageStore
 from vlm_pruner_eval.sweep.runner import run_sweep
@@ -52,7 +59,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(swept: Path) -> Results:
-    return load_results(swept)
+    return load_sweep(swept)
 
 
 def one(results: Results, task: str = TASKS[0], doc_id: int = 0, **picked: object) -> Document:
@@ -74,14 +81,10 @@ def test_a_document_has_its_question_its_gold_and_every_runs_answer(results: Res
     unpruned, ours, _, blind = document.replies.values()
     assert (len(unpruned.order), len(ours.order), len(blind.order)) == (576, 64, 0)
     assert unpruned.layouts == ((576, 24, 24, 1),)
-    (line,) = [
-        sample
-        for path in swept.glob("runs/vlm-pruner-8of9-*/samples.jsonl")
-        for sample in map(json.loads, path.read_text().splitlines())
-        if (sample["task"], sample["doc_id"]) == (TASKS[0], 0)
-    ]
-    assert (ours.answer, list(ours.order), ours.score) == (line["answer"], line["record"]["order"], line["score"])
-    assert ours.is_right is (line["answer"] == document.gold)
+    (answer,) = [answer for answer in stored.answers(swept, "vlm-pruner-8of9") if (answer.task, answer.doc_id) == (TASKS[0], 0)]
+    (score,) = [one.score for one in stored.scores(swept, "vlm-pruner-8of9") if (one.task, one.doc_id) == (TASKS[0], 0)]
+    assert (ours.answer, list(ours.order), ours.score) == (answer.answer, answer.record.order, score)
+    assert ours.is_right is (answer.answer == document.gold)
 
 
 def test_runs_are_picked_by_method_label_key_and_rate(results: Results) -> None:
@@ -113,17 +116,16 @@ def test_a_document_is_named_in_full_or_with_its_task(results: Results) -> None:
             find_place(results, text, task)
 
 
-def test_choices_of_one_document_are_one_answer(results: Results, swept: Path, tmp_path: Path) -> None:
-    """Tasks of type multiple_choice have a sample a choice."""
-    store = type(results.store)(tmp_path)
+def test_choices_of_one_document_are_one_answer(swept: Path, tmp_path: Path) -> None:
+    """Tasks of type multiple_choice have an answer a choice; the score says which is the likeliest."""
+    root = Path(shutil.copytree(swept, tmp_path / "swept"))
+    (folder,) = root.glob(f"runs/unpruned-*/{TASKS[0]}")
+    (first, *_) = read_answers(folder)
+    write_answers(folder, [dataclasses.replace(first, choice=i, answer=text) for i, text in enumerate(["red", "blue"])])
+    (folder / "scores.jsonl").write_text(to_json(DocumentScore(task=TASKS[0], doc_id=0, answer=1, score=1.0), indent=None) + "\n")
+    results = load_sweep(root)
     run = pick_runs(results)[0]
-    store.run_dir(run.run_id).mkdir(parents=True)
-    sample = next(results.store.each_sample(run.run_id)) | {"n_new_tokens": 2}
-    choices = [
-        sample | {"choice": i, "answer": text, "loglikelihood": value} for i, (text, value) in enumerate([("red", -3), ("blue", -1)])
-    ]
-    (store.run_dir(run.run_id) / "samples.jsonl").write_text("".join(json.dumps(choice) + "\n" for choice in choices))
-    (document,) = read_documents(Results(**vars(results) | {"store": store}), [run], None, 10)
+    (document,) = read_documents(results, [run], {(TASKS[0], 0)}, 0)
     assert document.replies[run.key].answer == "blue"
 
 
@@ -138,9 +140,12 @@ def test_a_sheet_has_a_panel_a_method_and_a_small_one_leaves_the_words_out(resul
 
 def _stub(results: Results, root: Path, geometry: dict | None) -> Results:
     """The same sweep, its pictures elsewhere and its processor another."""
-    records = [dict(run.record, provenance={"model": {"geometry": geometry} if geometry else {}}) for run in results.runs[:1]]
-    runs = (type(results.runs[0])(**vars(results.runs[0]) | {"record": records[0]}),)
-    return Results(**vars(results) | {"store": type(results.store)(root), "runs": runs})
+    run = results.runs[0]
+    model = {"geometry": geometry} if geometry else {}
+    provenance = run.record.provenance.model_copy(update={"model": model})
+    units = {task: unit.model_copy(update={"provenance": provenance}) for task, unit in run.record.units.items()}
+    record = run.record.model_copy(update={"units": units})
+    return dataclasses.replace(results, store=Store(root), runs=(dataclasses.replace(run, record=record),))
 
 
 def _document(layouts: tuple[tuple[int, ...], ...], images: tuple[str, ...]) -> Document:
@@ -187,7 +192,7 @@ def test_records_that_do_not_tell_are_a_sentence(results: Results, tmp_path: Pat
 def test_every_family_can_be_shown_after_a_sweep(family: str, tmp_path: Path) -> None:
     model = {"id": f"vlmpruner_{family}", "pretrained": checkpoint(family), "batch_size": 2}
     output = sweep(tmp_path / "out", model=model, tasks=TASKS[:1], pruning_rates=["1/2"], methods=["vlmpruner"], limit=2, gallery=1)
-    found = load_results(output)
+    found = load_sweep(output)
     document = one(found)
     image = ImageStore(output).read(document.images[0])
     for reply in document.replies.values():
@@ -204,10 +209,7 @@ def test_every_family_can_be_shown_after_a_sweep(family: str, tmp_path: Path) ->
 # ---- flips
 def test_flips_are_those_that_the_scores_say(results: Results) -> None:
     flips = find_flips(results, "unpruned", "blind")
-    scores = [
-        {(sample["task"], sample["doc_id"]): sample["score"] for sample in results.store.each_sample(run.run_id)}
-        for run in (flips.first, flips.second)
-    ]
+    scores = [{(one.task, one.doc_id): one.score for one in results.each_score(run.run_id)} for run in (flips.first, flips.second)]
     expected = {key: score > scores[1][key] for key, score in scores[0].items() if score != scores[1][key]}
     assert {(flip.place.task, flip.place.doc_id): flip.to_wrong for flip in flips.flips} == expected
     assert expected and flips.n_documents == 2 * LIMIT
@@ -252,7 +254,7 @@ def test_the_gallery_takes_tasks_in_turn_and_disputed_documents_first(results: R
 def test_a_sweep_that_kept_no_picture_has_no_gallery(tmp_path: Path) -> None:
     output = sweep(tmp_path / "out", tasks=TASKS[:1], methods=["uniform"], pruning_rates=["8/9"], limit=1, gallery=0)
     assert not (output / "images").exists()
-    assert gallery(load_results(output)) == []
+    assert gallery(load_sweep(output)) == []
 
 
 # ---- the command

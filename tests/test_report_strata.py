@@ -1,18 +1,21 @@
-"""Capabilities and hard subsets, on records written by hand, so that every number can be counted."""
+"""Capabilities and hard subsets, on records written here, so that every number can be counted."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from vlm_pruner_eval.sweep.store import Store
+from large_results import MACHINE
 
-from vlm_pruner_eval.report.load import load_results
+from vlm_pruner_eval.report.load import load_sweep
 from vlm_pruner_eval.report.rows import rows_of
 from vlm_pruner_eval.report.stats.paired import Estimate
 from vlm_pruner_eval.report.stats.strata import CAPABILITIES, CONTROLS, OF_CATEGORY, OF_TASK, Stratum, capability_of, strata
+from vlm_pruner_eval.store import schema
+from vlm_pruner_eval.store.folder import DocumentScore, Store
+from vlm_pruner_eval.store.schema import Grid, RunHead, RunLine, UnitRecord
+from vlm_pruner_eval.store.summaries import TaskScore
 
 Score = Callable[[str, int], float | None]
 N = 12
@@ -20,44 +23,37 @@ TASKS = ["ocrbench", "mme_total", "gqa"]
 MME = ["OCR", "position", "count", "commonsense_reasoning"]  # of document 0, 1, 2, 3, 4 and so on
 
 
-def samples(score: Score, images: Callable[[int], str]) -> list[dict[str, Any]]:
+def scores_of(task: str, score: Score, images: Callable[[int], str]) -> list[DocumentScore]:
     found = []
-    for task in TASKS:
-        for doc in range(N):
-            item = {"question_id": str(doc), "category": MME[doc % 4]} if task == "mme_total" else {"question_type": "Doc-oriented VQA"}
-            base = {"task": task, "split": "test", "doc_id": doc, "answer": "a", "error": None}
-            found.append(base | {"metrics": {"m": item}, "score": score(task, doc), "images": [images(doc)]})
+    for doc in range(N):
+        item = {"question_id": str(doc), "category": MME[doc % 4]} if task == "mme_total" else {"question_type": "Doc-oriented VQA"}
+        found.append(DocumentScore(task=task, doc_id=doc, answer="a", score=score(task, doc), items={"m": item}, images=[images(doc)]))
     return found
 
 
 def write(root: Path, runs: dict[tuple[str, str | None, int | None], Score], *, images: Callable[[int], str] = str) -> Path:
     """A results directory of finished runs: (method, rate, seed) -> score of a document."""
-    model = dict.fromkeys(("id", "revision", "dtype", "protocol", "attn_implementation", "batch_size"), "x") | {"pretrained": "p"}
-    config = {"model": model, "tasks": TASKS, "limit": None, "seed": 0, "code": "c"}
-    store, grid = Store(root), []
+    store, lines = Store(root), []
+    config = {"model": {"pretrained": "p"}, "tasks": TASKS, "limit": None, "seed": 0}
     for (method, rate, seed), score in runs.items():
         run_id = f"{method}-{rate}-{seed}".replace("/", "of")
-        line = {"key": run_id, "run_id": run_id, "label": method, "method": method, "pruning_rate": rate, "seed": seed, "parameters": {}}
-        main = {"metric": "m", "value": 50.0, "low": None, "high": None, "n": N}
-        record = line | {
-            "status": "finished",
-            "problem": None,
-            "config": config,
-            "tasks": {task: {"metrics": {}, "main": main} for task in TASKS},
-            "tokens": {"asked": None, "kept": None, "layer_averaged": None, "quirks": {}, "samples_with_images": 0},
-            "times": dict.fromkeys(("prefill_ms", "selection_ms", "decode_ms", "decoded_tokens_per_s")) | {"batch_sizes": []},
-            "memory": dict.fromkeys(("flops", "literature_flops", "kv_bytes_counted", "kv_bytes_measured", "peak_bytes")),
-            "provenance": {"processor": "p"},
-            "n_answers": N * len(TASKS),
-        }
-        store.write_run(record, samples(score, images))
-        grid.append(line)
-    store.begin("strata", config, grid)
+        rates = {"pruning_rate": rate, "asked_rate": rate, "iso_layer": None}
+        line = RunLine(key=run_id, run_id=run_id, label=method, method=method, seed=seed, changed={}, parameters={}, **rates)
+        store.write_head(RunHead(run=line, config=config))
+        for task in TASKS:
+            unit = store.unit(run_id, task)
+            main = schema.Score(value=50.0, n=N, metric="m")
+            scored = {task: TaskScore(metrics={}, main=main)}
+            record = UnitRecord(task=task, limit=None, status="finished", scores=scored, n_answers=N, provenance=MACHINE)
+            unit.write(record, scores_of(task, score, images), {})
+            (unit.folder / "answers.jsonl").touch()
+        lines.append(line)
+    store.begin(Grid(name="strata", config=config, runs=lines, units={task: task for task in TASKS}))
     return root
 
 
 def found_in(root: Path) -> list[Stratum]:
-    results = load_results(root)
+    results = load_sweep(root)
     return strata(results, rows_of(results))
 
 

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import stored
 from reproduce_standin import GOOD, N_DOCS, RELEASE, VARIANTS, Loads, call, empty_folder, install_loads, last_json, printing, read, write
 from sweep_standin import Behaviour
 from typer.testing import CliRunner
 
 from vlm_pruner_eval.cli import app
-from vlm_pruner_eval.report.load import load_results
+from vlm_pruner_eval.report.load import load_sweep
 from vlm_pruner_eval.report.paper.gate import IMPOSSIBLE, INSIDE, OUTSIDE
 
 
@@ -111,12 +112,13 @@ def test_folders_are_ordinary_sweeps_and_the_unpruned_run_is_not_run_twice(tmp_p
     call("--config", write(tmp_path), "--method", "fastv")
     reported = CliRunner().invoke(app, ["report", "output/reproduce/tiny/rows"])
     assert reported.exit_code == 0, reported.output
-    (held,) = load_results("output/reproduce/tiny/noise/batch16-eager").records
-    assert held["config"]["model"]["attn_implementation"] == "eager"
-    first, second = (
-        next(Path("output/reproduce/tiny", part, "runs").glob("unpruned-*/run.json")).read_text() for part in ("noise/batch1-sdpa", "rows")
-    )
-    assert first == second
+    (held,) = load_sweep("output/reproduce/tiny/noise/batch16-eager").records
+    assert held.config["model"]["attn_implementation"] == "eager"
+    first, second = (Path("output/reproduce/tiny", part, "runs") for part in ("noise/batch1-sdpa", "rows"))
+    names = sorted(path.relative_to(first) for path in first.glob("unpruned-*/**/*.json*"))
+    assert {path.name for path in names} == {"run.json", "plan.json", "answers.jsonl", "scores.jsonl", "draws.json", "record.json"}
+    for name in names:
+        assert (first / name).read_text() == (second / name).read_text()
 
 
 def test_a_second_call_loads_nothing_and_more_methods_only_add(tmp_path: Path, loads: Loads) -> None:
@@ -202,9 +204,9 @@ def test_what_printed_numbers_do_not_speak_of_is_not_gated(
 ) -> None:
     prints(tiny_mean=10.0)
     protocol = {"model": GOOD["model"] | {"protocol": "hf"}} if options == ["hf"] else {}
-    result = call(
-        "--config", write(tmp_path, **protocol, pruning_rates=["2/3"]), "--method", "vlmpruner", "--json", *([] if protocol else options)
-    )
+    config = write(tmp_path, **protocol, pruning_rates=["2/3"])
+    one_variant = ["--batch-sizes", "1", "--attention", "sdpa"]
+    result = call("--config", config, "--method", "vlmpruner", "--json", *one_variant, *([] if protocol else options))
     assert (result.exit_code, last_json(result)["gate"], last_json(result)["rows"]) == (0, "not comparable", True)
     assert f"not comparable with printed numbers ({reason})" in " ".join(result.stderr.split())
     verdicts = [row["scores"]["tiny_mean"]["verdict"] for row in read()["rows"] if row["scores"]["tiny_mean"]["printed"]]
@@ -241,8 +243,8 @@ def test_minivlm_from_command_to_report_and_again(tmp_path: Path) -> None:
     assert release["quirks"]["stall"]["share"] == release["quirks"]["stall"]["samples"] / 6 > 0
     assert done["provenance"]["model"]["device"] == "cpu"
     for variant in done["noise"]["variants"]:
-        (run,) = Path("output/reproduce/tiny/noise", variant, "runs").glob("*/run.json")
-        loaded = json.loads(run.read_text())["provenance"]["model"]
+        (record,) = stored.read_runs(Path("output/reproduce/tiny/noise", variant)).values()
+        loaded = record.provenance.model
         assert f"batch{loaded['batch_size']}-{loaded['attn_implementation']}" == variant
     again = call(*options)
     assert (again.exit_code, last_json(again)["skipped"]) == (0, 7)

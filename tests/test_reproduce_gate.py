@@ -14,12 +14,19 @@ from vlm_pruner_eval.reproduce import noise
 from vlm_pruner_eval.reproduce.gate import judge
 from vlm_pruner_eval.reproduce.noise import Flips, Noise, TaskNoise
 from vlm_pruner_eval.reproduce.plan import Variant, make_plan
+from vlm_pruner_eval.store.folder import DocumentScore
+from vlm_pruner_eval.store.schema import RunRecord
+from vlm_pruner_eval.store.summaries import Score, TaskScore
 
 HEADER = "paper,table,vlm,method,retained_tokens,pruning_rate_percent,benchmark,metric,value,read_from\n"
 
 
+def score(doc_id: int, value: float | None, answer: str = "a") -> DocumentScore:
+    return DocumentScore(task="t", doc_id=doc_id, answer=answer, score=value)
+
+
 def test_an_answer_may_change_without_its_score() -> None:
-    ours, theirs = ({("t", 0): [{"answer": text, "score": 0.0, "choice": None}]} for text in ("a", "b"))
+    ours, theirs = ({("t", 0): score(0, 0.0, text)} for text in ("a", "b"))
     assert noise._answer_flips(ours, theirs) == Flips(1, 1)
     assert noise._score_flips(ours, theirs) == Flips(0, 1)
 
@@ -33,20 +40,15 @@ def test_an_answer_may_change_without_its_score() -> None:
     ],
 )
 def test_score_flips_are_counted_over_the_documents_that_have_scores(ours: list, theirs: list, expected: Flips | None) -> None:
-    sides = [{("t", i): [{"score": score}] for i, score in enumerate(scores)} for scores in (ours, theirs)]
+    sides = [{("t", i): score(i, value) for i, value in enumerate(values)} for values in (ours, theirs)]
     assert noise._score_flips(*sides) == expected
 
 
-def test_of_scored_choices_the_most_likely_by_token_is_the_answer() -> None:
-    choices = [("no", 0, -4.0, 1), ("a long answer", 1, -6.0, 4)]
-    samples = [{"answer": a, "choice": c, "loglikelihood": ll, "n_new_tokens": n} for a, c, ll, n in choices]
-    assert noise.document_answer(samples) == 1
-
-
 def test_a_benchmark_of_several_tasks_counts_the_documents_of_all() -> None:
-    scored = {"metrics": {"part_a": {"metric": "acc"}, "part_b": {"metric": "acc,none"}}, "main": {"metric": "mean of acc over 2 tasks"}}
-    assert noise._leaves("whole", scored) == {"part_a", "part_b"}
-    single = {"metrics": {"p": {"value": 1.0}, "c": {"value": 1.0}}, "main": {"metric": "p + c"}}
+    parts = {name: Score(value=1.0, n=2, metric=metric) for name, metric in (("part_a", "acc"), ("part_b", "acc,none"))}
+    whole = TaskScore(metrics=parts, main=Score(value=1.0, n=4, metric="mean of acc over 2 tasks"))
+    assert noise._leaves("whole", whole) == {"part_a", "part_b"}
+    single = TaskScore(metrics={name: Score(value=1.0, n=2) for name in "pc"}, main=Score(value=2.0, n=2, metric="p + c"))
     assert noise._leaves("mme", single) == {"mme"}
 
 
@@ -54,7 +56,7 @@ def unpruned(**scores: tuple[float | None, float]) -> Noise:
     """A noise floor of one variant: task=(score, spread)."""
     variant = Variant(1, "sdpa")
     tasks = {name: TaskNoise("m", {variant.name: score}, spread, {}, {}) for name, (score, spread) in scores.items()}
-    return Noise((variant,), {}, {"provenance": {}}, tasks, 0.0)
+    return Noise((variant,), {}, RunRecord.model_construct(units={}), tasks, 0.0)
 
 
 def numbers(**bounds: float) -> PrintedNumbers:

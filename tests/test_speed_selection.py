@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 from vlm_pruner_eval import ConfigError, VisualTokens, get_pruner, keep_count
 from vlm_pruner_eval.pruners import blocks
 from vlm_pruner_eval.pruners.divprune import would_repeat
-from vlm_pruner_eval.speed import cli, machine, selection
-from vlm_pruner_eval.speed.memory import highest, peak_extra_bytes
-from vlm_pruner_eval.speed.plain import PLAIN, broadcast_cosine
+from vlm_pruner_eval.speed import bench_selection as selection
+from vlm_pruner_eval.speed import measuring
+from vlm_pruner_eval.speed.bench_commands import app
+from vlm_pruner_eval.speed.measuring import peak_extra_bytes, summary, take_turns
 
 CPU = torch.device("cpu")
 METHODS = ["vlmpruner", "dart", "divprune", "fastv", "random"]
@@ -45,27 +46,30 @@ def test_ratios_are_of_the_times_beside_them(result: dict):
     yardstick = {(line["device"], line["n_visual"]): line["ms"] for line in result["yardstick"]}
     for row in result["rows"]:
         assert row["yardstick_ratio"] == pytest.approx(yardstick[row["device"], row["n_visual"]] / row["select"]["ms"])
-        assert (row["plain_ratio"] is None) == (row["method"] not in PLAIN)
-        if row["plain_ratio"] is not None:
-            assert row["plain_ratio"] == pytest.approx(row["plain"]["ms"] / row["choose"]["ms"])
         assert row["peak_in_matrices"] == pytest.approx(row["peak_bytes"] / (4 * row["n_visual"] ** 2))
         assert row["peak_bytes"] >= row["answer_bytes"] >= 8 * row["n_kept"]
 
 
 def test_times_are_medians_of_rounds():
-    times = selection.Times([[1.0, 2.0, 9.0], [4.0, 4.0, 4.0], [3.0, 3.0, 30.0]])
-    assert times.summary() == {"ms": 3.0, "iqr_ms": 1.0, "rounds_ms": [2.0, 4.0, 3.0], "noise": pytest.approx(2 / 3)}
+    found = summary([[1.0, 2.0, 9.0], [4.0, 4.0, 4.0], [3.0, 3.0, 30.0]])
+    spread = {"iqr_ms": 1.0, "best_ms": 1.0, "noise": pytest.approx(2 / 3)}
+    assert found == {"ms": 3.0, "rounds_ms": [2.0, 4.0, 3.0], **spread}
 
 
 def test_calls_take_turns_and_none_is_timed_before_it_has_run_once():
     calls = []
-    times = selection._round({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, CPU)
+    times = selection._times({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
     assert calls == ["a", "b", "a", "b", "b", "a", "a", "b"]
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
 
 
+def test_results_of_turns_stay_with_their_calls():
+    count = iter(range(10))
+    assert take_turns({"a": lambda: next(count), "b": lambda: next(count)}, 2) == {"a": [0, 3], "b": [1, 2]}
+
+
 def test_a_yardstick_that_does_not_fit_is_skipped_and_says_so(monkeypatch):
-    monkeypatch.setattr(selection, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(measuring, "free_bytes", lambda device: 1000)
     got = selection.bench_selection(["fastv"], [36], 1, width=64)
     assert got["yardstick"][0]["ms"] is None and "are free" in got["yardstick"][0]["skipped"]
     assert all(row["yardstick_ratio"] is None for row in got["rows"])
@@ -86,30 +90,18 @@ def test_bad_input_is_refused_all_at_once():
 def test_the_input_exercises_the_growth():
     """Cosines as of a photo: the default threshold is not reached by everything, nor by nothing."""
     given = selection.image_tokens(576, 512, CPU)
-    cosine = broadcast_cosine(given.hidden_states)[~torch.eye(576, dtype=torch.bool)]
+    cosine = selection.broadcast_cosine(given.hidden_states)[~torch.eye(576, dtype=torch.bool)]
     assert 0.02 < (cosine > 0.5).float().mean() < 0.98
-
-
-# ---- plain formulations
-@pytest.mark.parametrize("keep", [9, 20, 44])
-@pytest.mark.parametrize("method", sorted(PLAIN))
-def test_a_plain_formulation_gives_the_same_answer(method: str, keep: int):
-    for n_visual in (48, 60, 90):
-        given = tokens(n_visual)
-        assert torch.equal(PLAIN[method](given, keep), get_pruner(method, pruning_rate=0.5).select(given, keep).order)
 
 
 def test_the_yardstick_is_the_cosine_matrix():
     features = tokens().hidden_states
     unit = features / features.norm(dim=1, keepdim=True)
-    assert torch.allclose(broadcast_cosine(features), unit @ unit.T, atol=1e-5)
+    assert torch.allclose(selection.broadcast_cosine(features), unit @ unit.T, atol=1e-5)
 
 
 # ---- memory
 def test_the_peak_counts_what_lives_at_one_time():
-    assert highest([5, -5, 3, 4, -7]) == 7
-    assert highest([]) == 0
-
     def two_then_one() -> torch.Tensor:
         first = torch.zeros(1000, 100)
         second = first + 1
@@ -158,9 +150,9 @@ def test_would_repeat_is_what_a_loop_without_memory_does(seed: int):
 def test_the_command_prints_a_table_and_one_json_line(tmp_path):
     before, out = torch.get_num_threads(), tmp_path / "deep" / "selection.json"
     args = ["selection", "--methods", "fastv,vlmpruner", "--sizes", "36", "--repeats", "1", "--threads", "2", "--out", str(out)]
-    got = CliRunner().invoke(cli.app, args)
+    got = CliRunner().invoke(app, args)
     assert got.exit_code == 0, got.output
-    told = CliRunner().invoke(cli.app, [*args, "--json"])
+    told = CliRunner().invoke(app, [*args, "--json"])
     last = json.loads(told.stdout)
     assert last == json.loads(out.read_text())
     assert last["threads"] == 2 and torch.get_num_threads() == before
@@ -177,13 +169,13 @@ def test_the_command_prints_a_table_and_one_json_line(tmp_path):
     ],
 )
 def test_bad_input_is_a_sentence(args: list[str], words: str):
-    got = CliRunner().invoke(cli.app, ["selection", *args])
+    got = CliRunner().invoke(app, ["selection", *args])
     assert got.exit_code == 2
     assert words in got.stderr and "Traceback" not in got.output
 
 
 def test_threads_come_back_after_an_error():
     before = torch.get_num_threads()
-    with pytest.raises(ZeroDivisionError), machine.threads(before + 1):
+    with pytest.raises(ZeroDivisionError), measuring.threads(before + 1):
         raise ZeroDivisionError
     assert torch.get_num_threads() == before

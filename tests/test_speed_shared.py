@@ -13,11 +13,11 @@ from lmms_eval.tasks import TaskManager
 from test_cli import clean_surroundings  # noqa: F401  # a fixture that is always on
 from typer.testing import CliRunner
 
-from vlm_pruner_eval.bench import tasks_path
+from vlm_pruner_eval.embedded import tasks_path
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.lmms.log import Answer
-from vlm_pruner_eval.speed.cli import app
-from vlm_pruner_eval.speed.shared import bench_shared
+from vlm_pruner_eval.speed.bench_commands import app
+from vlm_pruner_eval.speed.bench_shared import bench_shared
+from vlm_pruner_eval.store.answers import Answer
 from vlm_pruner_eval.sweep.config import SweepConfig, validate
 
 ROOT = Path(__file__).parent.parent
@@ -44,9 +44,8 @@ def config() -> SweepConfig:
     )
 
 
-def test_both_ways_are_run_and_compared(config: SweepConfig, manager: Any) -> None:
-    lines: list[str] = []
-    result = bench_shared(config, 2, task_manager=manager, progress=lines.append)
+def test_both_ways_are_run_and_compared(config: SweepConfig, manager: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    result = bench_shared(config, 2, task_manager=manager)
     assert json.loads(json.dumps(result)) == result
     assert (result["benchmark"], result["dtype"], result["threads"]) == ("shared", "float32", torch.get_num_threads())
     assert (result["runs"], result["samples"], result["limit"], result["batch_size"]) == (3, 6, 2, 2)
@@ -55,7 +54,8 @@ def test_both_ways_are_run_and_compared(config: SweepConfig, manager: Any) -> No
     for name, seconds in (("ratio", "wall_s"), ("cpu_ratio", "cpu_s")):
         ratios = [timed["shared"][seconds] / timed["separate"][seconds] for timed in result["rounds"]]
         assert result[name] == pytest.approx(median(ratios))
-    assert [line.split(":")[0] for line in lines] == ["round 1", "round 2"]
+    told = capsys.readouterr()
+    assert told.out == "" and "round 1: separate" in told.err and "round 2: separate" in told.err
 
 
 def test_an_answer_that_differs_is_counted(config: SweepConfig, manager: Any, monkeypatch: pytest.MonkeyPatch) -> None:

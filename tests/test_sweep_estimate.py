@@ -14,7 +14,7 @@ from stored import read_runs, units
 from sweep_standin import StandIn, make_config, task_manager, write_tasks
 from test_store import PROVENANCE, record
 
-from vlm_pruner_eval.bench import questions_path
+from vlm_pruner_eval.embedded import questions_path
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.store.schema import RunRecord
 from vlm_pruner_eval.store.summaries import Spread, Times, Tokens

@@ -1,74 +1,105 @@
-"""The short fault campaign finds nothing, and would find what it looks for."""
+"""A short fault campaign finds nothing, and would find what it looks for."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import subprocess
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+import datasets
+import fault_sections as parts
 import pytest
+from fault_checks import FOUND, age
+from fault_sections import Section
+from fault_sweep import Attempt, standin_sweep
+from fault_trace import FULL, KILL, POWER
+from sweep_standin import make_config
 from test_cli import behaviour, call, clean_surroundings, write  # noqa: F401  # fixtures
-from vlm_pruner_eval.sweep.files import remove_leftovers, write_atomic
-from vlm_pruner_eval.sweep.store import Store
 
+import vlm_pruner_eval
 from vlm_pruner_eval import durable
 from vlm_pruner_eval.errors import StoppedError
-from vlm_pruner_eval.sweep import files
+from vlm_pruner_eval.store import claims, files
+from vlm_pruner_eval.store.answers import ANSWERS
+from vlm_pruner_eval.store.files import remove_leftovers, write_atomic
+from vlm_pruner_eval.store.folder import Store
+from vlm_pruner_eval.sweep import provenance
+from vlm_pruner_eval.sweep.grid import expand, grid_of
 
-CAMPAIGN = Path(__file__).parent / "fault_campaign.py"
-SECTIONS = ("random", "kill_at_writes", "power_at_writes", "full_at_writes", "journals", "memory")
-
-
-@pytest.fixture(scope="module")
-def campaign() -> dict[str, Any]:
-    """What the short campaign found."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(CAMPAIGN.parent.parent), str(CAMPAIGN.parent)])}
-    done = subprocess.run([sys.executable, str(CAMPAIGN), "--short"], capture_output=True, text=True, env=env, check=False, timeout=290)
-    assert done.stdout.strip(), done.stderr
-    return json.loads(done.stdout.strip().splitlines()[-1]) | {"returncode": done.returncode}
-
-
-@pytest.mark.parametrize("section", SECTIONS)
-def test_nothing_is_lost_doubled_or_different(campaign: dict[str, Any], section: str) -> None:
-    found = campaign["sections"][section]
-    assert found["findings"] == {}
-    assert found["sweeps_finished"] >= 1 and found["resumes"] >= 1
-
-
-def test_it_did_what_it_says(campaign: dict[str, Any]) -> None:
-    """A campaign that broke nothing would find nothing."""
-    assert campaign["returncode"] == 0
-    kinds = campaign["kills_by_kind"]
-    assert sum(kinds.get(name, 0) for name in ("SIGKILL", "SIGTERM", "SIGINT")) == 8
-    assert kinds["power cut at a write"] == 2
-    sections = campaign["sections"]
-    assert sections["kill_at_writes"]["kills"] == {"SIGKILL at a write": 5}
-    assert "write runs/RUN/journal.jsonl" in sections["kill_at_writes"]["hit"]
-    assert "rename runs/RUN/run.json" in sections["kill_at_writes"]["hit"]
-    assert sections["full_at_writes"]["exit_codes"]["disk full: 1"] == 4
-    assert sections["journals"]["cuts"] == 3 and sections["journals"]["exit_codes"]["changed line: 2"] >= 2
-    assert set(sections["memory"]["runs_by_batch_size"]) & {"3", "1"}, "no batch was too large"
+ANSWER, RECORD, PLAN = "write runs/RUN/UNIT/answers.jsonl", "rename runs/RUN/UNIT/record.json", "open runs/RUN/UNIT/answers.jsonl"
+SHORT = {
+    "random": (partial(parts.standin_kills, kills=8, span_s=1.0, pause_s=0.02, n_runs=3, has_report=False), 8),
+    "two_workers": (partial(parts.two_workers, kills=6, span_s=0.4, pause_s=0.02, n_runs=3), 6),
+    "kill_at_writes": (partial(parts.at_writes, kind=KILL, only=(ANSWER, PLAN, RECORD)), 3),
+    "power_at_writes": (partial(parts.at_writes, kind=POWER, only=(ANSWER, RECORD)), 2),
+    "full_at_writes": (partial(parts.at_writes, kind=FULL, only=(ANSWER,)), 0),
+    "logs": (partial(parts.damaged_logs, step=300), 1),
+}
+LONG = {
+    "larger_limit": (partial(parts.larger_limit, kills=3, span_s=1.0, pause_s=0.02), 3),
+    "all_writes": (partial(parts.at_writes, kind=KILL), 40),
+    "memory": (partial(parts.short_of_memory, rounds=1, kills=2), 0),
+    "disks": (partial(parts.small_disks, limits=1), 0),
+}
 
 
-# ---- what the campaign led to
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data sets are prepared in a folder of the test's own."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+@pytest.mark.parametrize(
+    ("work", "kills"), [*SHORT.values(), *(pytest.param(*case, marks=pytest.mark.slow) for case in LONG.values())], ids=[*SHORT, *LONG]
+)
+def test_nothing_is_lost_doubled_or_different(tmp_path: Path, work: Callable[[Section], None], kills: int) -> None:
+    section = Section(tmp_path / "section", seed=0)
+    work(section)
+    assert section.findings == {}
+    assert section.sweeps >= 1 and section.resumes >= 1
+    assert section.kills.total() >= kills, "a campaign that breaks nothing finds nothing"
+
+
+def test_it_would_find_what_it_looks_for(tmp_path: Path) -> None:
+    section = Section(tmp_path, seed=0)
+    sweep = standin_sweep(tmp_path, n_runs=3, limit=6).unreported()
+    watch = section.begin(sweep, section.reference(sweep))
+    watch.look("before")
+    end = Attempt(sweep).wait()
+    watch.finish("the whole", end.answers)
+    assert watch.findings == {}
+    first, second, third, *_ = sorted(sweep.output.rglob(ANSWERS))
+    first.write_bytes(b"")
+    second.write_bytes(second.read_bytes() * 2)
+    third.write_bytes(third.read_bytes().replace(b'"answer": "', b'"answer": "X', 1))
+    next(sweep.output.rglob("run.json")).write_text("{")
+    (sweep.output / ".left.tmp").touch()
+    watch.finish("broken")
+    watch.look("written again", end.answers)
+    assert set(watch.findings) == set(FOUND), watch.findings
+
+
+# ---- what campaigns led to
 def test_a_crash_leaves_files_that_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(files.os, "unlink", lambda name: None)  # as a crash, which tidies nothing
-        patch.setattr(files.os, "replace", interrupted)
-        write_atomic(tmp_path / "images" / "a.jpg", "half")
-    (left,) = (tmp_path / "images").iterdir()
-    store = Store(tmp_path)
-    store.begin("tiny", {}, [])
-    assert left.exists(), "another process may be writing it"
-    os.utime(left, (0, 0))
-    (tmp_path / "images" / ".mine.settings").write_text("not ours")
-    os.utime(tmp_path / "images" / ".mine.settings", (0, 0))
-    store.begin("tiny", {}, [])
-    assert [path.name for path in (tmp_path / "images").iterdir()] == [".mine.settings"]
+    """Nor when the grid stays as it was, nor in the folders of runs."""
+    config = make_config()
+    store, grid = Store(tmp_path), grid_of(config, expand(config))
+    store.begin(grid)
+    for folder in (tmp_path / "images", tmp_path / "runs" / "a"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(files.os, "unlink", lambda name: None)  # as a crash, which tidies nothing
+            patch.setattr(files.os, "replace", interrupted)
+            write_atomic(folder / "file", "half")
+        (folder / ".mine.settings").write_text("not ours")
+    store.begin(grid)
+    assert len(list(tmp_path.rglob(".*.tmp"))) == 2, "another process may be writing them"
+    age(tmp_path)
+    store.begin(grid)
+    assert list(tmp_path.rglob(".*.tmp")) == []
+    assert len(list(tmp_path.rglob(".mine.settings"))) == 2
 
 
 def interrupted(*args: object) -> None:
@@ -97,8 +128,9 @@ def test_a_full_disk_stops_a_sweep_before_its_first_run(tmp_path: Path, monkeypa
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(files.os, "fsync", full)
+    config = make_config()
     with pytest.raises(StoppedError, match=r"The disk is full .* make room, then run the same command again"):
-        Store(tmp_path / "out").begin("tiny", {}, [])
+        Store(tmp_path / "out").begin(grid_of(config, expand(config)))
 
 
 @pytest.mark.usefixtures("behaviour")
@@ -106,12 +138,43 @@ def test_a_report_that_does_not_fit_is_a_sentence(tmp_path: Path, monkeypatch: p
     file = write(tmp_path)
     assert call("sweep", file, "--output", tmp_path / "out").exit_code == 0
 
-    def full(*args: object, **options: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    replace = os.replace
+
+    def full(source: str, target: Path) -> None:
+        if target.name == "report.md":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr(files.os, "replace", full)
         result = call("report", tmp_path / "out")
     assert result.exit_code == 1
     assert "vlm-pruner-eval: The disk is full ([Errno 28] No space left on device)" in result.stderr
+    assert not (tmp_path / "out" / "report.md").exists(), "half of it would be taken for the whole"
     assert call("report", tmp_path / "out").exit_code == 0
+
+
+def test_a_full_disk_is_no_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(claims.UnitLock, "acquire", full)
+    with pytest.raises(OSError, match="No space left"):
+        claims.check_locks(tmp_path)
+
+
+def test_a_killed_sweep_leaves_no_lock_in_the_users_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`git status` takes one to write down what it found, unless it is told not to."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    package = tmp_path / "package" / "__init__.py"
+    write_atomic(package, "")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    index = tmp_path / ".git" / "index"
+    os.utime(package, (1, 1))  # the index is out of date from here on
+    before = index.read_bytes()
+    monkeypatch.setattr(vlm_pruner_eval, "__file__", str(package))
+    assert len(provenance.git_commit()) == 40
+    assert index.read_bytes() == before
+    subprocess.run([*git, "status", "--porcelain"], check=True)
+    assert index.read_bytes() != before, "the test shows nothing"

@@ -234,7 +234,7 @@ def test_intervals_of_a_mean_cover_it_as_often_as_they_say() -> None:
 
 
 def test_every_packaged_task_and_every_benchmark_of_the_paper_has_a_main_metric() -> None:
-    from vlm_pruner_eval.bench import GROUP, TASKS
+    from vlm_pruner_eval.embedded import GROUP, TASKS
 
     assert {f"{GROUP}_{task}" for task in TASKS} <= set(MAIN_METRICS)
     assert {"gqa", "mme", "pope", "ocrbench", "seedbench", "textvqa_val", "ok_vqa_val2014", "scienceqa_img"} <= set(MAIN_METRICS)

@@ -19,7 +19,7 @@ from test_cli import clean_surroundings, write  # noqa: F401  # a fixture that i
 from typer.testing import CliRunner
 
 from vlm_pruner_eval import cli
-from vlm_pruner_eval.bench import questions_path, tasks_path
+from vlm_pruner_eval.embedded import questions_path, tasks_path
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.lmms.wrapper import load
 from vlm_pruner_eval.pruners.uniform import Uniform
@@ -32,7 +32,7 @@ from vlm_pruner_eval.sweep.grid import expand
 from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
 from vlm_pruner_eval.sweep.units import groups, units_of
 
-UTILS = "from vlm_pruner_eval.bench.tasks.utils import doc_to_text, doc_to_visual, exist_docs\n"
+UTILS = "from vlm_pruner_eval.embedded.tasks.utils import doc_to_text, doc_to_visual, exist_docs\n"
 CHOICE = """
 task: exist_choice
 dataset_path: parquet

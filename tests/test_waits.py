@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from toy_pruners import IN_MODEL, KeyNorm, NoCheck, TwoStages
 
 from vlm_pruner_eval import Pruner, PruningError, Selection, VisualTokens, get_pruner, prune
-from vlm_pruner_eval.host import to_host
+from vlm_pruner_eval.device_copy import to_host
 from vlm_pruner_eval.pruners.fastv import FastV
-from vlm_pruner_eval.speed.selection import image_tokens
+from vlm_pruner_eval.speed.bench_selection import image_tokens
 
 CPU = torch.device("cpu")
 FIELDS = ("hidden_states", "coords", "keys", "attention", "normed_hidden_states", "positions")

@@ -9,7 +9,7 @@ from fractions import Fraction
 from numbers import Integral, Real
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.shown import short
+from vlm_pruner_eval.redact import short
 
 Rate = float | str | Fraction
 

@@ -14,9 +14,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from vlm_pruner_eval.ending import FAILED, sentences
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.speed.cli import app as bench_app
+from vlm_pruner_eval.exit_codes import FAILED, sentences
+from vlm_pruner_eval.speed.bench_commands import app as bench_app
 from vlm_pruner_eval.stdout import AsJson, Stdout, stdout
 from vlm_pruner_eval.sweep.commands import command_with
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from vlm_pruner_eval import shown
+from vlm_pruner_eval import redact
 
 
 class ConfigError(ValueError):
@@ -15,12 +15,12 @@ class ConfigError(ValueError):
     ----------
     problems
         One sentence, or all the sentences found in one pass: a user mends a file once, not once per error. What they quote of
-        the input is made fit to be shown (`shown.sentence`).
+        the input is made fit to be shown (`redact.sentence`).
     """
 
     def __init__(self, problems: str | Iterable[str]):
         listed = (problems,) if isinstance(problems, str) else problems
-        self.problems: tuple[str, ...] = tuple(shown.sentence(problem) for problem in listed)
+        self.problems: tuple[str, ...] = tuple(redact.sentence(problem) for problem in listed)
         super().__init__("\n".join(self.problems))
 
 
@@ -46,6 +46,6 @@ _LONGEST = 200  # characters of a name that are compared
 def closest(name: object, known: Iterable[str]) -> str:
     """The tail of a sentence about an unknown name: its closest match, if any, and the known ones."""
     names = sorted(known)
-    match = difflib.get_close_matches((name if isinstance(name, str) else shown.short(name))[:_LONGEST], names, n=1, cutoff=0.5)
+    match = difflib.get_close_matches((name if isinstance(name, str) else redact.short(name))[:_LONGEST], names, n=1, cutoff=0.5)
     hint = f"did you mean {match[0]!r}? " if match else ""
     return f"{hint}Known: {', '.join(names) or '(none)'}."

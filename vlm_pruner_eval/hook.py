@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from vlm_pruner_eval import hf_compat
 from vlm_pruner_eval.cut import Context, Cut, CutState, LayerLength, recall, remember, take
+from vlm_pruner_eval.device_copy import to_host
 from vlm_pruner_eval.eager import EagerExecution
 from vlm_pruner_eval.errors import ConfigError, PruningError
 from vlm_pruner_eval.guard import Guard, NotCopied
-from vlm_pruner_eval.host import to_host
 from vlm_pruner_eval.installed import Hooks
 from vlm_pruner_eval.ledger import Ledger
 from vlm_pruner_eval.prefill import Prefill

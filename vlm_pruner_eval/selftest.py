@@ -1,4 +1,4 @@
-"""Self-test of an installation, about two seconds: what lmms-eval imports late, and a pruned answer against a slow recomputation.
+"""Self-test of an installation, about two seconds: late imports of lmms-eval, and a pruned answer against a slow one.
 
 The model is a random LLaVA of four layers, made from a configuration: nothing is read from the disk or downloaded.
 """
@@ -23,13 +23,6 @@ _LAYER, _N_LAYERS, _SIDE = 2, 4, 4
 _NEW_TOKENS = 3
 _TOLERANCE = 1e-3  # of the largest logit, in float32
 
-Step = tuple[str, Callable[[], str]]
-
-
-def steps() -> list[Step]:
-    """Return the parts of the self-test: a name, and what raises if it fails, or else says what was seen."""
-    return [("lmms-eval", late_imports), ("hook", hook)]
-
 
 def run() -> None:
     """Run the self-test.
@@ -39,7 +32,7 @@ def run() -> None:
     StoppedError
         With the part that failed, why, and the packages that are not as they were tested.
     """
-    for name, step in steps():
+    for name, step in STEPS.items():
         try:
             step()
         except Exception as error:  # whatever a release of another project breaks
@@ -61,7 +54,7 @@ def late_imports() -> str:
     for name in names:
         importlib.import_module(name)
     evaluator = importlib.import_module("lmms_eval.evaluator")
-    if hasattr(evaluator, "_enable_reentrant_filelocks"):  # changes filelock's classes, as at the beginning of every evaluation
+    if hasattr(evaluator, "_enable_reentrant_filelocks"):  # changes filelock's classes, as every evaluation does first
         evaluator._enable_reentrant_filelocks()
     import filelock
 
@@ -85,7 +78,7 @@ def _imported_in_functions(module: str) -> Iterator[str]:
 
 # ---- the hook
 def hook() -> str:
-    """Prune a batch of two prompts of unequal length by two methods, and hold logits of the cached answer against a recomputation.
+    """Prune two prompts of unequal length by two methods, and hold the logits of the answers against a recomputation.
 
     The recomputation runs the whole sequence through every layer; layers from K on may not look at what was dropped.
 
@@ -106,7 +99,7 @@ def hook() -> str:
 
 
 def _difference(model, inputs: dict, pruner) -> float:
-    """Largest difference of the logits of a pruned answer from those of the recomputation, as a share of the largest logit."""
+    """Largest difference of the logits of a pruned answer from the recomputed ones, as a share of the largest logit."""
     import torch
 
     from vlm_pruner_eval import keep_count, prune
@@ -201,3 +194,6 @@ def _recompute(model, inputs: dict, sequences, kept: list[list[int]]):
         for handle in handles:
             handle.remove()
     return whole.logits[:, n_prompt - 1 : -1]
+
+
+STEPS: dict[str, Callable[[], str]] = {"lmms-eval": late_imports, "hook": hook}  # each raises, or says what was seen

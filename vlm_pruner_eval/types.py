@@ -9,8 +9,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from vlm_pruner_eval.device_copy import to_host
 from vlm_pruner_eval.errors import PruningError
-from vlm_pruner_eval.host import to_host
 
 
 @dataclass(frozen=True)

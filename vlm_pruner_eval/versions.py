@@ -1,4 +1,4 @@
-"""Versions that the package was tested with: the ranges of its metadata, the pins of its lock, and releases known not to work."""
+"""Versions that the package was tested with: ranges of its metadata, pins of its lock, releases known not to work."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Version:
 
     @property
     def facts(self) -> str:
-        """Tested and installed versions in words, such as "tested with 5.24.0 (>=4.57,<5.25), found 5.30.0: newer than tested"."""
+        """Versions in words, such as "tested with 5.24.0 (>=4.57,<5.25), found 5.30.0: newer than tested"."""
         tested = self.wanted if self.locked is None else f"{self.locked} ({self.wanted})"
         verdict = f"{self.verdict}, as {self.reason}" if self.reason else self.verdict
         return f"tested with {tested}, found {self.found or 'nothing'}: {verdict}"
@@ -128,7 +128,7 @@ def versions() -> list[Version]:
 
 
 def not_as_tested() -> list[str]:
-    """Return words for every required package that is absent or outside of the tested range; none if the ranges are not known."""
+    """Return words for every required package that is not as tested; none if the ranges are not known."""
     try:
         return [str(version) for version in versions() if version.verdict != OK]
     except metadata.PackageNotFoundError:
@@ -136,9 +136,12 @@ def not_as_tested() -> list[str]:
 
 
 def changed() -> dict[str, tuple[str, str | None]]:
-    """Return what differs from the lock, required or not: name -> (locked, found); None for a package that is not there."""
+    """Return packages that differ from the lock, required or not: name -> (locked, found or None)."""
     found = {name: _installed(name) for name in locked()}
     return {name: (wanted, found[name]) for name, wanted in locked().items() if found[name] != wanted}
+
+
+_warned: set[str] = set()
 
 
 def check(warn: Callable[[str], None]) -> None:
@@ -156,16 +159,10 @@ def check(warn: Callable[[str], None]) -> None:
     if bad := [version for version in found if version.verdict in (ABSENT, BROKEN)]:
         raise ConfigError([f"{version}. {version.fix}" for version in bad])
     if strange := [str(version) for version in found if version.verdict != OK]:
-        _warn_once(warn, f"Not as tested: {'; '.join(strange)}. Results may differ; the self-test decides if it works at all.")
-
-
-_warned: set[str] = set()
-
-
-def _warn_once(warn: Callable[[str], None], text: str) -> None:
-    if text not in _warned:
-        _warned.add(text)
-        warn(text)
+        text = f"Not as tested: {'; '.join(strange)}. Results may differ; the self-test decides if it works at all."
+        if text not in _warned:
+            _warned.add(text)
+            warn(text)
 
 
 def mend() -> str:

@@ -1,1 +1,1 @@
-"""`vlm-pruner-eval doctor`: what of an installation and its surroundings would get into the way of a sweep, each with its mending."""
+"""`vlm-pruner-eval doctor`: findings about the installation, the machine and a sweep file, each with a remedy."""

@@ -1,8 +1,10 @@
-"""The tasks of a sweep file, and whether their data sets are on this machine or can be downloaded."""
+"""Tasks of a sweep file, and their data sets on this machine or on the hub."""
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import inspect
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,12 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from vlm_pruner_eval.doctor.finding import FAIL, OK, WARN, Finding
-from vlm_pruner_eval.doctor.surroundings import LOGIN, checkpoint_cache, data_cache, offline_switches
-from vlm_pruner_eval.doctor.task_sources import loads_of
+from vlm_pruner_eval.doctor.surroundings import LOGIN, data_cache, offline_switches
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.sweep.config import SweepConfig
-
-_NO_DATA = {".md", ".py", ".gitattributes", ".yaml"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class DataSet:
     part
         The configuration of the data set, or None for its default one.
     token
-        Whether the task asks for a hub token; `datasets` then refuses to download without one, even what is public.
+        True if the task asks for a hub token; `datasets` then refuses to download without one, even what is public.
     videos
         The folder that its videos are unpacked into, or None.
     """
@@ -39,14 +38,12 @@ class DataSet:
     token: bool = False
     videos: str | None = None
 
-    @property
-    def shown(self) -> str:
-        """Id and configuration."""
+    def __str__(self) -> str:
         return self.path if self.part is None else f"{self.path} ({self.part})"
 
 
 def tasks(config: SweepConfig) -> Iterator[Finding]:
-    """Whether lmms-eval knows the tasks, and whether their data are here."""
+    """Look for the tasks in lmms-eval, and for their data here."""
     from vlm_pruner_eval.sweep.opening import check_tasks, unscorable
 
     try:
@@ -56,23 +53,25 @@ def tasks(config: SweepConfig) -> Iterator[Finding]:
             yield Finding("tasks", FAIL, problem, "Mend tasks in the file.")
         return
     for task in unscorable(config, manager):
-        yield Finding(f"task {task}", WARN, "is scored elsewhere, from a file that is written here", "Leave it out, or submit the file.")
+        found = "is scored elsewhere, from a file that is written here"
+        yield Finding(f"task {task}", WARN, found, "Leave it out, or submit the file.")
     for task in config.tasks:
         try:
-            wanted = sorted(set(data_sets(task, manager)), key=str)
+            wanted = sorted(set(data_sets(task, manager)), key=repr)
         except ConfigError as error:
             yield Finding(f"task {task}", FAIL, str(error), "Name its tasks one by one in the file.")
             continue
         yield _data(f"task {task}", wanted)
 
 
+# ---- from a task to its data sets
 def data_sets(member: str | dict[str, Any], manager: Any) -> Iterator[DataSet]:
-    """Hub data sets of a task, or of the members of a group, with those that its functions load.
+    """Yield hub data sets of a task, or of the members of a group, with those that its functions load.
 
     Parameters
     ----------
     member
-        The name of a task, group or tag that lmms-eval knows; or, as groups may hold them, the mapping of a group or task within.
+        The name of a task, group or tag that lmms-eval knows; or the mapping of a group or task within a group.
     manager
         lmms-eval's ``TaskManager``.
 
@@ -92,32 +91,47 @@ def data_sets(member: str | dict[str, Any], manager: Any) -> Iterator[DataSet]:
     if isinstance(inside, list):
         for each in inside:
             yield from data_sets(each, manager)
-    elif "dataset_path" not in raw and inside in manager.task_index and inside != member:
+        return
+    if "dataset_path" not in raw and inside in manager.task_index and inside != member:
         yield from data_sets(inside, manager)
     elif _is_of_hub(raw.get("dataset_path")):
         more = raw.get("dataset_kwargs") or {}
         videos = more.get("cache_dir") if more.get("video") else None
         yield DataSet(raw["dataset_path"], raw.get("dataset_name"), more.get("token") is True, videos)
-    if path != -1 and not isinstance(inside, list):
+    if path != -1:
         yield from _loaded_besides(path)
 
 
-def _loaded_besides(path: str) -> Iterator[DataSet]:
-    """Data sets of the hub that the functions of a task file load themselves (the pictures of GQA)."""
-    from lmms_eval.utils import load_yaml_config
-
-    for found in loads_of(load_yaml_config(path, mode="full")):
-        if _is_of_hub(found["path"]):
-            yield DataSet(found["path"], found["name"], found["token"])
-
-
 def _is_of_hub(path: object) -> bool:
-    """Whether it is an id of the hub: no folder, and no reader of files such as parquet."""
+    """True for an id of the hub: no folder, and no reader of files such as parquet."""
     if not isinstance(path, str) or Path(path).exists():
         return False
     return "/" in path or importlib.util.find_spec(f"datasets.packaged_modules.{path}") is None
 
 
+def _loaded_besides(path: str) -> Iterator[DataSet]:
+    """Data sets that functions load in the file of a task's functions (the pictures of GQA), read from its source."""
+    from lmms_eval.utils import load_yaml_config
+
+    values = [inspect.unwrap(value) for value in load_yaml_config(path, mode="full").values() if callable(value)]
+    files = {Path(value.__code__.co_filename) for value in values if inspect.isfunction(value)}
+    for file in sorted(files):
+        source = ast.parse(file.read_text(encoding="utf-8"))
+        functions = [node for node in source.body if isinstance(node, ast.FunctionDef)]
+        for call in (node for function in functions for node in ast.walk(function)):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).rpartition(".")[2] == "load_dataset":
+                yield from _read(call)
+
+
+def _read(call: ast.Call) -> Iterator[DataSet]:
+    """The data set of a call of ``load_dataset`` that names it as plain text."""
+    given = dict(zip(("path", "name"), call.args, strict=False)) | {word.arg: word.value for word in call.keywords}
+    plain = {name: value.value for name, value in given.items() if isinstance(value, ast.Constant)}
+    if _is_of_hub(plain.get("path")) and ("name" in plain or "name" not in given):
+        yield DataSet(plain["path"], plain.get("name"), plain.get("token") is True)
+
+
+# ---- data sets on this machine
 def _data(name: str, wanted: list[DataSet]) -> Finding:
     """One finding for all data sets of a task: what stops it goes before what is only slow."""
     from huggingface_hub import get_token
@@ -130,40 +144,25 @@ def _data(name: str, wanted: list[DataSet]) -> Finding:
         return Finding(name, FAIL, f"not prepared: {_names(absent)}, and nothing is downloaded", fix)
     if not get_token() and (asking := [data for data in absent if data.token]):
         return Finding(name, FAIL, f"not here, and downloaded with a hub token only: {_names(asking)}", LOGIN)
-    if missing := [data for data in absent if not is_downloaded(data)]:
-        fix = "It is downloaded when the sweep begins; see that it fits, and that the hub can be reached."
-        return Finding(name, WARN, f"not in the cache: {_names(missing)}", fix)
-    fix = "It is prepared when the sweep begins, for which the hub must be reached."
-    return Finding(name, WARN, f"downloaded, not prepared: {_names(absent)}", fix)
+    fix = "It is downloaded and prepared when the sweep begins; see that it fits, and that the hub can be reached."
+    return Finding(name, WARN, f"not prepared: {_names(absent)}", fix)
 
 
 def _names(found: Iterable[DataSet]) -> str:
-    return ", ".join(data.shown for data in found)
+    return ", ".join(map(str, found))
 
 
 def is_prepared(data: DataSet) -> bool:
-    """Whether `datasets` made its tables, and lmms-eval unpacked its videos: then neither network nor token is needed."""
+    """Check that `datasets` made its tables and lmms-eval unpacked its videos, which needs no network and no token."""
     from datasets.naming import camelcase_to_snakecase
+    from huggingface_hub import constants
 
     owner, _, name = data.path.rpartition("/")
     folder = data_cache() / (f"{owner}___" * bool(owner) + camelcase_to_snakecase(name))
     tables = [file.relative_to(folder).parts for file in folder.rglob("*.arrow") if file.is_file()]
     parts = [parts[0] for parts in tables if not any(part.endswith(".incomplete") for part in parts)]
     has_tables = any(data.part in (None, part) or part.startswith(f"{data.part}-") for part in parts)
-    return has_tables and (data.videos is None or _has_files(_video_folder(data.videos)))
-
-
-def is_downloaded(data: DataSet) -> bool:
-    """Whether files of it are in the hub's cache, beyond its card."""
-    files = (checkpoint_cache() / f"datasets--{data.path.replace('/', '--')}" / "snapshots").rglob("*")
-    return any(file.is_file() and file.suffix not in _NO_DATA and file.name not in _NO_DATA for file in files)
-
-
-def _video_folder(cache_dir: str) -> Path:
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HOME) / Path(os.path.expandvars(cache_dir)).expanduser()
-
-
-def _has_files(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
+    if data.videos is None:
+        return has_tables
+    unpacked = Path(constants.HF_HOME) / Path(os.path.expandvars(data.videos)).expanduser()
+    return has_tables and unpacked.is_dir() and any(unpacked.iterdir())

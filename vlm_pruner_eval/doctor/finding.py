@@ -1,12 +1,11 @@
-"""What a check found, and checks that can't break each other."""
+"""Findings of the doctor, and checks that can't break each other."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-from vlm_pruner_eval.shown import of_error, sentence
+from vlm_pruner_eval.redact import of_error, sentence
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 
@@ -18,13 +17,13 @@ class Finding:
     Attributes
     ----------
     name
-        What was looked at.
+        Subject of the check.
     status
         "ok"; "warn" for what some sweeps can do without; "fail" for what stops them.
     found
-        What is there.
+        Facts.
     fix
-        What to do, a sentence; empty where all is well.
+        Remedy, a sentence; empty if all is well, and only then.
     """
 
     name: str
@@ -34,28 +33,24 @@ class Finding:
 
     def __post_init__(self) -> None:
         if (self.status == OK) == bool(self.fix):
-            raise ValueError(f"{self.name}: got status {self.status!r} and fix {self.fix!r}, expected a fix exactly where not all is well.")
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain types."""
-        return asdict(self)
+            got = f"status {self.status!r} and fix {self.fix!r}"
+            raise ValueError(f"{self.name}: got {got}, expected a fix unless all is well.")
 
 
 Check = Callable[[], Iterable[Finding]]
 
 
 def findings(checks: Iterable[tuple[str, Check]]) -> Iterator[Finding]:
-    """What all checks find, fit to be shown; one that breaks is a finding itself."""
+    """Yield the findings of all checks, fit to be shown; a check that raises is a finding itself."""
     for name, check in checks:
         try:
-            for finding in check():
-                yield _presentable(finding)
-        except Exception as error:  # what a broken package raises when it is imported can be anything; it is what the doctor looks for
+            yield from map(_presentable, check())
+        except Exception as error:  # a broken package can raise anything when it is imported; the doctor looks for it
             yield broken(name, error)
 
 
 def broken(name: str, error: Exception) -> Finding:
-    """A check that could not be made."""
+    """Return the finding for a check that could not be made."""
     return _presentable(Finding(name, FAIL, of_error(error), "Mend what is named here, or make the environment anew."))
 
 

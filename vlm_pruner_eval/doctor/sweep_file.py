@@ -1,4 +1,4 @@
-"""What one sweep file needs: its model id, device, attention and checkpoint, looked up without downloading anything."""
+"""Needs of one sweep file: its model id, device, attention and checkpoint, looked up without downloading anything."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlm_pruner_eval.errors import ConfigError, closest
 from vlm_pruner_eval.sweep.config import SweepConfig
 
 _BYTES_A_PARAMETER = 2  # checkpoints of this size are stored in 16 bits
-_INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_INDEX = {".safetensors": "model.safetensors.index.json", ".bin": "pytorch_model.bin.index.json"}
 
 
 def model_id(config: SweepConfig) -> Iterator[Finding]:
@@ -23,21 +23,25 @@ def model_id(config: SweepConfig) -> Iterator[Finding]:
     if config.model.id in MODELS:
         yield Finding("model id", OK, config.model.id)
     else:
-        yield Finding("model id", FAIL, f"{config.model.id} is unknown", f"Mend model.id; {closest(config.model.id, MODELS)}")
+        fix = f"Mend model.id; {closest(config.model.id, MODELS)}"
+        yield Finding("model id", FAIL, f"{config.model.id} is unknown", fix)
 
 
 def device(config: SweepConfig) -> Iterator[Finding]:
-    """Whether the device and the attention backend of the file can be had here."""
+    """Device and attention backend of the file."""
     import torch
     from transformers.utils import is_flash_attn_2_available
 
     from vlm_pruner_eval.lmms.settings import ATTENTION
 
-    wanted, attention = config.model.device, config.model.attn_implementation
+    wanted = config.model.device
+    attention = config.model.attn_implementation
     if wanted is not None and wanted.startswith("cuda") and not torch.cuda.is_available():
-        yield Finding("device", FAIL, f"the file asks for {wanted}, but torch sees no GPU", "Mend that, or remove model.device.")
+        found = f"the file asks for {wanted}, but torch sees no GPU"
+        yield Finding("device", FAIL, found, "Mend that, or remove model.device.")
     if attention not in ATTENTION:
-        yield Finding("attention of the file", FAIL, f"{attention} is unknown", f"Mend it; {closest(attention, ATTENTION)}")
+        fix = f"Mend it; {closest(attention, ATTENTION)}"
+        yield Finding("attention of the file", FAIL, f"{attention} is unknown", fix)
     elif attention == "flash_attention_2" and not is_flash_attn_2_available():
         fix = "Install flash-attn for this torch and GPU, or set model.attn_implementation to sdpa."
         yield Finding("attention of the file", FAIL, "transformers can't use flash_attention_2 here", fix)
@@ -46,7 +50,9 @@ def device(config: SweepConfig) -> Iterator[Finding]:
 
 
 def checkpoint(config: SweepConfig) -> Iterator[Finding]:
-    """Whether the checkpoint is on this machine, whole."""
+    """Look for the checkpoint on this machine, whole."""
+    from huggingface_hub import try_to_load_from_cache
+
     from vlm_pruner_eval.lmms.checkpoint import locate
 
     try:
@@ -54,29 +60,28 @@ def checkpoint(config: SweepConfig) -> Iterator[Finding]:
     except ConfigError as error:
         yield Finding("checkpoint", FAIL, str(error), "Mend model.pretrained in the file.")
         return
-    folder = Path(source) if Path(source).is_dir() else _cached(source, config.model.revision)
-    yield _absent(source) if folder is None else _present(folder, bool(config.model.allow_bin))
-
-
-def _cached(name: str, revision: str | None) -> Path | None:
-    """The snapshot of a hub checkpoint in the cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(name, "config.json", cache_dir=checkpoint_cache(), revision=revision)
-    return Path(found).parent if isinstance(found, str) else None
+    if Path(source).is_dir():
+        yield _present(Path(source), bool(config.model.allow_bin))
+        return
+    revision = config.model.revision
+    found = try_to_load_from_cache(source, "config.json", cache_dir=checkpoint_cache(), revision=revision)
+    is_cached = isinstance(found, str)
+    yield _present(Path(found).parent, bool(config.model.allow_bin)) if is_cached else _absent(source)
 
 
 def _absent(name: str) -> Finding:
     if switches := offline_switches():
         fix = f"Unset {', '.join(switches)}, or download it before: `hf download {name}`."
         return Finding("checkpoint", FAIL, f"{name} is not in the cache, and nothing is downloaded", fix)
-    found, size, free = f"{name} is not in the cache", _size_by_name(name), free_bytes(checkpoint_cache())
-    if size is None:
-        return Finding("checkpoint", WARN, found, "It is downloaded when the sweep begins; see that it fits.")
-    found += f"; about {size / GB:.0f} GB by its name, {free / GB:.0f} GB are free"
-    if size > free:
-        return Finding("checkpoint", FAIL, found, "Free some, or set HF_HUB_CACHE to a folder on a larger disk.")
-    return Finding("checkpoint", WARN, found, f"It is downloaded when the sweep begins, or now by `hf download {name}`.")
+    found = f"{name} is not in the cache"
+    size = _size_by_name(name)
+    if size is not None:
+        free = free_bytes(checkpoint_cache())
+        found += f"; about {size / GB:.0f} GB by its name, {free / GB:.0f} GB are free"
+        if size > free:
+            return Finding("checkpoint", FAIL, found, "Free some, or set HF_HUB_CACHE to a folder on a larger disk.")
+    fix = f"It is downloaded when the sweep begins (see that it fits), or now by `hf download {name}`."
+    return Finding("checkpoint", WARN, found, fix)
 
 
 def _size_by_name(name: str) -> float | None:
@@ -87,15 +92,14 @@ def _size_by_name(name: str) -> float | None:
 
 def _present(folder: Path, allow_bin: bool) -> Finding:
     again = f"Copy or download it again into {folder}, or mend model.pretrained."
-    weights, missing = _weights(folder)
-    missing = [name for name in ("config.json", *missing) if not (folder / name).is_file()]
+    weights, listed = _weights(folder)
+    missing = [name for name in ("config.json", *listed) if not (folder / name).is_file()]
     if missing or not weights:
         return Finding("checkpoint", FAIL, f"{folder} lacks {', '.join(missing) or 'weights'}", again)
-    if all(file.suffix == ".bin" for file in weights) and not allow_bin:
+    if weights[0].suffix == ".bin" and not allow_bin:
         fix = "Use a checkpoint with safetensors, or set allow_bin: true in the model section."
         return Finding("checkpoint", FAIL, f"{folder} has weights in .bin files only", fix)
-    cut = [file.name for file in weights if file.suffix == ".safetensors" and not is_whole(file)]
-    if cut:
+    if cut := [file.name for file in weights if file.suffix == ".safetensors" and not _is_whole(file)]:
         return Finding("checkpoint", FAIL, f"{folder}: not whole: {', '.join(cut)}", again)
     size = sum(file.stat().st_size for file in weights)
     return Finding("checkpoint", OK, f"{folder}, {size / GB:.1f} GB of weights")
@@ -103,7 +107,7 @@ def _present(folder: Path, allow_bin: bool) -> Finding:
 
 def _weights(folder: Path) -> tuple[list[Path], list[str]]:
     """Files of weights, and names of those that an index lists; safetensors before pickled ones."""
-    for suffix, index in zip((".safetensors", ".bin"), _INDEX, strict=True):
+    for suffix, index in _INDEX.items():
         files = sorted(file for file in folder.iterdir() if file.suffix == suffix and file.is_file())
         if (folder / index).is_file():
             return files, sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
@@ -112,13 +116,12 @@ def _weights(folder: Path) -> tuple[list[Path], list[str]]:
     return [], []
 
 
-def is_whole(file: Path) -> bool:
-    """Whether a safetensors file is as long as its header says: a copy that was cut is not."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 + length:
-            return False
-        header = json.loads(stream.read(length))
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return size == 8 + length + max(ends, default=0)
+def _is_whole(file: Path) -> bool:
+    """Check that a safetensors file is as long as its header says: a copy that was cut is not."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy"):
+            return True
+    except SafetensorError:
+        return False

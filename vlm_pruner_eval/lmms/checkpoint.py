@@ -114,7 +114,7 @@ def locate(pretrained: str) -> str:
         Text that reads as a path, with nothing there.
     """
     if pretrained == "minivlm":
-        from vlm_pruner_eval.bench import minivlm_path
+        from vlm_pruner_eval.embedded import minivlm_path
 
         return str(minivlm_path())
     path = os.path.expanduser(pretrained)  # os.path: text that can be no path is nothing that exists, not an exception

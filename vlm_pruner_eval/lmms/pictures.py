@@ -30,7 +30,7 @@ from urllib.parse import unquote
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
-from vlm_pruner_eval.shown import short
+from vlm_pruner_eval.redact import short
 
 SWITCH = "LOAD_TRUNCATED_IMAGES"
 EXPECTED = "expected a whole file in a format that Pillow reads; fetch the task's data again."

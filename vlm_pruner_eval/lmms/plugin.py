@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
 from vlm_pruner_eval.errors import ConfigError, PruningError, closest
-from vlm_pruner_eval.shown import of_error, short, spelled_out, without_secrets
+from vlm_pruner_eval.redact import of_error, short, spelled_out, without_secrets
 from vlm_pruner_eval.vlms import by_model_id
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def task_folders() -> tuple[Path, ...]:
     ConfigError
         The installation is incomplete.
     """
-    from vlm_pruner_eval.bench import tasks_path
+    from vlm_pruner_eval.embedded import tasks_path
 
     return (tasks_path(), Path(__file__).parent / "tasks")
 

@@ -12,7 +12,7 @@ from vlm_pruner_eval.budget import Rate, parse_rate
 from vlm_pruner_eval.errors import ConfigError, closest
 from vlm_pruner_eval.lmms.plugin import MODELS
 from vlm_pruner_eval.pruners import Pruner, get_pruner, parameters, pruner_class
-from vlm_pruner_eval.shown import short, spelled_out
+from vlm_pruner_eval.redact import short, spelled_out
 from vlm_pruner_eval.vlms import FamilySpec, by_model_id
 from vlm_pruner_eval.vlms.family import PIXEL_SETTINGS, VIDEO_SETTINGS
 

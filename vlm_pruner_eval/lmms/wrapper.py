@@ -41,7 +41,7 @@ from vlm_pruner_eval.lmms.prompts import Defaults, Generation, Prompt, Request
 from vlm_pruner_eval.lmms.run_context import RunContext
 from vlm_pruner_eval.lmms.scoring import Scorer
 from vlm_pruner_eval.pruners import Pruner
-from vlm_pruner_eval.shown import of_error
+from vlm_pruner_eval.redact import of_error
 from vlm_pruner_eval.store.answers import Answer, Batch, Done
 from vlm_pruner_eval.timing import time_forwards
 from vlm_pruner_eval.vlms import Family, family_named, family_of

@@ -13,7 +13,7 @@ from typing import Any
 from vlm_pruner_eval.budget import Rate
 from vlm_pruner_eval.errors import ConfigError, closest
 from vlm_pruner_eval.pruners.base import Pruner
-from vlm_pruner_eval.shown import short
+from vlm_pruner_eval.redact import short
 
 ENTRY_POINT_GROUP = "vlm_pruner_eval.pruners"
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from vlm_pruner_eval.device_copy import to_host
 from vlm_pruner_eval.errors import PruningError
-from vlm_pruner_eval.host import to_host
 from vlm_pruner_eval.types import Selection, VisualTokens
 
 SUMMED_IN = torch.float32  # weighted sums of states are, whatever their dtype

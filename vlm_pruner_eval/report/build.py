@@ -15,6 +15,7 @@ from vlm_pruner_eval.report.writers.comma_separated import comma_separated
 from vlm_pruner_eval.report.writers.html import html
 from vlm_pruner_eval.report.writers.latex import latex
 from vlm_pruner_eval.report.writers.markdown import markdown
+from vlm_pruner_eval.store.files import write_atomic
 from vlm_pruner_eval.store.schema import to_json
 
 
@@ -50,9 +51,9 @@ def write(report: Report) -> dict[str, Path]:
     for name, drawn in figures.items():
         paths |= {path.suffix.removeprefix(".") if name == "accuracy_vs_rate" else path.name: path for path in drawn}
     _write_tables(report, paths["tables"])
-    paths["json"].write_text(to_json(as_json(report)) + "\n", encoding="utf-8")
-    paths["html"].write_text(html(report, figures, gallery(results)), encoding="utf-8")
-    paths["md"].write_text(markdown(report, figures), encoding="utf-8")
+    write_atomic(paths["json"], to_json(as_json(report)) + "\n")
+    write_atomic(paths["html"], html(report, figures, gallery(results)))
+    write_atomic(paths["md"], markdown(report, figures))
     return paths
 
 
@@ -66,9 +67,9 @@ def _write_tables(report: Report, folder: Path) -> None:
     counted = ", ".join(f"{task} {documents[task]}" for task in tasks if documents.get(task))
     caption = f"{model['pretrained']}, protocol {model['protocol']}" + (f"; documents: {counted}." if counted else ".")
     for table in report.tables:
-        (folder / f"{table.id}.csv").write_text(comma_separated(table), encoding="utf-8")
+        write_atomic(folder / f"{table.id}.csv", comma_separated(table))
         if table.on_pages:
-            (folder / f"{table.id}.tex").write_text(latex(table, caption=caption), encoding="utf-8")
+            write_atomic(folder / f"{table.id}.tex", latex(table, caption=caption))
 
 
 def as_json(report: Report) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.load import Results, RunResult, load_sweep
+from vlm_pruner_eval.store.files import write_atomic
 from vlm_pruner_eval.store.schema import FINISHED, to_json
 from vlm_pruner_eval.store.summaries import Spread
 from vlm_pruner_eval.sweep.inputs import read_text
@@ -42,7 +43,7 @@ def write_reference(results_dir: Path | str, path: Path | str) -> Path:
     reference |= {"processor": _processor(results), "settings": _settings(results), "measured": _measured(results)}
     reference["runs"] = _digests(results)
     try:
-        path.write_text(_compact(reference), encoding="utf-8")
+        write_atomic(path, _compact(reference))
     except OSError as error:
         raise ConfigError(f"{path}: can't be written ({error}); choose another file.") from error
     return path

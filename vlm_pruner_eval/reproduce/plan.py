@@ -9,8 +9,8 @@ from typing import Any
 
 import vlm_pruner_eval
 from vlm_pruner_eval.errors import ConfigError, closest
+from vlm_pruner_eval.redact import sentence, short
 from vlm_pruner_eval.report.paper.printed import PAPER_MODELS, incomparable, paper_model
-from vlm_pruner_eval.shown import sentence, short
 from vlm_pruner_eval.store.folder import Store
 from vlm_pruner_eval.sweep import config as sweep_config
 from vlm_pruner_eval.sweep.config import SweepConfig

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vlm_pruner_eval.redact import spelled_out
 from vlm_pruner_eval.report import text
 from vlm_pruner_eval.report.load import load_sweep
 from vlm_pruner_eval.report.paper.gate import RULE, TaskVerdict
@@ -24,7 +25,6 @@ from vlm_pruner_eval.report.writers.screen import WIDTH, print_tables, print_ver
 from vlm_pruner_eval.reproduce.noise import Flips, Noise
 from vlm_pruner_eval.reproduce.rows import ReproducedRow, as_json
 from vlm_pruner_eval.reproduce.run import Reproduction
-from vlm_pruner_eval.shown import spelled_out
 from vlm_pruner_eval.store.files import write_atomic
 from vlm_pruner_eval.store.schema import to_json
 

@@ -140,4 +140,5 @@ def _hand_on_unpruned(plan: Plan) -> None:
     for unit in units_of(plan.rows, [run for run in expand(plan.rows) if run.method == UNPRUNED]):
         there, here = unit.stored(noise), unit.stored(rows)
         if there.status(plan.rows.limit) == FINISHED and here.status(plan.rows.limit) is None:
+            rows.write_head(unit.run.head)
             there.copy_to(here)

@@ -73,7 +73,7 @@ class Answer:
 
     def as_json(self) -> dict[str, Any]:
         """Plain types; what has its default is left out."""
-        held = {name: value for name, value in vars(self).items() if value is not None and value not in ((), "") or name == "answer"}
+        held = {name: value for name, value in vars(self).items() if (value is not None and value not in ((), "")) or name == "answer"}
         return held | ({} if self.record is None else {"record": self.record.as_json()})
 
     @classmethod
@@ -97,7 +97,8 @@ class Asked(Protocol):
     is_padding: bool
 
     @property
-    def digest(self) -> str: ...
+    def digest(self) -> str:
+        """Text that differs for another question."""
 
 
 Batch = list[tuple[Any, Answer]]  # requests with their answers

@@ -49,7 +49,7 @@ class Plan(Model):
         Requests by call.
     """
 
-    schema_: int = Field(SCHEMA, alias="schema")
+    schema_: int = Field(default=SCHEMA, alias="schema")
     head: dict[str, Any]
     batch_size: int
     exhausted: list[int] = Field(default_factory=list)
@@ -73,7 +73,7 @@ class Line:
 
     def parsed(self) -> dict[str, Any]:
         """The answer in plain types, with what the log adds."""
-        return json.loads(self.text + b"}")
+        return dict(json.loads(self.text + b"}"))
 
 
 def read_lines(path: Path) -> Iterator[list[Line]]:
@@ -92,8 +92,8 @@ def read_lines(path: Path) -> Iterator[list[Line]]:
                 return
             offset += len(line)
             found = _LINE.fullmatch(line)
-            place = found and _BATCH.search(found[1])
-            if not place or int(found[2], 16) != zlib.crc32(found[1]) or int(place[1]) != len(batch):
+            place = _BATCH.search(found[1]) if found else None
+            if found is None or place is None or int(found[2], 16) != zlib.crc32(found[1]) or int(place[1]) != len(batch):
                 raise DamagedError(
                     f"{path}, line {number}: got a line that does not fit its checksum, so the file was changed or its disk is failing; "
                     f"the answers in it can't be trusted: {_ADVICE}"
@@ -284,9 +284,9 @@ class AnswerLog:
 
     def _note(self, call: str, count: int, bounds: Sequence[int | None]) -> None:
         """Put the call and the present limit into the plan."""
-        wanted = {*self._plan.bounds, *bounds, self.limit}
+        wanted = {*self._begun_plan.bounds, *bounds, self.limit}
         ascending = sorted(wanted, key=lambda bound: float("inf") if bound is None else bound)
-        noted = self._plan.model_copy(update={"bounds": ascending, "asked": self._plan.asked | {call: count}})
+        noted = self._begun_plan.model_copy(update={"bounds": ascending, "asked": self._begun_plan.asked | {call: count}})
         if noted != self._plan:
             self._plan = noted
             self._write_plan()
@@ -306,11 +306,19 @@ class AnswerLog:
                 done.alone.update([request.index] if of == 1 else [])
         parts: dict[int, list[Any]] = {}
         for request in keys.values():
-            place = next(n for n, bound in enumerate(self._plan.bounds) if bound is None or request.doc_id < bound)
+            place = next(n for n, bound in enumerate(self._begun_plan.bounds) if bound is None or request.doc_id < bound)
             parts.setdefault(place, []).append(request)
         return Begun(found, done, [part for _, part in sorted(parts.items())])
 
+    @property
+    def _begun_plan(self) -> Plan:
+        if self._plan is None:
+            raise RuntimeError("the log has no plan before `begin`.")
+        return self._plan
+
     def _write(self, content: bytes) -> None:
+        if self._file is None:
+            raise RuntimeError("the log is not open before `begin`.")
         view = memoryview(content)
         while view:  # unbuffered: what did not fit is not tried again when the file is closed
             view = view[self._file.write(view) :]

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from vlm_pruner_eval.durable import make_folder
+from vlm_pruner_eval.durable import is_disk_full, make_folder
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.store.files import TEMPORARY
 
 LOCK, HOLDER = ".lock", ".holder"
 _PATIENCE_S, _POLL_S = 0.1, 0.02  # a look at the lock by somebody else takes less
@@ -97,7 +98,7 @@ def check_locks(root: Path) -> None:
     nearest = root.absolute()
     while not nearest.exists():
         nearest = nearest.parent
-    handle, name = tempfile.mkstemp(dir=nearest, prefix=".lock-probe.")
+    handle, name = tempfile.mkstemp(dir=nearest, prefix=".lock-probe.", suffix=TEMPORARY)
     os.close(handle)
     try:
         problem = _lock_problem(name)
@@ -123,6 +124,8 @@ def _lock_problem(name: str) -> str | None:
                 return None
             return "a lock that is held can be taken again"
     except (OSError, NotImplementedError, Warning) as error:
+        if is_disk_full(error):
+            raise
         return str(error)
     finally:
         second.release(force=True)

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from vlm_pruner_eval.durable import stopped
 from vlm_pruner_eval.errors import ConfigError
@@ -60,8 +61,11 @@ class DocumentScore(Model):
     answer: str | int
     score: float | None
     target: Any = None
-    items: dict[str, Any] = {}
-    images: list[str] = []
+    items: dict[str, Any] = Field(default_factory=dict)
+    images: list[str] = Field(default_factory=list)
+
+
+_NEEDED = {name for name, field in DocumentScore.model_fields.items() if field.is_required()}
 
 
 @dataclass(frozen=True)
@@ -151,8 +155,11 @@ class Unit:
 
 def _score(line: bytes, path: Path, number: int) -> DocumentScore:
     try:
-        return DocumentScore.model_construct(**json.loads(line))  # written by the same class; millions are read
-    except (ValueError, TypeError) as error:
+        held = json.loads(line)
+        if not held.keys() >= _NEEDED:
+            raise ValueError(f"lacks {', '.join(sorted(_NEEDED - held.keys()))}")
+        return DocumentScore.model_construct(**held)  # written by the same class; millions are read
+    except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}, line {number}: can't be read ({error}); {_DELETE}") from error
 
 
@@ -192,10 +199,12 @@ class Store:
         """
         path = self.root / "sweep.json"
         try:
-            if not self.is_of(grid):
+            if self.is_of(grid):
+                path.touch()  # it tells the time of the disk, by which leftovers are old
+            else:
                 write_atomic(path, _text(grid))
             self.stopped.unlink(missing_ok=True)
-            for folder in (self.root, *(child for child in self.root.iterdir() if child.is_dir())):
+            for folder in (self.root, *filter(Path.is_dir, [*self.root.iterdir(), *self.root.glob("runs/*")])):
                 remove_leftovers(folder, like=path)
         except OSError as error:
             if full := stopped(error):

@@ -72,12 +72,12 @@ class Kept:
     @property
     def order(self) -> list[int]:
         """See `SampleRecord`."""
-        return self._order.tolist()
+        return list(self._order.tolist())
 
     @property
     def kept_positions(self) -> list[int]:
         """See `SampleRecord`."""
-        return (np.sort(self._order) + np.asarray(_spelled(self.offsets), dtype=np.int64)).tolist()
+        return list((np.sort(self._order) + np.asarray(_spelled(self.offsets), dtype=np.int64)).tolist())
 
     @property
     def _order(self) -> np.ndarray:

@@ -6,17 +6,18 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.shown import short, spelled_out
+from vlm_pruner_eval.redact import short, spelled_out
 from vlm_pruner_eval.store.summaries import Failure, Memory, Model, Provenance, TaskScore, Times, Tokens
 
-SCHEMA = 3  # the form of the files; raised when a field changes
+SCHEMA: Final = 3  # the form of the files; raised when a field changes
 FINISHED, FAILED = "finished", "failed"
 
+_MODEL = ("id", "pretrained", "revision", "dtype", "protocol", "attn_implementation", "batch_size")
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
 Record = TypeVar("Record", bound="Model")
 Rate = str | float | None
@@ -35,8 +36,19 @@ def _plain_text(text: str) -> str:
     return text
 
 
+def _sweep_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Refuse a sweep file's content that lacks what a report reads of it."""
+    model = config.get("model")
+    missing = [f"model.{name}" for name in _MODEL if not isinstance(model, dict) or name not in model]
+    missing += [name for name in ("limit", "seed") if name not in config]
+    if missing or not isinstance(config.get("tasks"), list):
+        raise ValueError(f"lacks {', '.join(missing) or 'a list of tasks'}")
+    return config
+
+
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 PlainText = Annotated[str, AfterValidator(_plain_text)]
+SweepSettings = Annotated[dict[str, Any], AfterValidator(_sweep_settings)]
 
 
 # ---- files
@@ -59,7 +71,7 @@ class UnitRecord(Model):
         SHA-256 over the kept sets of all documents.
     """
 
-    schema_: Literal[3] = Field(SCHEMA, alias="schema")
+    schema_: Literal[3] = Field(default=SCHEMA, alias="schema")
     task: str
     limit: int | None
     status: Literal["finished", "failed"]
@@ -114,7 +126,7 @@ class RunLine(Model):
 class RunHead(Model):
     """run.json: the resolved configuration of a run, without tasks and limit."""
 
-    schema_: Literal[3] = Field(SCHEMA, alias="schema")
+    schema_: Literal[3] = Field(default=SCHEMA, alias="schema")
     run: RunLine
     config: dict[str, Any]
 
@@ -122,9 +134,9 @@ class RunHead(Model):
 class Grid(Model):
     """sweep.json: the runs of a sweep, and the folder of every entry of its `tasks`."""
 
-    schema_: Literal[3] = Field(SCHEMA, alias="schema")
+    schema_: Literal[3] = Field(default=SCHEMA, alias="schema")
     name: FolderName
-    config: dict[str, Any]
+    config: SweepSettings
     runs: list[RunLine]
     units: dict[str, FolderName]
 
@@ -144,7 +156,7 @@ class RunRecord(Model):
 
     @property
     def status(self) -> str | None:
-        """ "finished" or "failed" of a complete run, "failed" of one with a failed unit, else None."""
+        """State: "finished" or "failed" of a complete run, "failed" of one with a failed unit, else None."""
         if any(unit.status == FAILED for unit in self.units.values()):
             return FAILED
         return FINISHED if self.is_complete else None
@@ -255,8 +267,8 @@ def read_model(kind: type[Record], path: Path, advice: str) -> Record:
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(str(error)) from error
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: can't be read ({error}); {advice}") from error
     found = raw.get("schema") if isinstance(raw, dict) else None

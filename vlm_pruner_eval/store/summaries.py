@@ -214,4 +214,5 @@ class Provenance(Model):
 
 
 def _sum(values: Sequence[float | None]) -> float | None:
-    return None if None in values or not values else math.fsum(values)
+    known = [value for value in values if value is not None]
+    return math.fsum(known) if known and len(known) == len(values) else None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from vlm_pruner_eval.durable import stopped
-from vlm_pruner_eval.shown import of_error, without_secrets
+from vlm_pruner_eval.redact import of_error, without_secrets
 from vlm_pruner_eval.sweep.clusters import pair_key
 
 

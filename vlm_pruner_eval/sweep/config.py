@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from vlm_pruner_eval.budget import parse_rate
 from vlm_pruner_eval.errors import ConfigError, closest
-from vlm_pruner_eval.shown import short
+from vlm_pruner_eval.redact import short
 from vlm_pruner_eval.sweep.inputs import joined, read_yaml
 
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)

@@ -128,7 +128,7 @@ def count_questions(config: SweepConfig, earlier: Iterable[Earlier] = ()) -> Que
 
     A group of lmms-eval asks the limit of each of its tasks, so `is_exact` is False for the limit of a name that is not packaged.
     """
-    from vlm_pruner_eval.bench import GROUP, TASKS
+    from vlm_pruner_eval.embedded import GROUP, TASKS
 
     wanted: dict[str, int | None] = {}
     packaged = _packaged()
@@ -148,7 +148,7 @@ def _packaged() -> dict[str, int]:
     """Questions of every packaged task."""
     import pyarrow.parquet
 
-    from vlm_pruner_eval.bench import GROUP, questions_path
+    from vlm_pruner_eval.embedded import GROUP, questions_path
 
     column = pyarrow.parquet.read_table(questions_path(), columns=["task"])["task"]
     return {f"{GROUP}_{task}": count for task, count in Counter(column.to_pylist()).items()}

@@ -13,7 +13,7 @@ from typing import Any
 
 from vlm_pruner_eval.budget import rate_at_layer_average
 from vlm_pruner_eval.errors import ConfigError, closest
-from vlm_pruner_eval.shown import short
+from vlm_pruner_eval.redact import short
 from vlm_pruner_eval.store.schema import Grid, RunHead, RunLine
 from vlm_pruner_eval.sweep import identity
 from vlm_pruner_eval.sweep.config import ENTRY_KEYS, MethodEntry, SweepConfig, canonical_rate

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from vlm_pruner_eval.bench import tasks_path
+from vlm_pruner_eval.embedded import tasks_path
 
 # Raised by hand, when an answer of any method, model or packaged task could change, or the meaning of a recorded field. Then
 # `report --write-reference results/reference/ci.json` is due, too.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.shown import short
+from vlm_pruner_eval.redact import short
 from vlm_pruner_eval.store.files import write_atomic
 
 if TYPE_CHECKING:

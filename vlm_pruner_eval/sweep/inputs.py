@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.shown import TOKEN, short, spelled_out
+from vlm_pruner_eval.redact import TOKEN, short, spelled_out
 
 MOST_BYTES = 128 * 1024  # of a sweep file, of which the longest shipped one has 3 KB
 MOST_VALUES = 5_000  # with anchors written out

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlm_pruner_eval.ending import FAILED
 from vlm_pruner_eval.errors import ConfigError, StoppedError
+from vlm_pruner_eval.exit_codes import FAILED
 from vlm_pruner_eval.sweep import early
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.signals import terminable

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
+import socket
 import sys
-import uuid
+import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,14 +19,15 @@ from typing import Any
 from rich.console import Console
 
 from vlm_pruner_eval.errors import ConfigError, StoppedError
-from vlm_pruner_eval.store.files import write_atomic
+from vlm_pruner_eval.store.files import TEMPORARY
 from vlm_pruner_eval.sweep import config as sweep_config
 from vlm_pruner_eval.sweep.opening import open_session
 from vlm_pruner_eval.sweep.work import Work, work_here, work_of
 from vlm_pruner_eval.sweep.workers import MOST_DEATHS, Watch, sweep_file
 
 _MOST_ON_A_NODE = 4  # workers without a GPU, unless more are asked for: every one holds the model in memory
-_LOOK_S = 1.0
+_LOOK_S, _CONNECT_S = 1.0, 5.0
+_OBJECTS_BYTES = 80_000_000  # results are files
 
 
 def work_on_ray(work: Work, address: str | None, processes: int | None, opener: Any = open_session) -> None:
@@ -46,12 +51,13 @@ def work_on_ray(work: Work, address: str | None, processes: int | None, opener: 
     """
     address = address or os.environ.get("RAY_ADDRESS") or None
     ray = _import_ray(is_own=address is None)
-    with _connected(ray, address, processes), _token(work.store.root) as token:
+    told = {"sweep": sweep_file(work.config), "root": str(work.store.root.absolute()), "folder": os.getcwd()}
+    told |= {"todo": [unit.path for unit in work.todo], "command": work.command}
+    seen = partial(tempfile.NamedTemporaryFile, dir=work.store.root, prefix=".seen-by-workers.", suffix=TEMPORARY)
+    with _connected(ray, address, processes), seen() as known:  # the file by which a worker knows the folder when it sees it
         wants, places = _resources(ray, work.config.model.device)
-        told = {"sweep": sweep_file(work.config), "root": str(work.store.root.absolute()), "token": token, "folder": os.getcwd()}
-        told |= {"todo": [unit.path for unit in work.todo], "command": work.command}
         remote = ray.remote(**wants, max_retries=MOST_DEATHS)(_work)
-        left = [remote.remote(told, opener) for _ in range(min(processes or places, len(work.todo)))]
+        left = [remote.remote(told | {"seen": known.name}, opener) for _ in range(min(processes or places, len(work.todo)))]
         watch = Watch(work)
         while left:
             ended, left = ray.wait(left, timeout=_LOOK_S)
@@ -65,7 +71,7 @@ def _work(told: Mapping[str, Any], opener: Any) -> None:
     from vlm_pruner_eval.sweep.progress import quieten
 
     root = Path(told["root"])
-    if not (root / told["token"]).is_file():
+    if not (root / Path(told["seen"]).name).is_file():
         raise ConfigError(
             f"output: {told['root']!r} is not seen from the node {os.uname().nodename}; Ray workers write into it, so give a folder on a "
             "disk that every node shares."
@@ -73,8 +79,7 @@ def _work(told: Mapping[str, Any], opener: Any) -> None:
     quieten()
     os.chdir(told["folder"] if Path(told["folder"]).is_dir() else root)
     config = sweep_config.validate(told["sweep"])
-    work = work_of(config, root, Console(stderr=True), todo=set(told["todo"]), command=told["command"])
-    work_here(work, opener)
+    work_here(work_of(config, root, Console(stderr=True), todo=set(told["todo"]), command=told["command"]), opener)
 
 
 def _result(ray: ModuleType, task: Any) -> None:
@@ -84,9 +89,8 @@ def _result(ray: ModuleType, task: Any) -> None:
         cause = error.cause if isinstance(error.cause, (ConfigError, StoppedError)) else None
         raise cause or StoppedError(f"A Ray worker can't go on: {error}") from error
     except ray.exceptions.RayError as error:  # its node died once too often
-        raise StoppedError(
-            f"A Ray worker was lost {MOST_DEATHS + 1} times ({type(error).__name__}); give the same command again."
-        ) from error
+        lost = f"A Ray worker was lost {MOST_DEATHS + 1} times ({type(error).__name__}); give the same command again."
+        raise StoppedError(lost) from error
 
 
 def _resources(ray: ModuleType, device: str | None) -> tuple[dict[str, int], int]:
@@ -98,17 +102,6 @@ def _resources(ray: ModuleType, device: str | None) -> tuple[dict[str, int], int
     if device != "cpu" and gpus:
         return {"num_gpus": 1}, gpus
     return {"num_cpus": 1}, max(1, sum(min(int(node.get("CPU", 0)) // 2, _MOST_ON_A_NODE) for node in nodes))
-
-
-@contextmanager
-def _token(root: Path) -> Iterator[str]:
-    """A file by which a worker knows the folder when it sees it."""
-    name = f".seen-by-workers-{uuid.uuid4().hex}"
-    write_atomic(root / name, "")
-    try:
-        yield name
-    finally:
-        (root / name).unlink(missing_ok=True)
 
 
 def _import_ray(*, is_own: bool) -> ModuleType:
@@ -134,12 +127,20 @@ def _connected(ray: ModuleType, address: str | None, processes: int | None) -> I
         return
     silent: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:  # "local": Ray would look for a cluster of anyone on this machine
-        silent |= {"num_cpus": max(os.cpu_count() or 1, processes or 1), "include_dashboard": False}
+        silent |= {"num_cpus": max(os.cpu_count() or 1, processes or 1), "include_dashboard": False, "object_store_memory": _OBJECTS_BYTES}
+    terminate = signal.getsignal(signal.SIGTERM)
     try:
+        if address not in (None, "auto"):  # Ray would try for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
         ray.init(address=address or "local", **silent)
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         where = "on this machine" if address is None else f"at {address!r} (start one by `ray start --head`)"
         raise ConfigError(f"--executor ray: no cluster {where} can be joined ({error}).") from None
+    # what Ray has turned on: an end at once on SIGTERM, and dozens of lines about every death on standard output
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminate)
+    ray._private.worker._worker_logs_enabled = False
     try:
         yield
     finally:

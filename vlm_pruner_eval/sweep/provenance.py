@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import vlm_pruner_eval
-from vlm_pruner_eval.shown import without_secrets
+from vlm_pruner_eval.redact import without_secrets
 from vlm_pruner_eval.store.schema import plain
 from vlm_pruner_eval.store.summaries import Provenance
 from vlm_pruner_eval.sweep import machine
@@ -100,9 +100,10 @@ def git_commit() -> str | None:
     if not (root / ".git").exists():
         return None
     answers = []
+    git = ["git", "--no-optional-locks", "-C", str(root)]  # killed, it would leave a lock on which the user's own git fails
     for command in (["rev-parse", "HEAD"], ["status", "--porcelain"]):
         try:
-            done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, timeout=20, check=False)
+            done = subprocess.run([*git, *command], capture_output=True, text=True, timeout=20, check=False)
         except (FileNotFoundError, subprocess.TimeoutExpired):
             return None
         if done.returncode != 0:  # a repository without a commit, or one that belongs to another user
@@ -142,7 +143,7 @@ def checkpoint_files(pretrained: str, revision: str | None = None) -> dict[str, 
 
 def _folder(pretrained: str) -> Path | None:
     if pretrained == "minivlm":
-        from vlm_pruner_eval.bench import minivlm_path
+        from vlm_pruner_eval.embedded import minivlm_path
 
         return minivlm_path()
     return Path(pretrained) if os.path.isdir(pretrained) else None  # os.path: text that can be no path raises nothing

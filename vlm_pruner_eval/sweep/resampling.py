@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_pruner_eval.shown import of_error
+from vlm_pruner_eval.redact import of_error
 from vlm_pruner_eval.sweep.clusters import PAIR_KEYS, RESAMPLES, Clusters
 from vlm_pruner_eval.sweep.counts import Form, forms
 

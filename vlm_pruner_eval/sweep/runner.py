@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def run_sweep(
     )
     for notice in preflight.notices(work.store, work.runs, work.units, work.status):
         work.say(notice)
-    with _told_when_stopped(work):
+    with _told_when_stopped(work), _undone_if_refused(root):
         _make(work, executor, processes, address)
     return _outcome(work)
 
@@ -150,6 +151,22 @@ def _told_when_stopped(work: Work) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         work.say(_stopped(work.store.root))
+        raise
+
+
+@contextmanager
+def _undone_if_refused(root: Path) -> Iterator[None]:
+    """Let nothing stay of a sweep that its workers refuse: the grid is written before they begin."""
+    was_there = root.exists()
+    had_grid = (root / "sweep.json").exists()
+    try:
+        yield
+    except ConfigError:
+        if not had_grid and not (root / "runs").exists():
+            shutil.rmtree(root / "logs", ignore_errors=True)
+            (root / "sweep.json").unlink(missing_ok=True)
+            if not was_there and root.exists() and not any(root.iterdir()):
+                root.rmdir()
         raise
 
 

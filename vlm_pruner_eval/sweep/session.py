@@ -12,7 +12,7 @@ from typing import Any
 from vlm_pruner_eval.durable import stopped
 from vlm_pruner_eval.errors import DamagedError, PruningError, StoppedError
 from vlm_pruner_eval.lmms.run_context import RunContext
-from vlm_pruner_eval.shown import of_error, without_secrets
+from vlm_pruner_eval.redact import of_error, without_secrets
 from vlm_pruner_eval.store.answers import Answer, AnswerLog
 from vlm_pruner_eval.store.files import write_atomic
 from vlm_pruner_eval.store.folder import Store

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from vlm_pruner_eval.shown import of_error
+from vlm_pruner_eval.redact import of_error
 
 # Distributions whose name is not that of the package that they bring.
 _DISTRIBUTIONS = {"cv2": "opencv-python-headless", "skimage": "scikit-image", "sklearn": "scikit-learn", "PIL": "Pillow", "yaml": "PyYAML"}

@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
-from vlm_pruner_eval.ending import BAD_INPUT
 from vlm_pruner_eval.errors import ConfigError, StoppedError
+from vlm_pruner_eval.exit_codes import BAD_INPUT
 from vlm_pruner_eval.store.claims import Claim, holders, process_words
 from vlm_pruner_eval.store.files import write_atomic
 from vlm_pruner_eval.store.schema import FAILED, UnitRecord

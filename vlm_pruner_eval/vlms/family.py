@@ -28,15 +28,16 @@ VIDEO_SETTINGS = frozenset({"max_frames_num"})
 NO_SCRIPT = "the script behind the paper's numbers of this family was not released, so its prompt and image handling are not known"
 
 # Arguments of one call of ``get_image_features`` / ``get_video_features``, by name.
-FeatureCall = Mapping[str, object]
+FeatureCall = Mapping[str, Any]
 # (owner, attribute, wrapper(original, cut, *args, **kwargs)); cut = the sequence the current layer sees, or None.
-InstancePatch = tuple[object, str, Callable]
+InstancePatch = tuple[object, str, Callable[..., Any]]
 
 
 # ---- prompts
-def chat_template(messages: Sequence[dict], processor: ProcessorMixin) -> str:
+def chat_template(messages: Sequence[dict[str, Any]], processor: ProcessorMixin) -> str:
     """Render a chat with the checkpoint's own template."""
-    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    text: str = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return text
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class PromptProtocol:
         The longest answer, in tokens, if a task names none; None: the family's.
     """
 
-    render: Callable[[Sequence[dict], ProcessorMixin], str] = chat_template
+    render: Callable[[Sequence[dict[str, Any]], ProcessorMixin], str] = chat_template
     view: Callable[[Image.Image, ProcessorMixin], Image.Image] = lambda image, processor: image
     prepare: Callable[[PretrainedConfig, ProcessorMixin], None] = lambda config, processor: None
     fixes: Mapping[str, object] = field(default_factory=dict)

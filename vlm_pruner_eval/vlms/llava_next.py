@@ -70,7 +70,7 @@ class LlavaNext(Anyres):
 
     def layouts(self, core: nn.Module, kind: str, call: FeatureCall) -> list[Layout]:
         """Coordinates packed by the model's own function, so that they can't drift from the features."""
-        from vlm_pruner_eval.host import to_host
+        from vlm_pruner_eval.device_copy import to_host
 
         strategy = call.get("vision_feature_select_strategy") or core.config.vision_feature_select_strategy
         return [anyres_layout(core, size, vision_feature_select_strategy=strategy) for size in to_host(*call["image_sizes"])]

@@ -24,8 +24,8 @@ class LlavaOnevision(Anyres):
 
     def layouts(self, core: nn.Module, kind: str, call: FeatureCall) -> list[Layout]:
         """Images by the model's own packing; videos as frames x ceil(side / 2)^2."""
+        from vlm_pruner_eval.device_copy import to_host
         from vlm_pruner_eval.hf_compat import video_pixels
-        from vlm_pruner_eval.host import to_host
 
         if kind == "video":
             pixels = video_pixels(call)

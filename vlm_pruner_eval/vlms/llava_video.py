@@ -45,5 +45,5 @@ class LlavaVideo(LlavaOnevision):
 
 def pooled_side(config: PretrainedConfig) -> int:
     """Tokens along one side of a video frame after pooling by 2: of 27 patches, 14 by interpolation and 13 by averages."""
-    patches = config.vision_config.image_size // config.vision_config.patch_size
+    patches: int = config.vision_config.image_size // config.vision_config.patch_size
     return patches // 2 if config.mm_spatial_pool_mode == "average" else math.ceil(patches / 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vlm_pruner_eval.vlms.family import NO_SCRIPT, FamilySpec, InstancePatch, SeenTokens
 from vlm_pruner_eval.vlms.qwen2_vl import QwenVL
@@ -34,7 +34,7 @@ class Qwen3VL(QwenVL):
         return [(core.language_model, "_deepstack_process", add_to_kept)]
 
 
-def add_to_kept(original: Callable, cut: SeenTokens | None, hidden: Tensor, visual: Tensor, features: Tensor) -> Tensor:
+def add_to_kept(original: Callable[..., Any], cut: SeenTokens | None, hidden: Tensor, visual: Tensor, features: Tensor) -> Tensor:
     """Add DeepStack features [n_visual, D] to the visual tokens that `hidden` [B, L', D] still holds.
 
     Parameters

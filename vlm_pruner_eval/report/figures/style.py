@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlm_pruner_eval.report.rows import Cell, Row, is_plumbing
+from vlm_pruner_eval.store.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,5 +109,5 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     for path, options in zip(paths, ({"dpi": 150}, {"metadata": {"Date": None}}), strict=True):
         content = io.BytesIO()
         figure.savefig(content, format=path.suffix.removeprefix("."), **options)
-        path.write_bytes(content.getvalue())
+        write_atomic(path, content.getvalue())
     return paths

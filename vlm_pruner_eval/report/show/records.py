@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 
 from vlm_pruner_eval.budget import parse_rate
 from vlm_pruner_eval.errors import ConfigError, closest
+from vlm_pruner_eval.redact import short
 from vlm_pruner_eval.report.answer_arrays import RIGHT
 from vlm_pruner_eval.report.load import Results, RunResult
-from vlm_pruner_eval.shown import short
 from vlm_pruner_eval.store.answers import Answer
 from vlm_pruner_eval.store.folder import DocumentScore
 from vlm_pruner_eval.sweep.grid import RATELESS, UNPRUNED, rate_percent

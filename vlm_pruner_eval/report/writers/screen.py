@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
+from vlm_pruner_eval.redact import spelled_out
 from vlm_pruner_eval.report import text
 from vlm_pruner_eval.report.load import Results
 from vlm_pruner_eval.report.paper.paper_comparison import PaperRow, PaperTable, said
@@ -17,7 +18,6 @@ from vlm_pruner_eval.report.rows import PLUMBING, Row, is_plumbing
 from vlm_pruner_eval.report.stats.comparisons import Comparisons
 from vlm_pruner_eval.report.tables.layout import scores
 from vlm_pruner_eval.report.tables.table import Column, Line, Table
-from vlm_pruner_eval.shown import spelled_out
 
 WIDTH = 100
 _TASKS_A_TABLE = 6

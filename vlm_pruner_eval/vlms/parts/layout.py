@@ -38,7 +38,7 @@ class Layout:
     @property
     def n_tokens(self) -> int:
         """Tokens that the image takes up in the prompt."""
-        return self.coords.shape[0]
+        return len(self.coords)
 
     @functools.cached_property
     def shape(self) -> tuple[int, int, int, int]:

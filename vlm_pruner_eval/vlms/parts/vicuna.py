@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlm_pruner_eval.errors import ConfigError
 
@@ -22,7 +22,7 @@ NEW_TOKENS = 128  # of LLaVA's scripts for short answers
 _PROBE = ("USER: ", "\nWhat?")  # text before and behind an image
 
 
-def vicuna_v1(messages: Sequence[dict], image_token: str) -> str:
+def vicuna_v1(messages: Sequence[dict[str, Any]], image_token: str) -> str:
     """Render a chat in the template "vicuna_v1": the system sentence, "USER: ", images and question, "ASSISTANT:".
 
     Parameters
@@ -47,17 +47,17 @@ def vicuna_v1(messages: Sequence[dict], image_token: str) -> str:
     return rendered + "ASSISTANT:"
 
 
-def _text_of(parts: Sequence[dict], image_token: str) -> str:
+def _text_of(parts: Sequence[dict[str, Any]], image_token: str) -> str:
     """Images first, as LLaVA's evaluation scripts have them, then the text."""
     unknown = {part["type"] for part in parts} - {"image", "text"}
     if unknown:
         raise ValueError(f"protocol=paper: got a part of type {sorted(unknown)[0]!r}, expected image or text.")
-    n_images = sum(part["type"] == "image" for part in parts)
+    n_images = [part["type"] for part in parts].count("image")
     texts = [part["text"] for part in parts if part["type"] == "text"]
     return f"{image_token}\n" * n_images + "\n".join(texts).strip()
 
 
-def render(messages: Sequence[dict], processor: ProcessorMixin) -> str:
+def render(messages: Sequence[dict[str, Any]], processor: ProcessorMixin) -> str:
     """Render a chat in "vicuna_v1" with the processor's own placeholder."""
     return vicuna_v1(messages, processor.image_token)
 
@@ -67,7 +67,8 @@ def splits_like_llava(tokenizer: PreTrainedTokenizerBase, image_token: str) -> b
     before, behind = (tokenizer(piece).input_ids for piece in _PROBE)
     if behind[:1] == [tokenizer.bos_token_id]:
         behind = behind[1:]
-    return tokenizer(image_token.join(_PROBE)).input_ids == [*before, tokenizer.convert_tokens_to_ids(image_token), *behind]
+    found: list[int] = tokenizer(image_token.join(_PROBE)).input_ids
+    return found == [*before, tokenizer.convert_tokens_to_ids(image_token), *behind]
 
 
 def check_split(config: PretrainedConfig, processor: ProcessorMixin) -> None:

@@ -1,1 +1,1 @@
-"""The printed numbers and their errata, as in results/paper."""
+"""Printed numbers and their errata; results/paper/README.md explains the columns."""
