@@ -32,7 +32,7 @@ from vlm_pruner_eval.report.stats.compare import compare
 from vlm_pruner_eval.report.stats.comparisons import Comparison, Comparisons, Contest
 from vlm_pruner_eval.report.stats.paired import Estimate
 from vlm_pruner_eval.report.stats.strata import CAPABILITIES, Stratum
-from vlm_pruner_eval.report.tables.layout import contests, costs, scores
+from vlm_pruner_eval.report.tables.table_layout import contests, costs, scores
 from vlm_pruner_eval.report.writers.html import data_uri, html
 from vlm_pruner_eval.sweep.config import validate
 from vlm_pruner_eval.sweep.runner import run_sweep
