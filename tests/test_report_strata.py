@@ -34,7 +34,8 @@ def scores_of(task: str, score: Score, images: Callable[[int], str]) -> list[Doc
 def write(root: Path, runs: dict[tuple[str, str | None, int | None], Score], *, images: Callable[[int], str] = str) -> Path:
     """A results directory of finished runs: (method, rate, seed) -> score of a document."""
     store, lines = Store(root), []
-    config = {"model": {"pretrained": "p"}, "tasks": TASKS, "limit": None, "seed": 0}
+    model = dict.fromkeys(("id", "pretrained", "revision", "dtype", "protocol", "attn_implementation", "batch_size"), "x")
+    config = {"model": model, "tasks": TASKS, "limit": None, "seed": 0}
     for (method, rate, seed), score in runs.items():
         run_id = f"{method}-{rate}-{seed}".replace("/", "of")
         rates = {"pruning_rate": rate, "asked_rate": rate, "iso_layer": None}
