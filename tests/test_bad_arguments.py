@@ -19,6 +19,7 @@ from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
 from loguru import logger
+from report_sweeps import edit_answers
 from rich.console import Console
 from sweep_standin import StandIn, make_config, task_manager, write_tasks
 from typer.testing import CliRunner
@@ -229,19 +230,22 @@ def edit(path: Path, change: Callable[[Any], Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda grid: [], "sweep.json: is not the grid of a sweep"),
-        (lambda grid: {key: value for key, value in grid.items() if key != "runs"}, "sweep.json: is not the grid of a sweep"),
-        (lambda grid: {key: value for key, value in grid.items() if key != "config"}, "sweep.json: is not the grid of a sweep"),
-        (lambda grid: grid | {"name": "../../x"}, "sweep.json: has the name '../../x'"),
-        (lambda grid: grid["config"].pop("model") and None, "sweep.json: config lacks id"),
-        (lambda grid: grid["config"].update(tasks="gqa"), "sweep.json: config lacks a list of tasks"),
-        (lambda grid: grid | {"runs": [3]}, "sweep.json: runs[0]: got 3"),
-        (lambda grid: grid["runs"][1].pop("label") and None, "sweep.json: runs[1]: lacks label"),
-        (lambda grid: grid["runs"][1].update(seed_=grid["runs"][1].pop("seed")), "sweep.json: runs[1]: lacks seed"),
-        (lambda grid: grid["runs"][1].update(run_id="../../../elsewhere"), "sweep.json: runs[1].run_id: got '../../../elsewhere'"),
-        (lambda grid: grid["runs"][1].update(run_id="/etc"), "sweep.json: runs[1].run_id: got '/etc'"),
-        (lambda grid: grid["runs"][1].update(key="../../x"), "sweep.json: runs[1].key: got '../../x'"),
-        (lambda grid: grid["runs"][1].update(label="\x1b[31mred"), "sweep.json: runs[1].label: got"),
+        (lambda grid: [], "sweep.json: got no schema number"),
+        (lambda grid: grid | {"schema": 2}, "sweep.json: got schema 2, expected 3"),
+        (lambda grid: {key: value for key, value in grid.items() if key != "runs"}, "sweep.json: runs: "),
+        (lambda grid: {key: value for key, value in grid.items() if key != "config"}, "sweep.json: config: "),
+        (lambda grid: grid | {"more": 1}, "sweep.json: more: "),
+        (lambda grid: grid | {"name": "../../x"}, "sweep.json: name: got '../../x'"),
+        (lambda grid: grid | {"units": {"tiny_mean": "../.."}}, "sweep.json: units.tiny_mean: got '../..'"),
+        (lambda grid: grid["config"].pop("model") and None, "sweep.json: config: lacks model.id"),
+        (lambda grid: grid["config"].update(tasks="gqa"), "sweep.json: config: lacks a list of tasks"),
+        (lambda grid: grid | {"runs": [3]}, "sweep.json: runs.0: "),
+        (lambda grid: grid["runs"][1].pop("label") and None, "sweep.json: runs.1.label: "),
+        (lambda grid: grid["runs"][1].update(seed_=grid["runs"][1].pop("seed")), "sweep.json: runs.1.seed: "),
+        (lambda grid: grid["runs"][1].update(run_id="../../../elsewhere"), "sweep.json: runs.1.run_id: got '../../../elsewhere'"),
+        (lambda grid: grid["runs"][1].update(run_id="/etc"), "sweep.json: runs.1.run_id: got '/etc'"),
+        (lambda grid: grid["runs"][1].update(key="../../x"), "sweep.json: runs.1.key: got '../../x'"),
+        (lambda grid: grid["runs"][1].update(label="\x1b[31mred"), "sweep.json: runs.1.label: got"),
     ],
 )
 def test_a_grid_that_is_broken_or_leads_elsewhere_is_refused(folder: Path, change: Callable[[Any], Any], sentence: str) -> None:
@@ -251,17 +255,17 @@ def test_a_grid_that_is_broken_or_leads_elsewhere_is_refused(folder: Path, chang
     assert not (folder / "sweep" / "report.md").exists()
 
 
-@pytest.mark.parametrize("name", ["config", "tasks"])
-def test_a_record_without_a_part_is_refused(folder: Path, name: str) -> None:
-    edit(next(folder.glob("sweep/runs/vlmpruner*/run.json")), lambda record: record.pop(name) and None)
-    assert_refused(call("report", folder / "sweep"), f"run.json lacks {name}")
+@pytest.mark.parametrize(("file", "name"), [("run.json", "config"), ("*/record.json", "task"), ("*/record.json", "provenance")])
+def test_a_record_without_a_part_is_refused(folder: Path, file: str, name: str) -> None:
+    edit(next(folder.glob(f"sweep/runs/vlmpruner*/{file}")), lambda record: record.pop(name) and None)
+    assert_refused(call("report", folder / "sweep"), f"{file.rpartition('/')[2]}: {name}: ")
 
 
 @pytest.mark.parametrize("digest", ["../../../../etc/passwd", "a.b", ""])
 def test_a_picture_is_never_looked_for_elsewhere(folder: Path, digest: str) -> None:
     """Answers name their pictures, and `report` looks for those of the first documents."""
-    for path in folder.glob("sweep/runs/*/samples.jsonl"):
-        path.write_text(re.sub(r'"images": \[[^]]*\]', lambda _: f'"images": {json.dumps([digest])}', path.read_text()))
+    for path in folder.glob("sweep/runs/*/*/answers.jsonl"):
+        edit_answers(path, lambda row: row.update(images=[digest]))
     assert_refused(call("report", folder / "sweep"), "images: got '")
 
 

@@ -27,7 +27,7 @@ from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.pruners import get_pruner
 from vlm_pruner_eval.sweep.config import ModelSection, SweepConfig, load
 from vlm_pruner_eval.sweep.grid import Run, expand, method_problems, run_hash
-from vlm_pruner_eval.sweep.inputs import MOST_BYTES
+from vlm_pruner_eval.sweep.text_files import MOST_BYTES
 
 SCHEMA = {*SweepConfig.model_fields, *ModelSection.model_fields, "the file"}
 LONGEST = 900  # characters of a sentence

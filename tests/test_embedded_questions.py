@@ -12,7 +12,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from vlm_pruner_eval.embedded import TASKS, minivlm_path, questions_path
-from vlm_pruner_eval.embedded.digitscenes import build, glyphs, photos, questions, scenes
+from vlm_pruner_eval.embedded.digitscenes import build_digitscenes, glyphs, photos, questions, scenes
 from vlm_pruner_eval.errors import ConfigError
 
 CELLS = ["top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right"]
@@ -21,7 +21,7 @@ N_SUBTYPES = {"exist": 2, "attribute": 2, "where": 9, "read": 2, "pairs": 3, "co
 
 @pytest.fixture(scope="module")
 def shipped() -> dict[str, list[dict]]:
-    rows = parquet.read_table(questions_path(), columns=list(build.COLUMNS)).to_pylist()
+    rows = parquet.read_table(questions_path(), columns=list(build_digitscenes.COLUMNS)).to_pylist()
     return {task: [row for row in rows if row["task"] == task] for task in TASKS}
 
 
@@ -38,7 +38,7 @@ def test_the_file_is_small_and_datasets_decodes_its_images():
     table = parquet.read_table(questions_path())
     features = datasets.Features.from_arrow_schema(table.schema)
     assert isinstance(features["image"], datasets.Image)
-    assert set(features) == {*build.COLUMNS, "image"}
+    assert set(features) == {*build_digitscenes.COLUMNS, "image"}
     picture = datasets.Dataset(table.slice(0, 2))[1]["image"]
     assert isinstance(picture, Image.Image)
     assert picture.size == (336, 336)
@@ -160,17 +160,17 @@ def test_every_word_is_in_the_models_vocabulary(shipped):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_generator_makes_the_shipped_questions(shipped, task):
-    assert list(build.make_questions(task)) == shipped[task]
+    assert list(build_digitscenes.make_questions(task)) == shipped[task]
 
 
 @pytest.mark.parametrize("image_id", ["scene-000", "scene-123", "scene-299", "plate-007", "plate-298"])
 def test_the_generator_makes_the_shipped_pictures(pictures, image_id):
     kind, _, index = image_id.partition("-")
     stored = Image.open(io.BytesIO(pictures[image_id]))
-    made = Image.open(io.BytesIO(build.encode(build.make_picture(kind, int(index)))))
+    made = Image.open(io.BytesIO(build_digitscenes.encode(build_digitscenes.make_picture(kind, int(index)))))
     assert made.size == stored.size == (336, 336)
     assert mean_difference(made, stored) < 1
-    another = build.make_picture(kind, int(index) - 1 if int(index) else 1)
+    another = build_digitscenes.make_picture(kind, int(index) - 1 if int(index) else 1)
     assert mean_difference(Image.fromarray(another), stored) > 10, "another scene must not pass for this one"
 
 
@@ -180,10 +180,10 @@ def mean_difference(one: Image.Image, other: Image.Image) -> float:
 
 
 def test_build_writes_a_file_that_repeats_itself(tmp_path, monkeypatch):
-    plans = {"exist": build.TaskPlan("scene", questions.offer_exist, {"present": 3, "absent": 3})}
-    monkeypatch.setattr(build, "PLANS", plans)
-    monkeypatch.setattr(build, "N_SCENES", 4)
-    first, second = build.build(tmp_path / "a"), build.build(tmp_path / "b")
+    plans = {"exist": build_digitscenes.TaskPlan("scene", questions.offer_exist, {"present": 3, "absent": 3})}
+    monkeypatch.setattr(build_digitscenes, "PLANS", plans)
+    monkeypatch.setattr(build_digitscenes, "N_SCENES", 4)
+    first, second = build_digitscenes.build(tmp_path / "a"), build_digitscenes.build(tmp_path / "b")
     assert first.read_bytes() == second.read_bytes()
     table = parquet.read_table(first)
     assert table.num_rows == 6

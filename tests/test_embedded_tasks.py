@@ -7,7 +7,7 @@ import math
 import pytest
 
 from vlm_pruner_eval.embedded import GROUP, TASKS, tasks_path
-from vlm_pruner_eval.embedded.tasks import utils
+from vlm_pruner_eval.embedded.tasks import digitscenes_utils as utils
 
 METRICS = {"exist": {"accuracy", "f1"}, "pairs": {"accuracy", "both_right"}}
 

@@ -17,7 +17,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from vlm_pruner_eval import PruningError, prune
 from vlm_pruner_eval.hf_compat import cache_of, count_positions, has_multidimensional_positions, with_cache
-from vlm_pruner_eval.lmms.checks import check_prompt_lengths
+from vlm_pruner_eval.lmms.answer_checks import check_prompt_lengths
 from vlm_pruner_eval.pruners import get_pruner
 
 

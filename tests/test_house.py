@@ -6,6 +6,7 @@ import ast
 import graphlib
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "vlm_pruner_eval"
@@ -78,6 +79,7 @@ ALLOWED = {
         "lmms",
         "pruners",
         "redact",
+        "store",
         "sweep",
         "timing",
         "types",
@@ -236,3 +238,8 @@ def test_data_files_are_installed_too() -> None:
     data = [path for path in PACKAGE.rglob("*") if path.suffix in suffixes]
     assert {path.suffix for path in data} == suffixes
     assert not [str(path) for path in data if not (path.parent / "__init__.py").is_file()]
+
+
+def test_every_file_has_a_name_of_its_own():
+    times = Counter(path.name for path in FILES if path.name != "__init__.py")
+    assert [name for name, n in times.items() if n > 1] == []

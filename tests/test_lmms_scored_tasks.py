@@ -31,7 +31,7 @@ from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
 N_DOCS = 40
 
 UTILS = """
-from vlm_pruner_eval.embedded.tasks.utils import doc_to_text, doc_to_visual, exist_docs
+from vlm_pruner_eval.embedded.tasks.digitscenes_utils import doc_to_text, doc_to_visual, exist_docs
 
 
 def gold(doc):

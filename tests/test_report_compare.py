@@ -16,7 +16,7 @@ from vlm_pruner_eval.report.stats import paired
 from vlm_pruner_eval.report.stats.compare import compare
 from vlm_pruner_eval.report.stats.comparisons import AVERAGE, Comparison, Comparisons
 from vlm_pruner_eval.report.stats.flip_counts import flips
-from vlm_pruner_eval.report.tables.layout import differences
+from vlm_pruner_eval.report.tables.table_layout import differences
 from vlm_pruner_eval.store.answers import Answer
 from vlm_pruner_eval.store.folder import DocumentScore
 from vlm_pruner_eval.sweep.records import document_answer

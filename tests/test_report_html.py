@@ -32,7 +32,7 @@ from vlm_pruner_eval.report.stats.compare import compare
 from vlm_pruner_eval.report.stats.comparisons import Comparison, Comparisons, Contest
 from vlm_pruner_eval.report.stats.paired import Estimate
 from vlm_pruner_eval.report.stats.strata import CAPABILITIES, Stratum
-from vlm_pruner_eval.report.tables.layout import contests, costs, scores
+from vlm_pruner_eval.report.tables.table_layout import contests, costs, scores
 from vlm_pruner_eval.report.writers.html import data_uri, html
 from vlm_pruner_eval.sweep.config import validate
 from vlm_pruner_eval.sweep.runner import run_sweep
@@ -62,7 +62,8 @@ def numbers(rows: list[Row]) -> PrintedNumbers:
 def made() -> Iterator[Report]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(printed, "BENCHMARKS", {"tiny_mean": "A"})
-        results = dataclasses.replace(load_sweep(folder("paper")), name="<b>hostile</b> & 'sweep'")
+        results = load_sweep(folder("paper"))
+        results = dataclasses.replace(results, grid=results.grid.model_copy(update={"name": "<b>hostile</b> & 'sweep'"}))
         rows = rows_of(results)
         strata = [
             Stratum(CAPABILITIES[0], LABEL, "vlmpruner", "2/3", Estimate(81.5, 70.25, 90.0), 24, ("tiny_mean",)),

@@ -22,10 +22,10 @@ from vlm_pruner_eval import ConfigError
 from vlm_pruner_eval.cli import app
 from vlm_pruner_eval.report.geometry.views import Medium, views
 from vlm_pruner_eval.report.load import Results, load_sweep
+from vlm_pruner_eval.report.show.documents_shown import Document, Place, Reply, find_place, pick_runs, read_documents
 from vlm_pruner_eval.report.show.draw import LARGE, SMALL, draw, geometry_of
 from vlm_pruner_eval.report.show.flips import Flip, drawable_first, find_flips
 from vlm_pruner_eval.report.show.gallery import disagreement, gallery
-from vlm_pruner_eval.report.show.records import Document, Place, Reply, find_place, pick_runs, read_documents
 from vlm_pruner_eval.store.answers import read_answers
 from vlm_pruner_eval.store.folder import DocumentScore, Store
 from vlm_pruner_eval.store.schema import to_json

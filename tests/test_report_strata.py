@@ -12,7 +12,7 @@ from vlm_pruner_eval.report.load import load_sweep
 from vlm_pruner_eval.report.rows import rows_of
 from vlm_pruner_eval.report.stats.paired import Estimate
 from vlm_pruner_eval.report.stats.strata import CAPABILITIES, CONTROLS, OF_CATEGORY, OF_TASK, Stratum, capability_of, strata
-from vlm_pruner_eval.store import schema
+from vlm_pruner_eval.store import summaries
 from vlm_pruner_eval.store.folder import DocumentScore, Store
 from vlm_pruner_eval.store.schema import Grid, RunHead, RunLine, UnitRecord
 from vlm_pruner_eval.store.summaries import TaskScore
@@ -34,7 +34,8 @@ def scores_of(task: str, score: Score, images: Callable[[int], str]) -> list[Doc
 def write(root: Path, runs: dict[tuple[str, str | None, int | None], Score], *, images: Callable[[int], str] = str) -> Path:
     """A results directory of finished runs: (method, rate, seed) -> score of a document."""
     store, lines = Store(root), []
-    config = {"model": {"pretrained": "p"}, "tasks": TASKS, "limit": None, "seed": 0}
+    model = dict.fromkeys(("id", "pretrained", "revision", "dtype", "protocol", "attn_implementation", "batch_size"), "x")
+    config = {"model": model, "tasks": TASKS, "limit": None, "seed": 0}
     for (method, rate, seed), score in runs.items():
         run_id = f"{method}-{rate}-{seed}".replace("/", "of")
         rates = {"pruning_rate": rate, "asked_rate": rate, "iso_layer": None}
@@ -42,7 +43,7 @@ def write(root: Path, runs: dict[tuple[str, str | None, int | None], Score], *, 
         store.write_head(RunHead(run=line, config=config))
         for task in TASKS:
             unit = store.unit(run_id, task)
-            main = schema.Score(value=50.0, n=N, metric="m")
+            main = summaries.Score(value=50.0, n=N, metric="m")
             scored = {task: TaskScore(metrics={}, main=main)}
             record = UnitRecord(task=task, limit=None, status="finished", scores=scored, n_answers=N, provenance=MACHINE)
             unit.write(record, scores_of(task, score, images), {})

@@ -11,8 +11,8 @@ from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.paper.gate import IMPOSSIBLE, INSIDE, NO_NUMBER, NO_SCORE, OUTSIDE, tolerance, within
 from vlm_pruner_eval.report.paper.printed import BENCHMARKS, METHODS, PAPER_MODELS, Number, PrintedNumbers, is_whole_paper, read_printed
 from vlm_pruner_eval.reproduce import noise
-from vlm_pruner_eval.reproduce.gate import judge
 from vlm_pruner_eval.reproduce.noise import Flips, Noise, TaskNoise
+from vlm_pruner_eval.reproduce.noise_gate import judge
 from vlm_pruner_eval.reproduce.plan import Variant, make_plan
 from vlm_pruner_eval.store.folder import DocumentScore
 from vlm_pruner_eval.store.schema import RunRecord

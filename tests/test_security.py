@@ -17,6 +17,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from report_sweeps import edit_answers
 from rich.console import Console
 from sweep_standin import StandIn, make_config, task_manager, write_tasks
 from tiny_checkpoints import write_tiny_llava
@@ -211,11 +212,11 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = make_config(methods=methods, limit=6, pruning_rates=["2/3"])
     tasks = task_manager(write_tasks(root / "tasks"))
     run_sweep(config, root / "out", console=Console(file=io.StringIO()), load=lambda *args, **kwargs: StandIn(), task_manager=tasks)
-    for path in root.glob("out/runs/*/samples.jsonl"):
-        samples = [json.loads(line) for line in path.read_text().splitlines()]
-        for sample in samples:
-            sample |= {"answer": f"{sample['answer']} {ANSWER}", "question": ANSWER, "target": ANSWER}
-        path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    for path in root.glob("out/runs/*/*/answers.jsonl"):
+        edit_answers(path, lambda row: row.update(answer=f"{row['answer']} {ANSWER}", question=ANSWER))
+        scores = [json.loads(line) for line in (path.parent / "scores.jsonl").read_text().splitlines()]
+        changed = [score | {"answer": f"{score['answer']} {ANSWER}", "target": ANSWER} for score in scores]
+        (path.parent / "scores.jsonl").write_text("".join(json.dumps(score) + "\n" for score in changed))
     build(root / "out")
     return root / "out"
 

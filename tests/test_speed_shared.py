@@ -63,7 +63,8 @@ def test_an_answer_that_differs_is_counted(config: SweepConfig, manager: Any, mo
 
     def other(self: Answer) -> Answer:
         answer = untimed(self)
-        object.__setattr__(answer, "n_new_tokens", 99)
+        # shared answers pass here twice, where they are made and where they are compared; the others only where they are compared
+        object.__setattr__(answer, "n_new_tokens", answer.n_new_tokens + 1)
         return answer
 
     monkeypatch.setattr(Answer, "untimed", other)

@@ -106,7 +106,7 @@ def real_metrics() -> dict[str, tuple[str, list[Any], Callable]]:
     from lmms_eval.tasks.pope.utils import pope_aggregate_f1_score
     from lmms_eval.tasks.seedbench.utils import seed_aggregation_result
 
-    from vlm_pruner_eval.embedded.tasks.utils import both_right, f1
+    from vlm_pruner_eval.embedded.tasks.digitscenes_utils import both_right, f1
     from vlm_pruner_eval.lmms.tasks.utils import pope_f1_mean
 
     rng = np.random.default_rng(5)

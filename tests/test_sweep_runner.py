@@ -338,3 +338,12 @@ def test_runs_that_failed_before_say_how_they_are_repeated(sweep: Sweep) -> None
     sweep(make_config(methods=["fastv"]), Behaviour(fail={("fastv", 3)}))
     sweep(make_config(methods=["fastv", "uniform"]))
     assert "fastv, 66.7 % removed, tiny_mean: failed before, skipped; --retry-failed repeats it" in sweep.log
+
+
+def test_a_run_without_its_configuration_is_made_again_out_of_its_answers(sweep: Sweep) -> None:
+    config = make_config(methods=["fastv"])
+    sweep(config)
+    before = sweep.record("fastv-2of3").scores
+    (units(sweep.output, "fastv-2of3")["tiny_mean"].folder.parent / "run.json").unlink()
+    assert sweep(config) == Outcome(runs=2, skipped=1, failed=0)
+    assert sweep.loaded[-1].answered == [] and sweep.record("fastv-2of3").scores == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from sweep_standin import StandIn, make_config, task_manager, write_tasks
 
 from vlm_pruner_eval.errors import ConfigError, StoppedError
 from vlm_pruner_eval.store.claims import Claim
+from vlm_pruner_eval.store.folder import Unit
 from vlm_pruner_eval.sweep import runner, workers
 from vlm_pruner_eval.sweep.config import load, validate
 from vlm_pruner_eval.sweep.grid import expand
@@ -207,9 +209,9 @@ def test_processes_end_with_the_one_that_started_them(surroundings: Surroundings
     assert not alive
     holders = list(output.rglob(".holder"))
     assert bool(holders) == (how == signal.SIGKILL), "asked to end, they give back what they hold"
-    assert not list(output.rglob("record.json")), "an end is no failure"
+    assert not [path for path in output.rglob("record.json") if Unit(path.parent).read().status != "finished"], "an end is no failure"
     if how != signal.SIGKILL:
-        assert "Stopped. 0 of 8 runs finished" in text
+        assert re.search(r"Stopped\. \d of 8 runs finished", text), text
 
 
 @pytest.mark.slow
@@ -222,7 +224,7 @@ def test_what_a_process_refuses_the_sweep_refuses(surroundings: Surroundings) ->
         surroundings.write()
     assert code == 2
     assert text.count("vlm-pruner-eval: tasks: got 'tiny_meen', which lmms-eval does not know; did you mean 'tiny_mean'?") == 1, text
-    assert [path.name for path in (surroundings.folder / "refused").rglob("*")] in ([], ["sweep.json"])
+    assert not (surroundings.folder / "refused").exists()
 
 
 @pytest.mark.slow
@@ -269,6 +271,7 @@ def test_what_a_process_says_of_its_end_is_said(script: Script) -> None:
     with pytest.raises(ConfigError) as refused:
         script("print('vlm-pruner-eval: a: bad'); print('noise'); print('vlm-pruner-eval: b: bad'); sys.exit(2)")
     assert refused.value.problems == ("a: bad", "b: bad")
+    assert (script.output / "sweep.json").is_file(), "the sweep of the first command stays"
 
 
 # ---- choices

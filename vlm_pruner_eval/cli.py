@@ -220,7 +220,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Draw what each method kept of a document, in the order of selection, with its answers. Reads records; needs no model."""
-    from vlm_pruner_eval.report.show import cli as show_cli
+    from vlm_pruner_eval.report.show import show_commands as show_cli
 
     if (doc is None) == (flips is None):
         raise ConfigError("show: expected either --doc TASK/SPLIT/ID, which draws a document, or --flips METHOD METHOD, which compares.")

@@ -19,7 +19,7 @@ from vlm_pruner_eval.errors import PruningError
 from vlm_pruner_eval.ledger import SampleRecord
 from vlm_pruner_eval.probe import Probe
 from vlm_pruner_eval.pruners.base import Pruner
-from vlm_pruner_eval.pruners.checks import check_selection
+from vlm_pruner_eval.pruners.token_checks import check_selection
 from vlm_pruner_eval.refusals import refuse_read_positions
 from vlm_pruner_eval.timing import Span
 from vlm_pruner_eval.types import Selection, Stage, TextTokens, VisualTokens

@@ -54,7 +54,7 @@ def tasks_path() -> Path:
         Task files or the questions are missing from the installation.
     """
     folder = Path(__file__).parent / "tasks"
-    names = ("utils.py", f"{GROUP}.yaml", *(f"{GROUP}_{task}.yaml" for task in TASKS))
+    names = ("digitscenes_utils.py", f"{GROUP}.yaml", *(f"{GROUP}_{task}.yaml" for task in TASKS))
     _complete(folder, names, "digitscenes tasks")
     questions_path()
     return folder

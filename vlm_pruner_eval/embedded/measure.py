@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 from vlm_pruner_eval.embedded import TASKS, minivlm_path, questions_path
-from vlm_pruner_eval.embedded.tasks.utils import both_right, f1, normalise, process_exact_match, process_pairs, process_yes_no
+from vlm_pruner_eval.embedded.tasks.digitscenes_utils import both_right, f1, normalise, process_exact_match, process_pairs, process_yes_no
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.versions import tested_range
 

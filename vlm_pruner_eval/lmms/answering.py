@@ -18,7 +18,7 @@ from loguru import logger
 from tqdm import tqdm
 
 from vlm_pruner_eval.errors import OutOfMemoryError, PruningError
-from vlm_pruner_eval.lmms.checks import Tally
+from vlm_pruner_eval.lmms.answer_checks import Tally
 from vlm_pruner_eval.lmms.failures import FailureLog
 from vlm_pruner_eval.lmms.log import pruning_metrics
 from vlm_pruner_eval.lmms.loglikelihood import Target

@@ -19,7 +19,7 @@ from loguru import logger
 from vlm_pruner_eval.budget import Rate
 from vlm_pruner_eval.errors import PruningError
 from vlm_pruner_eval.lmms import prompts
-from vlm_pruner_eval.lmms.checks import Tally
+from vlm_pruner_eval.lmms.answer_checks import Tally
 from vlm_pruner_eval.lmms.failures import FailureLog
 from vlm_pruner_eval.lmms.prompts import Generation, Prompt, Request
 from vlm_pruner_eval.lmms.run_context import Source

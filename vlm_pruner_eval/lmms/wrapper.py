@@ -29,9 +29,9 @@ from vlm_pruner_eval.hf_compat import count_positions, has_multidimensional_posi
 from vlm_pruner_eval.hook import prune
 from vlm_pruner_eval.lmms import prompts, settings
 from vlm_pruner_eval.lmms.ahead import Ahead, Job, Made, Step, Turn, default_workers
+from vlm_pruner_eval.lmms.answer_checks import check_prompt_lengths, check_records, no_op_sentence
 from vlm_pruner_eval.lmms.answering import Answering, is_out_of_memory
 from vlm_pruner_eval.lmms.checkpoint import load_checkpoint
-from vlm_pruner_eval.lmms.checks import check_prompt_lengths, check_records, no_op_sentence
 from vlm_pruner_eval.lmms.device import pick_device
 from vlm_pruner_eval.lmms.downsampling import as_planned, hooked, sized
 from vlm_pruner_eval.lmms.inputs import Prepared, bound_pixels, build_inputs, move_inputs

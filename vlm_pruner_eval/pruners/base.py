@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlm_pruner_eval.budget import Rate, keep_share, parse_rate, share_for_layer_average
 from vlm_pruner_eval.errors import ConfigError, PruningError
-from vlm_pruner_eval.pruners.checks import Inspection, checked
+from vlm_pruner_eval.pruners.token_checks import Inspection, checked
 from vlm_pruner_eval.redact import short
 from vlm_pruner_eval.types import Selection, Stage, TextTokens, VisualTokens
 

@@ -12,8 +12,8 @@ from vlm_pruner_eval.report.load import Results, RunResult, load_sweep
 from vlm_pruner_eval.store.files import write_atomic
 from vlm_pruner_eval.store.schema import FINISHED, to_json
 from vlm_pruner_eval.store.summaries import Spread
-from vlm_pruner_eval.sweep.inputs import read_text
 from vlm_pruner_eval.sweep.records import answer_digest
+from vlm_pruner_eval.sweep.text_files import read_text
 
 _DIGITS = 8  # 32 bits a document: a chance match is no worry, and the file stays small
 _SETTINGS = ("id", "pretrained", "revision", "dtype", "protocol", "attn_implementation")

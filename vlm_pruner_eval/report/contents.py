@@ -12,8 +12,8 @@ from vlm_pruner_eval.report.rows import PLUMBING, Row, is_plumbing, rows_of
 from vlm_pruner_eval.report.stats.compare import compare
 from vlm_pruner_eval.report.stats.comparisons import Comparisons
 from vlm_pruner_eval.report.stats.strata import Stratum, strata
-from vlm_pruner_eval.report.tables.layout import tables_of
 from vlm_pruner_eval.report.tables.table import Table
+from vlm_pruner_eval.report.tables.table_layout import tables_of
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,13 @@ class Results:
         """Answers of a run in the order of documents, those beyond the present limit left out."""
         limit = self.config["limit"]
         for unit in self.units(run_id):
-            known = (answer for answer in unit.answers() if limit is None or answer.doc_id < limit)
+            known = [answer for answer in unit.answers() if limit is None or answer.doc_id < limit]
+            record = unit.read()
+            if record is not None and record.n_answers != len(known):
+                raise ConfigError(
+                    f"{unit.folder / ANSWERS}: holds {len(known)} answers, expected {record.n_answers}: answers are missing; delete the "
+                    "folder and run the sweep again."
+                )
             yield from sorted(known, key=lambda answer: (answer.task, answer.doc_id, answer.choice or 0))
 
     def read_draws(self, run_id: str) -> dict[str, np.ndarray]:

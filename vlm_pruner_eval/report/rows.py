@@ -81,7 +81,7 @@ class Row:
     pruning_rate
         The fraction removed.
     status
-        "finished", "failed", "not run", "not run: samples missing", or "3 of 5 seeds finished".
+        "finished", "failed", "not run", "not run: answers missing", or "3 of 5 seeds finished".
     cells
         By task; empty unless a run is finished, or failed for tasks that could not be scored only.
     relative

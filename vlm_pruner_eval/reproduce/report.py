@@ -18,12 +18,12 @@ from vlm_pruner_eval.report.load import load_sweep
 from vlm_pruner_eval.report.paper.gate import RULE, TaskVerdict
 from vlm_pruner_eval.report.paper.paper_comparison import Compared, said
 from vlm_pruner_eval.report.rows import PLUMBING, is_plumbing
-from vlm_pruner_eval.report.tables.layout import facts
+from vlm_pruner_eval.report.tables.table_layout import facts
 from vlm_pruner_eval.report.text import exact
 from vlm_pruner_eval.report.writers.markdown import inert, lines, table
 from vlm_pruner_eval.report.writers.screen import WIDTH, print_tables, print_verdicts
 from vlm_pruner_eval.reproduce.noise import Flips, Noise
-from vlm_pruner_eval.reproduce.rows import ReproducedRow, as_json
+from vlm_pruner_eval.reproduce.reproduced_rows import ReproducedRow, as_json
 from vlm_pruner_eval.reproduce.run import Reproduction
 from vlm_pruner_eval.store.files import write_atomic
 from vlm_pruner_eval.store.schema import to_json

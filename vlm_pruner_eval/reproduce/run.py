@@ -13,10 +13,10 @@ from vlm_pruner_eval.report.load import Results, load_sweep
 from vlm_pruner_eval.report.paper.gate import Gate
 from vlm_pruner_eval.report.paper.paper_comparison import Reference
 from vlm_pruner_eval.report.paper.printed import read_printed
-from vlm_pruner_eval.reproduce.gate import judge
 from vlm_pruner_eval.reproduce.noise import Noise, measure_noise
+from vlm_pruner_eval.reproduce.noise_gate import judge
 from vlm_pruner_eval.reproduce.plan import Plan
-from vlm_pruner_eval.reproduce.rows import ReproducedRow, reproduced_rows, spreads_of
+from vlm_pruner_eval.reproduce.reproduced_rows import ReproducedRow, reproduced_rows, spreads_of
 from vlm_pruner_eval.store.folder import Store
 from vlm_pruner_eval.store.schema import FINISHED
 from vlm_pruner_eval.sweep.config import SweepConfig

@@ -10,6 +10,7 @@
     runs/RUN/TASK/draws.json           bootstrap replicates of the scores
     runs/RUN/TASK/record.json          written last: it is what makes the unit exist
     runs/RUN/TASK/.lock, .holder       the claim of the process that works on it, see `claims`
+    logs/                              output of the processes of `--processes`, and what they are told
     images/                            pictures of the first documents, shared by all runs
     report.*, tables/, figures/        what the report adds
 
@@ -21,7 +22,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,6 +211,13 @@ class Store:
                 raise full from error
             raise ConfigError(f"output: {str(self.root)!r} can't be written ({error}); choose another folder with --output.") from error
 
+    def withdraw(self) -> None:
+        """Remove what `begin` wrote, and what processes have said; the directory too, unless it holds anything else."""
+        (self.root / "sweep.json").unlink(missing_ok=True)
+        shutil.rmtree(self.logs, ignore_errors=True)
+        with suppress(OSError):  # it is not empty
+            self.root.rmdir()
+
     def is_of(self, grid: Grid) -> bool:
         """Tell if the grid of the directory is this one."""
         try:
@@ -232,6 +242,11 @@ class Store:
     def stopped(self) -> Path:
         """The traceback of what stopped the last sweep; absent if nothing did."""
         return self.root / "stopped.txt"
+
+    @property
+    def logs(self) -> Path:
+        """What processes of this machine printed."""
+        return self.root / "logs"
 
     # ---- runs
     def run_dir(self, run_id: str) -> Path:

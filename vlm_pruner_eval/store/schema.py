@@ -17,6 +17,7 @@ from vlm_pruner_eval.store.summaries import Failure, Memory, Model, Provenance, 
 SCHEMA: Final = 3  # the form of the files; raised when a field changes
 FINISHED, FAILED = "finished", "failed"
 
+_MODEL = ("id", "pretrained", "revision", "dtype", "protocol", "attn_implementation", "batch_size")
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
 Record = TypeVar("Record", bound="Model")
 Rate = str | float | None
@@ -35,8 +36,19 @@ def _plain_text(text: str) -> str:
     return text
 
 
+def _sweep_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Refuse a sweep file's content that lacks what a report reads of it."""
+    model = config.get("model")
+    missing = [f"model.{name}" for name in _MODEL if not isinstance(model, dict) or name not in model]
+    missing += [name for name in ("limit", "seed") if name not in config]
+    if missing or not isinstance(config.get("tasks"), list):
+        raise ValueError(f"lacks {', '.join(missing) or 'a list of tasks'}")
+    return config
+
+
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 PlainText = Annotated[str, AfterValidator(_plain_text)]
+SweepSettings = Annotated[dict[str, Any], AfterValidator(_sweep_settings)]
 
 
 # ---- files
@@ -124,7 +136,7 @@ class Grid(Model):
 
     schema_: Literal[3] = Field(default=SCHEMA, alias="schema")
     name: FolderName
-    config: dict[str, Any]
+    config: SweepSettings
     runs: list[RunLine]
     units: dict[str, FolderName]
 
@@ -255,8 +267,8 @@ def read_model(kind: type[Record], path: Path, advice: str) -> Record:
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(str(error)) from error
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: can't be read ({error}); {advice}") from error
     found = raw.get("schema") if isinstance(raw, dict) else None

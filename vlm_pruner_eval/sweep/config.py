@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from vlm_pruner_eval.budget import parse_rate
 from vlm_pruner_eval.errors import ConfigError, closest
 from vlm_pruner_eval.redact import short
-from vlm_pruner_eval.sweep.inputs import joined, read_yaml
+from vlm_pruner_eval.sweep.text_files import joined, read_yaml
 
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
 # lmms-eval scores these by a language model, and by a random letter where none is reachable (the groups hold mmbench_en_dev).

@@ -117,8 +117,8 @@ def _make(work: Work, executor: str, processes: int | None, address: str | None)
     if executor == "ray":
         from vlm_pruner_eval.sweep.on_ray import work_on_ray
 
-        work.begin()
-        work_on_ray(work, address, processes)
+        with work.begun():
+            work_on_ray(work, address, processes)
         return
     own_model = work.load is not None or work.task_manager is not None
     gpus = [] if own_model or work.config.model.device is not None else visible_gpus()
@@ -126,8 +126,8 @@ def _make(work: Work, executor: str, processes: int | None, address: str | None)
     if count == 1:
         work_here(work)
         return
-    work.begin()
-    work_in_processes(work, [gpus[index % len(gpus)] if gpus else None for index in range(count)])
+    with work.begun():
+        work_in_processes(work, [gpus[index % len(gpus)] if gpus else None for index in range(count)])
 
 
 def _check_options(executor: str, processes: int | None, address: str | None, *, has_own_model: bool) -> None:

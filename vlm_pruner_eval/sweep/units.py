@@ -50,8 +50,13 @@ def units_of(config: SweepConfig, runs: Sequence[Run]) -> list[WorkUnit]:
 
 
 def status_of(store: Store, units: Sequence[WorkUnit], limit: int | None, checkpoint: Mapping[str, Any] | None = None) -> Status:
-    """`FINISHED`, `FAILED` or None of every unit; records of other checkpoint files than are there now do not count."""
-    return {unit: unit.stored(store).status(limit, checkpoint) for unit in units}
+    """`FINISHED`, `FAILED` or None of every unit.
+
+    Records of other checkpoint files than are there now do not count, nor do those of a run without its run.json.
+    """
+    runs = {unit.run.run_id for unit in units}
+    whole = {run_id for run_id in runs if (store.run_dir(run_id) / "run.json").is_file()}
+    return {unit: unit.stored(store).status(limit, checkpoint) if unit.run.run_id in whole else None for unit in units}
 
 
 def run_status(status: Status, run: Run) -> str | None:

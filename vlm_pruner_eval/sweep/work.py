@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.store.answers import AnswerLog
 from vlm_pruner_eval.store.claims import Claim, check_locks
 from vlm_pruner_eval.store.folder import Store
@@ -80,6 +81,18 @@ class Work:
                 log = AnswerLog(unit.stored(self.store).folder, {})
                 if state == FINISHED or log.has_failures():
                     log.delete()
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Begin for other processes, which check what this one can't; nothing stays if they refuse a sweep that is new."""
+        is_new = not (self.store.root / "sweep.json").exists()
+        self.begin()
+        try:
+            yield
+        except ConfigError:
+            if is_new:
+                self.store.withdraw()
+            raise
 
     def is_made(self, unit: WorkUnit) -> bool:
         """Tell if a unit has a record that counts."""

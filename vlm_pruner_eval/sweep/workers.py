@@ -134,7 +134,7 @@ def work_in_processes(work: Work, gpus: Sequence[str | None], command: Sequence[
     ConfigError, StoppedError
         What a process said of its end.
     """
-    folder = work.store.root / "logs"
+    folder = work.store.logs
     write_todo(work, folder)
     told = ["--output", str(work.store.root), "--todo", str(folder / "todo.json")]
     argv = [*(command or COMMAND), "sweep", str(folder / "sweep.yaml"), *told]

@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.geometry.views import Medium, View, views
 from vlm_pruner_eval.report.load import Results
+from vlm_pruner_eval.report.show.documents_shown import Document, Reply
 from vlm_pruner_eval.report.show.panel import cell_width, colour_bar, font, panel, wrapped
-from vlm_pruner_eval.report.show.records import Document, Reply
 from vlm_pruner_eval.sweep.images import ImageStore, Picture
 
 PAPER, INK, MUTED, RIGHT, WRONG = "#ffffff", "#1f2328", "#59636e", "#1a7f37", "#b3261e"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.answer_arrays import RIGHT
 from vlm_pruner_eval.report.load import Results, RunResult
-from vlm_pruner_eval.report.show.records import Place, pick_runs, task_order
+from vlm_pruner_eval.report.show.documents_shown import Place, pick_runs, task_order
 from vlm_pruner_eval.sweep.grid import UNPRUNED
 
 

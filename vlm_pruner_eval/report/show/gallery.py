@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vlm_pruner_eval.report.load import Results
+from vlm_pruner_eval.report.show.documents_shown import Document, pick_runs, read_documents
 from vlm_pruner_eval.report.show.draw import SMALL, draw
-from vlm_pruner_eval.report.show.records import Document, pick_runs, read_documents
 from vlm_pruner_eval.sweep.images import ImageStore, all_kept
 
 

@@ -16,7 +16,7 @@ from vlm_pruner_eval.report.figures.report_figures import WORDS
 from vlm_pruner_eval.report.load import Results
 from vlm_pruner_eval.report.show.gallery import Picture
 from vlm_pruner_eval.report.tables.columns import SIGNIFICANT
-from vlm_pruner_eval.report.tables.layout import facts
+from vlm_pruner_eval.report.tables.table_layout import facts
 
 _SIGNATURES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"<?xml": "image/svg+xml"}
 _COLOURS = f"Green: better than unpruned; red: worse; p below {SIGNIFICANT}."

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from vlm_pruner_eval.report.contents import Report
 from vlm_pruner_eval.report.figures.report_figures import WORDS
-from vlm_pruner_eval.report.tables.layout import facts
 from vlm_pruner_eval.report.tables.table import Entry, Table
+from vlm_pruner_eval.report.tables.table_layout import facts
 
 _TAG = re.compile(r"<(?=[A-Za-z/!?])")
 

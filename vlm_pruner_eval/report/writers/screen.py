@@ -16,8 +16,8 @@ from vlm_pruner_eval.report.load import Results
 from vlm_pruner_eval.report.paper.paper_comparison import PaperRow, PaperTable, said
 from vlm_pruner_eval.report.rows import PLUMBING, Row, is_plumbing
 from vlm_pruner_eval.report.stats.comparisons import Comparisons
-from vlm_pruner_eval.report.tables.layout import scores
 from vlm_pruner_eval.report.tables.table import Column, Line, Table
+from vlm_pruner_eval.report.tables.table_layout import scores
 
 WIDTH = 100
 _TASKS_A_TABLE = 6

@@ -14,9 +14,9 @@ from rich.table import Table
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.redact import spelled_out
 from vlm_pruner_eval.report.load import Results, load_sweep
+from vlm_pruner_eval.report.show.documents_shown import Document, find_place, label_of, pick_runs, read_documents
 from vlm_pruner_eval.report.show.draw import draw
 from vlm_pruner_eval.report.show.flips import Flips, drawable_first, find_flips
-from vlm_pruner_eval.report.show.records import Document, find_place, label_of, pick_runs, read_documents
 from vlm_pruner_eval.sweep.images import ImageStore, all_kept
 
 WIDTH = 120

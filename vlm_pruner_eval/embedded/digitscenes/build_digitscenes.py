@@ -1,4 +1,4 @@
-"""Make the test split of DIGITSCENES: ``python -m vlm_pruner_eval.embedded.digitscenes.build --output DIR``."""
+"""Make the test split of DIGITSCENES: ``python -m vlm_pruner_eval.embedded.digitscenes.build_digitscenes --output DIR``."""
 
 from __future__ import annotations
 
