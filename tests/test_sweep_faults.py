@@ -31,8 +31,8 @@ from vlm_pruner_eval.sweep.grid import expand, grid_of
 
 ANSWER, RECORD, PLAN = "write runs/RUN/UNIT/answers.jsonl", "rename runs/RUN/UNIT/record.json", "open runs/RUN/UNIT/answers.jsonl"
 SHORT = {
-    "random": (partial(parts.standin_kills, kills=8, span_s=1.0, pause_s=0.02, n_runs=3, has_report=False), 8),
-    "two_workers": (partial(parts.two_workers, kills=6, span_s=0.4, pause_s=0.02, n_runs=3), 6),
+    "random": (partial(parts.standin_kills, kills=7, span_s=0.8, pause_s=0.01, n_runs=3, has_report=False), 7),
+    "two_workers": (partial(parts.two_workers, kills=6, span_s=0.3, pause_s=0.01, n_runs=3), 6),
     "kill_at_writes": (partial(parts.at_writes, kind=KILL, only=(ANSWER, PLAN, RECORD)), 3),
     "power_at_writes": (partial(parts.at_writes, kind=POWER, only=(ANSWER, RECORD)), 2),
     "full_at_writes": (partial(parts.at_writes, kind=FULL, only=(ANSWER,)), 0),
