@@ -13,7 +13,7 @@ from vlm_pruner_eval.store.schema import FINISHED
 from vlm_pruner_eval.sweep import identity, preflight, provenance
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.grid import expand, grid_of
-from vlm_pruner_eval.sweep.units import status_of, units_of
+from vlm_pruner_eval.sweep.units import folders_of, status_of, units_of
 
 
 def refuse(config: SweepConfig, output: Path) -> None:
@@ -48,10 +48,11 @@ def look(config: SweepConfig, output: Path, *, rerun: str | None = None) -> int 
     runs = expand(config)
     store = Store(output)
     again = preflight.chosen_again(runs, rerun)
-    if again or not store.is_of(grid_of(config, runs)):
+    units = units_of(config, runs)
+    if again or not store.is_of(grid_of(config, runs, folders_of(units))):
         return None
     files = provenance.checkpoint_files(config.model.pretrained, config.model.revision)
-    states = status_of(store, units_of(config, runs), config.limit, files).values()
+    states = status_of(store, units, config.limit, files).values()
     return len(runs) if set(states) == {FINISHED} else None
 
 

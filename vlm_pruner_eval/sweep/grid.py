@@ -75,9 +75,10 @@ class Run:
         return RunHead(run=self.line, config=self.config)
 
 
-def grid_of(config: SweepConfig, runs: Sequence[Run]) -> Grid:
-    """sweep.json."""
-    return Grid(name=config.name, config=config.model_dump(), runs=[run.line for run in runs], units=unit_folders(config))
+def grid_of(config: SweepConfig, runs: Sequence[Run], folders: dict[str, str] | None = None) -> Grid:
+    """Content of sweep.json; `folders` of `unit_folders`, if it was asked before."""
+    units = unit_folders(config) if folders is None else folders
+    return Grid(name=config.name, config=config.model_dump(), runs=[run.line for run in runs], units=units)
 
 
 def unit_folders(config: SweepConfig) -> dict[str, str]:

@@ -20,7 +20,7 @@ from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.grid import expand, grid_of, method_problems
 from vlm_pruner_eval.sweep.opening import Loader
 from vlm_pruner_eval.sweep.status import HALF_DONE, read_status
-from vlm_pruner_eval.sweep.units import run_status, status_of, units_of
+from vlm_pruner_eval.sweep.units import folders_of, run_status, status_of, units_of
 from vlm_pruner_eval.sweep.work import Work, work_here, work_of
 from vlm_pruner_eval.sweep.workers import read_todo, visible_gpus, work_in_processes
 
@@ -112,7 +112,7 @@ def run_as_child(config: SweepConfig, output: Path, todo: Path) -> None:
 def _make(work: Work, executor: str, processes: int | None, address: str | None) -> None:
     """Let the units be made; if there are none, only the grid is written."""
     if not work.todo:
-        work.store.begin(grid_of(work.config, work.runs))
+        work.store.begin(grid_of(work.config, work.runs, folders_of(work.units)))
         return
     if executor == "ray":
         from vlm_pruner_eval.sweep.on_ray import work_on_ray

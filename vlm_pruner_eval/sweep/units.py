@@ -49,6 +49,11 @@ def units_of(config: SweepConfig, runs: Sequence[Run]) -> list[WorkUnit]:
     return [WorkUnit(run, task, folder) for run in runs for task, folder in folders.items()]
 
 
+def folders_of(units: Sequence[WorkUnit]) -> dict[str, str]:
+    """Task -> name of its folder, see `grid.unit_folders`."""
+    return {unit.task: unit.folder for unit in units}
+
+
 def status_of(store: Store, units: Sequence[WorkUnit], limit: int | None, checkpoint: Mapping[str, Any] | None = None) -> Status:
     """`FINISHED`, `FAILED` or None of every unit.
 

@@ -23,7 +23,7 @@ from vlm_pruner_eval.sweep.opening import Loader, open_session, sharing
 from vlm_pruner_eval.sweep.progress import SweepProgress
 from vlm_pruner_eval.sweep.score_line import score_line, title
 from vlm_pruner_eval.sweep.session import Session
-from vlm_pruner_eval.sweep.units import Status, WorkUnit, groups, status_of, units_of
+from vlm_pruner_eval.sweep.units import Status, WorkUnit, folders_of, groups, status_of, units_of
 
 _SKIPPED = {FINISHED: "finished before, skipped", FAILED: "failed before, skipped; --retry-failed repeats it", None: "left"}
 
@@ -69,7 +69,7 @@ class Work:
 
         Answers of a unit with samples that failed go, and those of a finished one; of one that failed otherwise they are used again.
         """
-        self.store.begin(grid_of(self.config, self.runs))
+        self.store.begin(grid_of(self.config, self.runs, folders_of(self.units)))
         for unit in self.todo:
             state = self.status.get(unit)
             if state is None:
