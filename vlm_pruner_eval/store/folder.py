@@ -88,14 +88,14 @@ class Unit:
             return None
 
     def status(self, limit: int | None, checkpoint: Mapping[str, Any] | None = None) -> str | None:
-        """`FINISHED` or `FAILED` of a whole record of this limit, and of these checkpoint files if they are given; else None."""
+        """`FINISHED` or `FAILED` of a whole record of this limit, and of these checkpoint files if they are known; else None."""
         try:
             record = self.read()
         except ConfigError:  # it is made again out of the answers
             return None
         if record is None or record.limit != limit or not (self.folder / answer_log.ANSWERS).is_file():
             return None
-        return record.status if checkpoint is None or record.provenance.checkpoint == dict(checkpoint) else None
+        return record.status if not checkpoint or record.provenance.checkpoint == dict(checkpoint) else None
 
     def forget(self) -> None:
         """Remove the record: the unit is to be made again."""

@@ -167,6 +167,7 @@ def work_here(work: Work, opener: Callable[..., Session] = open_session) -> None
     """
     work.say(_header(work))
     session = opener(work.config, work.store, work.todo, console=work.console, load=work.load, task_manager=work.task_manager)
+    work = replace(work, checkpoint=session.checkpoint)  # of the hub, they may have come just now
     work.begin()
     todo = set(work.todo)
     left = dict(Counter(unit.task for unit in todo))
