@@ -139,6 +139,7 @@ def edit_answers(path: Path, change: Callable[[dict[str, Any]], object]) -> None
         for line in batch:
             row = line.parsed()
             change(row)
+            row["batch"] = row.pop("batch")  # the last key of a line
             text = json.dumps(row)[:-1].encode()
             lines.append(b'%s, "crc": "%08x"}\n' % (text, zlib.crc32(text)))
     path.write_bytes(b"".join(lines))

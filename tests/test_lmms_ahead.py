@@ -31,7 +31,7 @@ SOON_S = 20.0  # for what must happen; nothing waits so long unless it is broken
 # ---- answers and records
 @pytest.mark.parametrize("family", test_lmms_families.FAMILIES)
 def test_families_answer_as_without_threads(family: str) -> None:
-    model = test_lmms_families._loaded(family)
+    model = test_lmms_families.loaded(family)
     n = len(test_lmms_families.SIZES)
     model.task_dict = {
         "first": {
@@ -143,7 +143,7 @@ def test_runs_that_share_a_prefix(model: PrunedModel) -> None:
 
 def test_runs_that_share_a_prefix_read_the_same_images_whichever_method_is_first() -> None:
     """Downsampling changes how the processor sizes images, for itself alone."""
-    model = test_lmms_families._loaded("qwen2_vl")
+    model = test_lmms_families.loaded("qwen2_vl")
     model.task_dict = {"first": {"test": test_lmms_families.documents()}}
     set_batch_size(model, 1)
     requests = [request("first", i) for i in range(len(test_lmms_families.SIZES))]

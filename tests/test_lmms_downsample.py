@@ -56,7 +56,7 @@ def test_images_are_resized_to_at_most_what_the_rate_leaves(model: PrunedModel, 
             assert record.n_visual == record.n_kept == sum(rows * cols for rows, cols in expected)
             assert record.n_asked == sum(keep_count(n, rate) for n in counts) >= record.n_kept
             assert record.n_full == sum(counts)
-            assert record.layouts == [[rows * cols, rows, cols, 1] for rows, cols in expected]
+            assert record.layouts == tuple((rows * cols, rows, cols, 1) for rows, cols in expected)
             assert record.layer is None and len(set(record.kv_lengths)) == 1
             assert record.n_visual < record.n_full or not counts
     assert answers[1] == answers[4]

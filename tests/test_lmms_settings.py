@@ -100,7 +100,7 @@ def test_lmms_eval_builds_a_model_that_refuses_failures(tmp_path: Path) -> None:
         0,
         1,
     )
-    assert load("vlmpruner_llava", pretrained=str(folder)).refuses_failures is False
+    assert load("vlmpruner_llava", pretrained=str(folder)).context.refuses_failures is False
 
 
 # ---- settings that not every family has

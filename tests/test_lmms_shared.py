@@ -202,7 +202,7 @@ def test_sampled_answers_are_drawn_by_every_run_itself(model: PrunedModel) -> No
             found[key] = answer(model, key, one, requests)
     assert found["fastv"][0] == expected["fastv"][0]
     for _, samples in found.values():
-        assert [sample["prefill_ms"] is not None for sample in samples] == [i == 3 for i in range(5)]
+        assert ["prefill_ms" in sample for sample in samples] == [i == 3 for i in range(5)]
 
 
 def test_other_requests_than_the_first_runs_are_refused(model: PrunedModel) -> None:

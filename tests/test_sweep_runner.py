@@ -347,3 +347,17 @@ def test_a_run_without_its_configuration_is_made_again_out_of_its_answers(sweep:
     (units(sweep.output, "fastv-2of3")["tiny_mean"].folder.parent / "run.json").unlink()
     assert sweep(config) == Outcome(runs=2, skipped=1, failed=0)
     assert sweep.loaded[-1].answered == [] and sweep.record("fastv-2of3").scores == before
+
+
+def test_a_run_that_failed_before_its_first_answer_is_failed(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: StandIn, requests: list[Any]) -> list[Any]:
+        if self.method == "fastv":
+            raise KeyError("a key of the task")
+        return generate(self, requests)
+
+    generate = StandIn.generate_until
+    monkeypatch.setattr(StandIn, "generate_until", broken)
+    config = make_config(methods=["fastv"])
+    assert sweep(config) == Outcome(runs=2, skipped=0, failed=1)
+    assert sweep(config) == Outcome(runs=2, skipped=1, failed=1), "it is not tried again unasked"
+    assert sweep.record("fastv-2of3").status == "failed"

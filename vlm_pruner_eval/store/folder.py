@@ -93,7 +93,9 @@ class Unit:
             record = self.read()
         except ConfigError:  # it is made again out of the answers
             return None
-        if record is None or record.limit != limit or not (self.folder / answer_log.ANSWERS).is_file():
+        if record is None or record.limit != limit:
+            return None
+        if record.n_answers and not (self.folder / answer_log.ANSWERS).is_file():  # it may have failed before the first one
             return None
         return record.status if not checkpoint or record.provenance.checkpoint == dict(checkpoint) else None
 
@@ -233,10 +235,10 @@ class Store:
         ConfigError
             There is none: the directory holds no sweep; or it is not what was written.
         """
-        try:
-            return read_model(Grid, self.root / "sweep.json", _AGAIN)
-        except FileNotFoundError as error:
-            raise ConfigError(f"{self.root}: holds no sweep ({error}); give the folder that `vlm-pruner-eval sweep` wrote.") from error
+        path = self.root / "sweep.json"
+        if not os.path.isfile(path):  # also of a name that can be none
+            raise ConfigError(f"{self.root}: holds no sweep; give the folder that `vlm-pruner-eval sweep` wrote.")
+        return read_model(Grid, path, _AGAIN)
 
     @property
     def stopped(self) -> Path:

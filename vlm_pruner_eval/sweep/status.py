@@ -133,7 +133,7 @@ def _read_unit(unit: Unit, limit: int | None, held: list[str]) -> _UnitState:
         held.append(holder)
         return _UnitState(RUNNING, done, asked)
     if record is not None and record.limit == limit:
-        if not (unit.folder / ANSWERS).is_file():
+        if record.n_answers and not (unit.folder / ANSWERS).is_file():
             return _UnitState(DAMAGED, 0, asked, f"its {ANSWERS} is missing; the same command runs it again.")
         asked = record.n_answers if record.status == FINISHED else asked
         return _UnitState(record.status, record.n_answers or done, asked, record.problem, record)
