@@ -96,7 +96,7 @@ class Work:
 
     def is_made(self, unit: WorkUnit) -> bool:
         """Tell if a unit has a record that counts."""
-        return unit.stored(self.store).status(self.config.limit, self.checkpoint) is not None
+        return status_of(self.store, [unit], self.config.limit, self.checkpoint)[unit] is not None
 
     def say(self, text: str) -> None:
         """Print a line for people."""
