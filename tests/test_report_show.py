@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import stored
 from PIL import Image, ImageChops
-from report_sweeps import write_answers
+from report_sweeps import edit, write_answers
 from rich.console import Console
 from tiny_checkpoints import checkpoint
 from typer.testing import CliRunner
@@ -122,6 +122,7 @@ def test_choices_of_one_document_are_one_answer(swept: Path, tmp_path: Path) -> 
     (folder,) = root.glob(f"runs/unpruned-*/{TASKS[0]}")
     (first, *_) = read_answers(folder)
     write_answers(folder, [dataclasses.replace(first, choice=i, answer=text) for i, text in enumerate(["red", "blue"])])
+    edit(root, "unpruned", lambda record: record.update(n_answers=2), TASKS[0])
     (folder / "scores.jsonl").write_text(to_json(DocumentScore(task=TASKS[0], doc_id=0, answer=1, score=1.0), indent=None) + "\n")
     results = load_sweep(root)
     run = pick_runs(results)[0]

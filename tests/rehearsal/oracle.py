@@ -11,6 +11,7 @@ from typing import Any
 from sweep_standin import TIMES, StandIn
 
 from vlm_pruner_eval.store.answers import Answer
+from vlm_pruner_eval.store.kept import Kept
 
 LETTERS = "ABCDE"
 Doc = Mapping[str, Any]
@@ -52,5 +53,5 @@ class Oracle(StandIn):
 
     def _answer(self, doc_id: int, task: str, split: str) -> Answer:
         text = gold(task, self.task_dict[task][split][doc_id])
-        record = self._record(doc_id, random.Random(doc_id))
+        record = Kept.of(self._record(doc_id, random.Random(doc_id)))
         return Answer(task, split, doc_id, text, None, record, **TIMES, images=(f"{doc_id:016x}",))

@@ -121,19 +121,21 @@ def report(folder: Path, *, whole: bool) -> dict[str, Any]:
     """Report a sweep; `whole` draws the figures, too. Gives the contents of report.json."""
     from vlm_pruner_eval.report.build import as_json, write
     from vlm_pruner_eval.report.contents import report_of
-    from vlm_pruner_eval.report.load import load_results
+    from vlm_pruner_eval.report.load import load_sweep
+    from vlm_pruner_eval.store.schema import to_json
 
-    made = report_of(load_results(folder))
+    made = report_of(load_sweep(folder))
     if whole:
         write(made)
-    return json.loads(json.dumps(as_json(made), default=str))
+    return json.loads(to_json(as_json(made)))
 
 
 def unpruned(held: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The unpruned row's score of every task, and its metric in the record of its run."""
     cells = next(row for row in held["rows"] if row["method"] == "none")["cells"]
     record = next(run["record"] for run in held["runs"] if run["key"] == "unpruned")
-    return {task: {"value": cell["value"], "metric": record["tasks"][task]["main"]["metric"]} for task, cell in cells.items()}
+    scores = {task: score for unit in record["units"].values() for task, score in unit["scores"].items()}
+    return {task: {"value": cell["value"], "metric": scores[task]["main"]["metric"]} for task, cell in cells.items()}
 
 
 def beside(held: Mapping[str, Any]) -> dict[str, dict[str, float]]:

@@ -95,7 +95,8 @@ class Unit:
             return None
         if record is None or record.limit != limit:
             return None
-        if record.n_answers and not (self.folder / answer_log.ANSWERS).is_file():  # it may have failed before the first one
+        must_have = record.status == FINISHED or record.n_answers > 0  # one may have failed before its first answer
+        if must_have and not (self.folder / answer_log.ANSWERS).is_file():
             return None
         return record.status if not checkpoint or record.provenance.checkpoint == dict(checkpoint) else None
 
