@@ -33,7 +33,7 @@ def make_folder(folder: Path) -> None:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an exception, or one that it was raised from or during, says that a disk or a quota is full."""
+    """Tell if an exception, or one that it was raised from or during, says that a disk or a quota is full."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
             return True

@@ -205,7 +205,7 @@ class SharedPrefix:
 
 
 def _equal(one: object, other: object) -> bool:
-    """Whether two nested structures hold the same values; of tensors, bit by bit."""
+    """Tell if two nested structures hold the same values; of tensors, bit by bit."""
     if one is other:
         return True
     if isinstance(one, Tensor) or isinstance(other, Tensor):

@@ -49,7 +49,7 @@ class Job(Generic[T]):
 
     @property
     def is_ready(self) -> bool:
-        """Whether taking it neither waits nor raises what should stop the run, such as a KeyboardInterrupt."""
+        """Tell if taking it neither waits nor raises what should stop the run, such as a KeyboardInterrupt."""
         if self._future is None or not self._future.done():
             return False
         error = self._future.exception()

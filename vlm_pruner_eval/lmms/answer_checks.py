@@ -137,7 +137,7 @@ class Tally:
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether every one of the first 16 samples failed, so that the rest need not be tried."""
+        """Tell if every one of the first 16 samples failed, so that the rest need not be tried."""
         return self.failed == self.done >= HOPELESS_AFTER
 
     def sentence(self) -> str:

@@ -200,5 +200,5 @@ class Answering(lmms):
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether smaller batches may help."""
+    """Tell if smaller batches may help."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or should_reduce_batch_size(error)

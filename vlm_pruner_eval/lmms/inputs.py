@@ -71,7 +71,7 @@ def _bounds(part: object, settings: Settings, n_frames: int = 1) -> tuple[int, i
 
 
 def _is_qwen3(part: object) -> bool:
-    """Whether this is Qwen3-VL's video processor, whose bounds are for all frames of a video together, not for each."""
+    """Tell if this is Qwen3-VL's video processor, whose bounds are for all frames of a video together, not for each."""
     return type(part).__name__.startswith("Qwen3VLVideo")
 
 

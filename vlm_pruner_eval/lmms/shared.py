@@ -123,7 +123,7 @@ class SharedRuns:
         for key, configuration in self.configurations.items():
             begun = self.logs[key].begin(call, asked, size, bounds=list(bounds))
             self._runs[key] = _Run(configuration.method, self._pruners[key], self.logs[key], begun.done, Tally(len(shared)))
-            parts = max(parts, begun.parts, key=len)
+            parts = begun.parts  # of all runs the same, as they have the same bounds
         everywhere = Done(
             set.intersection(*(run.done.indices for run in self._runs.values())),
             set.intersection(*(run.done.alone for run in self._runs.values())),

@@ -262,7 +262,7 @@ class Pruner:
 
 
 def _is_a(value: Any, wanted: object) -> bool:
-    """Whether `value` fits a scalar annotation; an int is a float; a bool, NaN, infinity and what no tensor holds are neither."""
+    """Tell if `value` fits a scalar annotation; an int is a float; a bool, NaN, infinity and what no tensor holds are neither."""
     if wanted is float:
         is_number = isinstance(value, (int, float, Fraction)) and not isinstance(value, bool)
         return is_number and -sys.float_info.max <= value <= sys.float_info.max

@@ -69,7 +69,7 @@ class DivPrune(Pruner):
 
 
 def would_repeat(distance: Tensor, order: Tensor) -> Tensor:
-    """Whether the greedy choice without a memory of what is chosen would have taken a token again at some step: Tensor [] bool.
+    """Tell if the greedy choice without a memory of what is chosen would have taken a token again at some step: Tensor [] bool.
 
     Parameters
     ----------

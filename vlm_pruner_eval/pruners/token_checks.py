@@ -58,7 +58,7 @@ class Inspection:
         self._judge(to_host(*self._unread))
 
     def bounds(self, amplification: float | None, dtype: torch.dtype) -> bool:
-        """Whether states of `dtype` that are `amplification` times the input's at most are sure to be finite.
+        """Tell if states of `dtype` that are `amplification` times the input's at most are sure to be finite.
 
         False also where the size of the input's states is not known on the host.
         """
@@ -99,7 +99,7 @@ def evidence(values: Tensor) -> Tensor:
 
 
 def tells_finite(found: Tensor) -> bool:
-    """Whether what `evidence` returned, in the memory of the host, says that there is neither NaN nor infinity."""
+    """Tell if what `evidence` returned, in the memory of the host, says that there is neither NaN nor infinity."""
     return all(map(math.isfinite, found.view(-1).tolist()))  # a tenth of the time that torch takes for numbers so few
 
 

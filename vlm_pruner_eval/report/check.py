@@ -214,7 +214,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _is_reference(reference: dict[str, Any]) -> bool:
-    """Whether its parts have the form that the comparison goes through."""
+    """Tell if its parts have the form that the comparison goes through."""
     tolerance, measured = reference["tolerance"], reference["measured"]
     if not all(isinstance(reference[name], dict) for name in ("tolerance", "settings", "measured", "runs")):
         return False

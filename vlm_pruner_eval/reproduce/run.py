@@ -49,7 +49,7 @@ class Reproduction:
 
     @property
     def failed(self) -> bool:
-        """Whether the exit code must not be 0: a run failed, or the unpruned row does not reproduce."""
+        """Tell if the exit code must not be 0: a run failed, or the unpruned row does not reproduce."""
         return self.counts.failed > 0 or self.gate.stops
 
 

@@ -118,7 +118,7 @@ def pair_keys(fields: Sequence[Mapping[str, Any]]) -> list[tuple | None]:
 
 
 def has_pairs(items: Sequence[Any]) -> bool:
-    """Whether metric items are of questions in pairs."""
+    """Tell if metric items are of questions in pairs."""
     return any(key is not None for key in pair_keys([item if isinstance(item, Mapping) else {} for item in items]))
 
 

@@ -126,7 +126,7 @@ def _groups(items: Sequence[Any]) -> list[list[Any]]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number or a truth value."""
+    """Tell if it is a number or a truth value."""
     return isinstance(value, (bool, int, float, np.number))
 
 

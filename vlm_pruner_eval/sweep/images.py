@@ -73,7 +73,7 @@ class ImageStore:
         return self.root / FOLDER / f"{digest}.jpg"
 
     def has(self, digest: str) -> bool:
-        """Whether a picture was kept."""
+        """Tell if a picture was kept."""
         return self.path(digest).is_file()
 
     def save_image(self, digest: str, image: Image.Image) -> None:
@@ -149,5 +149,5 @@ class Keeper:
 
 
 def all_kept(store: ImageStore, digests: Sequence[str]) -> bool:
-    """Whether a document has pictures, and all of them were kept."""
+    """Tell if a document has pictures, and all of them were kept."""
     return bool(digests) and all(store.has(digest) for digest in digests)

@@ -83,7 +83,7 @@ NOT_SCORABLE = "not locally scorable: lmms-eval writes a file to submit to the b
 
 
 def is_submission(metrics: Sequence[str]) -> bool:
-    """Whether a task with these metrics only writes a file for someone else to score."""
+    """Tell if a task with these metrics only writes a file for someone else to score."""
     return bool(metrics) and set(metrics) == {"submission"}
 
 

@@ -57,7 +57,7 @@ class Reply:
 
     @property
     def is_right(self) -> bool | None:
-        """Whether the score counts as right."""
+        """Tell if the score counts as right."""
         return None if self.score is None else self.score >= RIGHT
 
     @property
