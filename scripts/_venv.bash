@@ -39,7 +39,7 @@ install_lock() {  # PYTHON
       .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable . || return
   fi
   # fails here rather than in the first sweep; and what is imported is compiled once, not by several processes at a time
-  .venv/bin/python -c 'import lmms_eval.models, vlm_pruner_eval.lmms.wrapper, vlm_pruner_eval.report.build
+  .venv/bin/python -c 'import lmms_eval.models, vlm_pruner_eval.lmms.model, vlm_pruner_eval.report.build
 from vlm_pruner_eval import selftest
 selftest.run()' 2>&1 | tail -n 1 >&2 || return
   echo "Installed and self-tested in $SECONDS s." >&2

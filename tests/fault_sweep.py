@@ -18,7 +18,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
@@ -37,9 +36,10 @@ from sweep_standin import N_VISUAL, StandIn, task_manager, write_tasks
 
 from vlm_pruner_eval import cli, selftest, versions
 from vlm_pruner_eval.embedded import tasks_path
-from vlm_pruner_eval.lmms import wrapper
-from vlm_pruner_eval.lmms.prompts import Defaults, Prompt, Request, image_digest
-from vlm_pruner_eval.lmms.wrapper import PrunedModel
+from vlm_pruner_eval.lmms import families
+from vlm_pruner_eval.lmms.model import PrunedModel
+from vlm_pruner_eval.lmms.planning import Defaults
+from vlm_pruner_eval.lmms.prompts import Prompt, Request, image_digest
 from vlm_pruner_eval.report import build, printing
 from vlm_pruner_eval.report.figures import style
 from vlm_pruner_eval.report.writers import screen
@@ -82,29 +82,37 @@ class Faults:
 NO_FAULTS = Faults()
 
 
+class Pictures:
+    """Stands in for the maker of prompts: one picture for a few documents in a row."""
+
+    def look_up(self, request: Request, task_dict: object) -> int:
+        return request.doc_id // _DOCUMENTS_A_PICTURE
+
+    def ask(self, request: Request, number: int) -> Image.Image:
+        return _picture(number)
+
+    def render(self, request: Request, picture: Image.Image) -> Prompt:
+        return Prompt(request, "?" * request.length, [picture], image_digests=[image_digest(picture)], originals=[picture])
+
+
 class PausingStandIn(StandIn):
     """A stand-in that takes its time for every batch, shows pictures, and may lack memory."""
 
     defaults = Defaults()
     # the real planning, and the real treatment of batches that fail
     batches_of = PrunedModel.batches_of
-    _steps, taken = PrunedModel._steps, PrunedModel.taken
+    _made, _steps, _told, _failed_alone = PrunedModel._made, PrunedModel._steps, PrunedModel._told, PrunedModel._failed_alone
     pruner = None
     answers_of_batch = PrunedModel.answers_of_batch
-    failed = PrunedModel.failed
 
     def __init__(self, size: int, pause_s: float, faults: Faults):
         super().__init__(size=size)
         self.pause_s, self.faults, self.memory = pause_s, faults, random.Random(faults.memory_seed)
         self.settings, self.processing = SimpleNamespace(workers=2), RLock()
+        self.prompts = Pictures()
 
     def describe(self) -> dict[str, object]:
         return super().describe() | {"geometry": {"family": "qwen2_vl", "temporal_patch": 2}}
-
-    def prompt_of(self, request: Request, in_turn: AbstractContextManager[None]) -> Prompt:
-        with in_turn:
-            picture = _picture(request.doc_id // _DOCUMENTS_A_PICTURE)
-        return Prompt(request, "?" * request.length, [picture], image_digests=[image_digest(picture)], originals=[picture])
 
     def prepare(self, batch: list[Prompt], pruner: object = None) -> list[Prompt]:
         return batch
@@ -187,7 +195,7 @@ def minivlm_sweep(folder: Path, *, limit: int = 8, options: tuple[str, ...] = ()
     args = {"pretrained": "minivlm", "batch_size": 4, "device": "cpu"}
     methods = ["vlmpruner", "fastv", {"name": "random", "seeds": [0]}, "blind"]
     file = _write(folder, args, ["digitscenes_exist", "digitscenes_pairs"], methods, visual_tokens=576, limit=limit)
-    model = wrapper.load(_MODEL, **args)
+    model = families.load(_MODEL, **args)
     index = lmms_eval.tasks.TaskManager("ERROR", include_path=[str(tasks_path())], include_defaults=False, model_name=_MODEL)
     return Sweep(file, folder / "out", index, lambda faults: model, options)
 
@@ -256,7 +264,7 @@ class Attempt:
         os.setpgid(0, 0)
         own_streams(self._log)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        wrapper.load = lambda *args, **kwargs: sweep.make(faults)
+        families.load = lambda *args, **kwargs: sweep.make(faults)
         lmms_eval.tasks.TaskManager = lambda **kwargs: sweep.tasks
         # what takes seconds and writes nothing
         selftest.run = lambda: None

@@ -61,7 +61,7 @@ class Loads:
 
 def install_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loads:
     tasks, loads = task_manager(write_tasks(tmp_path / "tasks", N_DOCS)), Loads()
-    monkeypatch.setattr("vlm_pruner_eval.lmms.wrapper.load", loads)
+    monkeypatch.setattr("vlm_pruner_eval.lmms.families.load", loads)
     for task, metric in (("tiny_mean", "right"), ("tiny_pairs", "both")):
         monkeypatch.setitem(MAIN_METRICS, task, Main((metric,)))  # in percent, as papers print
     monkeypatch.setattr("lmms_eval.tasks.TaskManager", lambda **kwargs: tasks)

@@ -25,7 +25,7 @@ import lmms_eval.tasks
 from sweep_standin import StandIn, task_manager
 
 from vlm_pruner_eval import cli
-from vlm_pruner_eval.lmms import wrapper
+from vlm_pruner_eval.lmms import families
 from vlm_pruner_eval.lmms.prompts import Request
 from vlm_pruner_eval.report import printing
 from vlm_pruner_eval.store.answers import Batch, Done
@@ -67,7 +67,7 @@ class Subprocess(StandIn):
 
 
 def main() -> None:
-    wrapper.load = lambda *args, **kwargs: Subprocess(size=int(os.environ.get("STANDIN_SIZE", "3")))
+    families.load = lambda *args, **kwargs: Subprocess(size=int(os.environ.get("STANDIN_SIZE", "3")))
     index = task_manager(tasks_folder())
     lmms_eval.tasks.TaskManager = lambda **kwargs: index
     workers.COMMAND = (sys.executable, __file__)

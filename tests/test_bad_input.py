@@ -40,7 +40,7 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
         monkeypatch.setenv(name, os.environ.get(name, ""))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr("vlm_pruner_eval.lmms.wrapper.load", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("vlm_pruner_eval.lmms.families.load", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     yield
     logger.remove()
     logger.add(sys.stderr)

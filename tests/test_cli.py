@@ -50,7 +50,7 @@ def clean_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 def behaviour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Behaviour:
     """A stand-in model and the tiny tasks in place of the real ones; the returned object says how it misbehaves."""
     chosen, tasks = Behaviour(), task_manager(write_tasks(tmp_path / "tasks"))
-    monkeypatch.setattr("vlm_pruner_eval.lmms.wrapper.load", lambda *args, **kwargs: StandIn(chosen))
+    monkeypatch.setattr("vlm_pruner_eval.lmms.families.load", lambda *args, **kwargs: StandIn(chosen))
     monkeypatch.setattr("lmms_eval.tasks.TaskManager", lambda **kwargs: tasks)
     return chosen
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from lmms_eval.utils import load_yaml_config
 
-from vlm_pruner_eval.lmms import prompts
+from vlm_pruner_eval.lmms import planning
 from vlm_pruner_eval.lmms.plugin import MODELS
 from vlm_pruner_eval.sweep.config import SweepConfig, load
 from vlm_pruner_eval.sweep.grid import Run, expand, method_problems
@@ -116,7 +116,7 @@ def test_every_task_is_known_and_has_the_metric_that_stands_for_it(path: Path, i
 def test_every_answer_is_greedy(path: Path, index: Any) -> None:
     for task in read(path).tasks:
         for leaf in leaves(task, index):
-            assert prompts.generation(leaf.get("generation_kwargs") or {}).kwargs["do_sample"] is False, leaf["task"]
+            assert planning.generation(leaf.get("generation_kwargs") or {}).kwargs["do_sample"] is False, leaf["task"]
 
 
 def test_what_the_authors_submitted_to_a_server_is_found_out(index: Any) -> None:

@@ -11,7 +11,8 @@ from loguru import logger
 from tiny_checkpoints import N_IMAGE_TOKENS
 
 from vlm_pruner_eval import Ledger, Pruner, PruningError
-from vlm_pruner_eval.lmms import PrunedModel, wrapper
+from vlm_pruner_eval.lmms import PrunedModel
+from vlm_pruner_eval.lmms import model as lmms_model
 from vlm_pruner_eval.pruners.uniform import Uniform
 
 
@@ -98,14 +99,14 @@ def test_a_hook_that_does_nothing_is_caught(model: PrunedModel, monkeypatch: pyt
     def nothing(hooked: torch.nn.Module, pruner: Pruner, **_: object):
         yield Ledger()
 
-    monkeypatch.setattr(wrapper, "prune", nothing)
+    monkeypatch.setattr(lmms_model, "prune", nothing)
     model.generate_until([request("first", 0)])
     assert "holds 0 records for 1 prompts" in model.answers[0].error
 
 
 def test_a_hook_that_keeps_everything_is_caught(model: PrunedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = wrapper.prune
-    monkeypatch.setattr(wrapper, "prune", lambda hooked, pruner, **names: real(hooked, Uniform(pruning_rate=0), **names))
+    real = lmms_model.prune
+    monkeypatch.setattr(lmms_model, "prune", lambda hooked, pruner, **names: real(hooked, Uniform(pruning_rate=0), **names))
     model.generate_until([request("first", 0)])
     assert "16 of 16 visual tokens were asked for, expected 8" in model.answers[0].error
 

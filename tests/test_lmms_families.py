@@ -13,7 +13,8 @@ from PIL import Image
 from tiny_checkpoints import PROCESSORS, checkpoint
 
 from vlm_pruner_eval import ConfigError, keep_count
-from vlm_pruner_eval.lmms import PrunedModel, load, wrapper
+from vlm_pruner_eval.lmms import PrunedModel, load
+from vlm_pruner_eval.lmms import model as lmms_model
 from vlm_pruner_eval.pruners.uniform import Uniform
 from vlm_pruner_eval.vlms import Family, FamilySpec
 from vlm_pruner_eval.vlms.internvl import InternVL
@@ -185,8 +186,8 @@ def test_weights_that_are_tied_are_not_taken_for_missing_ones(family: str, tmp_p
 
 @pytest.mark.parametrize("family", ["internvl", "llava_onevision"], indirect=True)
 def test_a_hook_that_keeps_everything_is_caught_with_several_images(model: PrunedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = wrapper.prune
-    monkeypatch.setattr(wrapper, "prune", lambda hooked, pruner, **names: real(hooked, Uniform(pruning_rate=0), **names))
+    real = lmms_model.prune
+    monkeypatch.setattr(lmms_model, "prune", lambda hooked, pruner, **names: real(hooked, Uniform(pruning_rate=0), **names))
     model.configure("uniform", "8/9")
     assert texts(model, [request("first", TWO_IMAGES)]) == [""]
     assert "visual tokens were asked for, expected " in model.answers[0].error
@@ -200,10 +201,10 @@ def test_other_media_are_a_sentence(model: PrunedModel, kind: str) -> None:
         return [{"role": "user", "content": [{"type": kind, "url": "clip"}, {"type": "text", "text": "?"}]}]
 
     assert texts(model, [request("first", 0, messages=with_media)]) == [""]
-    if kind in model.kinds:
+    if kind in model.family.spec.media:
         assert "video clip: there is no such file" in model.answers[0].error
     else:
-        assert f"holds 1 {kind} input(s), expected {' and '.join(model.kinds)} only" in model.answers[0].error
+        assert f"holds 1 {kind} input(s), expected {' and '.join(model.family.spec.media)} only" in model.answers[0].error
 
 
 @pytest.mark.parametrize("family", ["internvl", "qwen3_vl"], indirect=True)

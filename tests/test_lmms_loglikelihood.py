@@ -21,9 +21,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from vlm_pruner_eval import Ledger, PruningError
-from vlm_pruner_eval.lmms import PrunedModel, load, wrapper
+from vlm_pruner_eval.lmms import PrunedModel, load
+from vlm_pruner_eval.lmms import model as lmms_model
 from vlm_pruner_eval.lmms.loglikelihood import PREFILL, Target, by_prompt, continuation_ids, score
-from vlm_pruner_eval.lmms.prompts import Generation
+from vlm_pruner_eval.lmms.planning import Generation
 from vlm_pruner_eval.lmms.scored_tasks import TOTAL
 
 FAMILIES = sorted(["llava", "llava_video", *PROCESSORS])
@@ -123,7 +124,7 @@ def test_behind_a_pruned_prompt_scores_are_those_of_decoding_step_by_step(tiny: 
     never = {"suppress_tokens": [IMAGE, VIDEO, VISION_START, VISION_END], "max_new_tokens": 5, "min_new_tokens": 5}
     options = Generation(dict(PREFILL.kwargs) | never)
     tiny.configure(method, rate)
-    asked = [target(0, "x"), target(1, "x"), *([target(3, "x", messages=with_video)] if "video" in tiny.kinds else [])]
+    asked = [target(0, "x"), target(1, "x"), *([target(3, "x", messages=with_video)] if "video" in tiny.family.spec.media else [])]
     for one in asked:
         prompt = tiny.prompt_of(Target.of(0, one).request)
         decoded = tiny.read(tiny.prepare([prompt]), options)
@@ -287,7 +288,7 @@ def test_a_hook_that_does_nothing_is_caught(model: PrunedModel, monkeypatch: pyt
     def nothing(*_: object, **__: object):
         yield Ledger()
 
-    monkeypatch.setattr(wrapper, "prune", nothing)
+    monkeypatch.setattr(lmms_model, "prune", nothing)
     model.loglikelihood([target(0, " yes")])
     assert "holds 0 records for 1 prompts" in model.answers[0].error
 

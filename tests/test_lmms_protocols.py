@@ -17,7 +17,7 @@ from tiny_models import IMAGE
 from transformers import LlavaNextConfig, LlavaNextImageProcessor
 
 from vlm_pruner_eval import ConfigError, keep_count
-from vlm_pruner_eval.lmms import PrunedModel, load, prompts
+from vlm_pruner_eval.lmms import PrunedModel, load, planning
 from vlm_pruner_eval.lmms.prompts import Request
 from vlm_pruner_eval.vlms.llava_next import at_most_tiles
 from vlm_pruner_eval.vlms.parts.vicuna import pad_to_square, vicuna_v1
@@ -79,9 +79,9 @@ def test_a_tokenizer_that_loses_the_space_behind_an_image_is_refused_under_the_p
 
 def test_an_answer_has_at_most_the_tokens_of_llavas_scripts_where_the_task_names_none() -> None:
     model = load("vlmpruner_llava", pretrained=tiny_llava(), protocol="paper")
-    assert prompts.generation({}, model.defaults).kwargs["max_new_tokens"] == 128
-    assert prompts.generation({"max_new_tokens": 16}, model.defaults).kwargs["max_new_tokens"] == 16
-    assert prompts.generation({}, fresh_model().defaults).kwargs["max_new_tokens"] == 1024
+    assert planning.generation({}, model.defaults).kwargs["max_new_tokens"] == 128
+    assert planning.generation({"max_new_tokens": 16}, model.defaults).kwargs["max_new_tokens"] == 16
+    assert planning.generation({}, fresh_model().defaults).kwargs["max_new_tokens"] == 1024
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from tiny_checkpoints import PROCESSORS, checkpoint
 
 from vlm_pruner_eval import ConfigError, PruningError, list_pruners
 from vlm_pruner_eval.lmms import PrunedModel, load
-from vlm_pruner_eval.lmms.shared import Configuration, SharedRuns
+from vlm_pruner_eval.lmms.shared_runs import Configuration, SharedRuns
 from vlm_pruner_eval.prefix import SharedPrefix
 from vlm_pruner_eval.store.answers import AnswerLog
 
@@ -146,7 +146,7 @@ def test_pixels_are_read_once_and_the_tower_sees_them_once(model: PrunedModel, m
 
         monkeypatch.setattr(owner, method, wrapper)
 
-    counted("prompts", model, "prompt_of")
+    counted("prompts", model.prompts, "render")
     counted("inputs", model, "_inputs")
     counted("tower", model.model.model.vision_tower, "forward")
     together(model, chosen, requests)

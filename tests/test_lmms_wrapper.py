@@ -15,7 +15,7 @@ from lmms_requests import GREEDY, documents, fresh_model, plain, request, set_ba
 from tiny_checkpoints import N_IMAGE_TOKENS, write_tiny_llava
 
 from vlm_pruner_eval import ConfigError
-from vlm_pruner_eval.lmms import PrunedModel, load, prompts
+from vlm_pruner_eval.lmms import PrunedModel, load, planning
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_beams_have_a_record_per_prompt(model: PrunedModel) -> None:
     ],
 )
 def test_generation_options(options: dict, expected: dict) -> None:
-    kwargs = prompts.generation(options).kwargs
+    kwargs = planning.generation(options).kwargs
     assert {name: kwargs[name] for name in expected} == expected
     assert expected["do_sample"] or not {"temperature", "top_p", "top_k"} & set(kwargs)
 
@@ -155,8 +155,8 @@ def test_padding_requests_of_a_rank_are_answered_and_not_recorded(model: PrunedM
 
 
 def test_an_answer_that_ends_early_counts_its_own_tokens() -> None:
-    assert prompts.count_new(torch.tensor([7, 8, 2, 3, 3]), {2}) == 3
-    assert prompts.count_new(torch.tensor([7, 8]), {2}) == 2
+    assert planning.count_new(torch.tensor([7, 8, 2, 3, 3]), {2}) == 3
+    assert planning.count_new(torch.tensor([7, 8]), {2}) == 2
 
 
 def test_describe_and_repr_name_every_parameter(model: PrunedModel) -> None:
@@ -219,6 +219,6 @@ def test_weights_that_do_not_fill_the_model_are_refused(tmp_path: Path) -> None:
 
 def test_the_stop_string_that_lmms_eval_fills_in_is_one_for_families_whose_stock_wrapper_heeds_it() -> None:
     for until, stops in ((["\n\n"], ()), (["\n"], ("\n",)), (["\n\n", "."], ("\n\n", "."))):
-        assert prompts.generation({"until": until}).stops == stops
-    assert prompts.generation({"until": ["\n\n"]}, prompts.Defaults(stops_at_blank_line=True)).stops == ("\n\n",)
-    assert prompts.generation({}, prompts.Defaults(new_tokens=128)).kwargs["max_new_tokens"] == 128
+        assert planning.generation({"until": until}).stops == stops
+    assert planning.generation({"until": ["\n\n"]}, planning.Defaults(stops_at_blank_line=True)).stops == ("\n\n",)
+    assert planning.generation({}, planning.Defaults(new_tokens=128)).kwargs["max_new_tokens"] == 128

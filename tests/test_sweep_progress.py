@@ -15,7 +15,7 @@ from test_lmms_shared import together
 from test_store import record
 
 from vlm_pruner_eval.errors import OutOfMemoryError
-from vlm_pruner_eval.lmms.shared import Configuration
+from vlm_pruner_eval.lmms.shared_runs import Configuration
 from vlm_pruner_eval.store.answers import AnswerLog
 from vlm_pruner_eval.store.schema import UnitRecord
 from vlm_pruner_eval.store.summaries import Score, Spread, TaskScore, Tokens

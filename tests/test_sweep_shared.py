@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from vlm_pruner_eval import cli
 from vlm_pruner_eval.embedded import questions_path, tasks_path
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.lmms.wrapper import load
+from vlm_pruner_eval.lmms.families import load
 from vlm_pruner_eval.pruners.uniform import Uniform
 from vlm_pruner_eval.report.build import build
 from vlm_pruner_eval.report.load import load_sweep

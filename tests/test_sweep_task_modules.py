@@ -92,7 +92,7 @@ def test_layers_are_looked_at_before_anything_loads(tasks: TaskManager, tmp_path
     def load(*args: object, **kwargs: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("vlm_pruner_eval.lmms.wrapper.load", load)
+    monkeypatch.setattr("vlm_pruner_eval.lmms.families.load", load)
     monkeypatch.setattr("vlm_pruner_eval.selftest.run", lambda: None)
     config = make_config(model=MINIVLM | {"layers": 32})
     console = Console(file=io.StringIO(), record=True)

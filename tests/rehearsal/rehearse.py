@@ -81,15 +81,15 @@ class Rehearsal:
         from vlm_pruner_eval.lmms import load
 
         model = load(model_id, **model_args)
-        build = model.prompt_of
+        render = model.prompts.render
 
-        def prompt_of(request: Any, in_turn: Any = None) -> Any:
-            prompt = build(request, in_turn)
+        def rendered(request: Any, chat: Any) -> Any:
+            prompt = render(request, chat)
             if request.doc_id == 0:
                 self.prompts[request.task] = prompt.text
             return prompt
 
-        model.prompt_of = prompt_of
+        model.prompts.render = rendered
         return model
 
     def rows_of(self, name: str) -> list[dict[str, Any]]:

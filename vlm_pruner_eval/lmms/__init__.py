@@ -1,4 +1,4 @@
-"""The lmms-eval side: entry point, one batched chat wrapper, a thin subclass per family.
+"""The lmms-eval side: entry point, one model class, a thin subclass per family.
 
 This file stays light: lmms-eval imports it (through the entry point) at every start, whichever model is asked for.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 
-_PUBLIC = {"Answer": "log", "PrunedModel": "wrapper", "load": "wrapper"}
+_PUBLIC = {"Answer": "log", "PrunedModel": "model", "load": "families"}
 
 __all__ = ["Answer", "PrunedModel", "load"]
 

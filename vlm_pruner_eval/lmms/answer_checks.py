@@ -6,30 +6,27 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from transformers import PretrainedConfig
+
 from vlm_pruner_eval.budget import parse_rate
 from vlm_pruner_eval.errors import PruningError
-from vlm_pruner_eval.hf_compat import has_multidimensional_positions
 from vlm_pruner_eval.ledger import SampleRecord
+from vlm_pruner_eval.lmms.inputs import Prepared
 from vlm_pruner_eval.pruners import Pruner
 from vlm_pruner_eval.store.answers import Answer
 
 HOPELESS_AFTER = 16
 
 
-def check_prompt_lengths(
-    n_prompt: Sequence[int], sample_ids: Sequence[str], config: object, n_positions: Sequence[int] | None = None
-) -> None:
+def check_prompt_lengths(batch: Prepared, n_more: int, config: PretrainedConfig) -> None:
     """Refuse prompts longer than the model's positions: rotary embeddings would run on and answer nonsense.
 
     Parameters
     ----------
-    n_prompt
-        Tokens of each prompt, image tokens included, padding not.
+    n_more
+        Tokens that must fit behind each prompt.
     config
         The Hugging Face configuration of the VLM.
-    n_positions
-        Positions that each prompt takes, of a model with multi-dimensional ones: an image takes as many as its longer side has
-        tokens, so tokens say nothing about the limit and are not held against it.
 
     Raises
     ------
@@ -37,15 +34,14 @@ def check_prompt_lengths(
         Naming the sample, its tokens and the model's positions.
     """
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    taken = n_positions if has_multidimensional_positions(config) else n_prompt
-    if limit is None or taken is None:
+    if limit is None:
         return
-    for n_tokens, n_taken, sample_id in zip(n_prompt, taken, sample_ids, strict=True):
-        if n_taken > limit:
+    for n_prompt, n_positions, sample_id in zip(batch.n_prompt, batch.n_positions, batch.sample_ids, strict=True):
+        if n_positions + n_more > limit:
             raise ValueError(
-                f"{sample_id}: got a prompt of {n_tokens} tokens (image tokens included), which takes {n_taken} positions, but the model "
-                f"has {limit} positions; use a task with fewer images or shorter questions, a smaller max_frames_num, or a checkpoint with "
-                "a longer context."
+                f"{sample_id}: got a prompt of {n_prompt + n_more} tokens (image tokens included), which takes {n_positions + n_more} "
+                f"positions, but the model has {limit} positions; use a task with fewer images or shorter questions, a smaller "
+                "max_frames_num, or a checkpoint with a longer context."
             )
 
 

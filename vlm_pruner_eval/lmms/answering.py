@@ -1,4 +1,4 @@
-"""What answering lmms-eval's requests is whatever answers them: order, records, failures, memory, and a run that can be resumed."""
+"""Base class of evaluated models: request order, sample records, failures, batch-size backoff, resume."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from vlm_pruner_eval.lmms.log import pruning_metrics
 from vlm_pruner_eval.lmms.loglikelihood import Target
 from vlm_pruner_eval.lmms.prompts import Request, requests_of
 from vlm_pruner_eval.lmms.run_context import RunContext
+from vlm_pruner_eval.redact import of_error
 from vlm_pruner_eval.store.answers import Answer, Batch, BatchSize, Compute, Done
 
 
@@ -192,6 +193,11 @@ class Answering(lmms):
                 raise PruningError(tally.sentence())
         if self.context.on_answers is not None:
             self.context.on_answers(len(batch), batch is self._computed)
+
+    def failed(self, request: Request, error: Exception) -> Answer:
+        """Log a failure, see `failures`, and return the answer that records it."""
+        self.failures.tell(request.sample_id, error)
+        return Answer(request.task, request.split, request.doc_id, "", error=of_error(error))
 
     def _log(self, answers: list[Answer], elapsed_s: float) -> None:
         """Hand token counts and times to lmms-eval, which prints them below its table of scores."""

@@ -33,6 +33,8 @@ class Prepared:
         How small each prompt's images were made before the model; empty where they were left alone.
     n_prompt, n_visual
         Tokens of each prompt without padding, and those of them that are visual.
+    n_positions
+        Positions that each prompt takes: with multi-dimensional ones, an image takes as many as its longer side has tokens.
     """
 
     prompts: list[Prompt]
@@ -41,6 +43,7 @@ class Prepared:
     plans: list[Plan]
     n_prompt: list[int]
     n_visual: list[int]
+    n_positions: list[int]
 
 
 def bound_pixels(processor: ProcessorMixin, settings: Settings) -> None:

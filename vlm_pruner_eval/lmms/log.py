@@ -10,7 +10,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from vlm_pruner_eval.ledger import SampleRecord
-from vlm_pruner_eval.lmms.prompts import Generation, Prompt, count_new
+from vlm_pruner_eval.lmms.planning import Generation, count_new
+from vlm_pruner_eval.lmms.prompts import Prompt
 from vlm_pruner_eval.store.answers import Answer
 from vlm_pruner_eval.store.kept import Kept
 

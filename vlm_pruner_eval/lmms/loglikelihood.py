@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from vlm_pruner_eval.hf_compat import cache_of, with_cache
 from vlm_pruner_eval.hook import prune
 from vlm_pruner_eval.lmms.log import Reading
-from vlm_pruner_eval.lmms.prompts import Generation, Request
+from vlm_pruner_eval.lmms.planning import Generation
+from vlm_pruner_eval.lmms.prompts import Request
 from vlm_pruner_eval.lmms.scored_tasks import TOTAL
 from vlm_pruner_eval.pruners import Pruner
 from vlm_pruner_eval.store.answers import Answer
@@ -113,6 +114,11 @@ def by_prompt(targets: Sequence[Target]) -> list[list[Target]]:
     for target in targets:
         groups.setdefault((target.request.sample_id, target.request.to_messages), []).append(target)
     return list(groups.values())
+
+
+def request_of(targets: Sequence[Target]) -> Request:
+    """Return the request that stands for all `targets`, which continue the same prompt."""
+    return dataclasses.replace(targets[0].request, continuations=tuple(target.continuation for target in targets))
 
 
 def continuation_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str) -> list[int]:

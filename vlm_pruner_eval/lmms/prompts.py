@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from lmms_eval.api.instance import Instance
 from lmms_eval.protocol import ChatMessages
-from loguru import logger
 from PIL import Image
-from torch import Tensor
 from transformers import ProcessorMixin
 
 from vlm_pruner_eval.lmms.pictures import EXPECTED, loaded, whole_files
@@ -23,17 +20,16 @@ from vlm_pruner_eval.lmms.settings import Settings
 from vlm_pruner_eval.lmms.videos import Video, open_video
 from vlm_pruner_eval.vlms.family import PromptProtocol
 
-WINDOW_BATCHES = 8  # batches whose images are held in memory, so that prompts of like length meet in one batch
-SAMPLING = ("temperature", "top_p", "top_k")
 MEDIA = ("image", "video", "audio")
 QUESTION_CHARACTERS = 1000  # of a record: prompts with whole documents in them would fill a disk
-FILLED_IN = ["\n\n"]  # what lmms-eval puts into `until` of every task that names no stop string
-PASSED_ON = ("max_new_tokens", "num_beams", "repetition_penalty", "length_penalty")
 
 
 @dataclass(frozen=True)
 class Request:
-    """One lmms-eval request with its place in the call, so that answers go back in the order of the questions."""
+    """One lmms-eval request with its place in the call, so that answers go back in the order of the questions.
+
+    `continuations` are to be scored behind the prompt: texts, or functions from the document to them.
+    """
 
     index: int
     task: str
@@ -44,6 +40,7 @@ class Request:
     length: int
     is_padding: bool
     nth: int = 0
+    continuations: tuple[str | Callable[[Mapping], str], ...] = ()
 
     @classmethod
     def of(cls, index: int, instance: Instance, nth: int = 0) -> Request:
@@ -81,6 +78,15 @@ def requests_of(instances: Sequence[Instance]) -> list[Request]:
 
 
 @dataclass(frozen=True)
+class Chat:
+    """What a task asks about a document, before anything is rendered: messages, their images, videos and audio, and continuations."""
+
+    messages: ChatMessages
+    media: Mapping[str, list]
+    continuations: list[str]
+
+
+@dataclass(frozen=True)
 class Prompt:
     """A request made ready: the rendered chat, and its images and videos, each in order."""
 
@@ -104,16 +110,8 @@ class Prompt:
         return tuple(video.n_frames for video in self.videos)
 
 
-def build(
-    request: Request,
-    task_dict: Mapping,
-    processor: ProcessorMixin,
-    kinds: Collection[str],
-    protocol: PromptProtocol,
-    settings: Settings,
-    in_turn: AbstractContextManager[None] | None = None,
-) -> Prompt:
-    """Look the document up by the request's OWN task and split, and render it.
+class PromptMaker:
+    """Makes prompts of requests in three steps, of which the second is the task's own code.
 
     Parameters
     ----------
@@ -121,38 +119,70 @@ def build(
         Media that the model family takes, out of "image" and "video".
     settings
         `max_frames_num` and `system_prompt` are read.
-    in_turn
-        Open while what documents may have in common is touched, where prompts are built in several threads: the task's own code,
-        and pictures that it hands over without having read them.
-
-    Raises
-    ------
-    ValueError
-        A document with media that the family does not take, or that can't be read whole.
     """
-    with _reading(request):
-        document = task_dict[request.task][request.split][request.doc_id]  # `datasets` decodes its pictures here
-    with in_turn or nullcontext():
+
+    def __init__(self, processor: ProcessorMixin, protocol: PromptProtocol, kinds: Collection[str], settings: Settings):
+        self._processor, self._protocol, self._kinds, self._settings = processor, protocol, kinds, settings
+
+    def look_up(self, request: Request, task_dict: Mapping) -> Mapping:
+        """Find the document by the request's OWN task and split; `datasets` decodes its pictures here. Any thread may call this.
+
+        Raises
+        ------
+        ValueError
+            A picture that can't be read whole.
+        """
+        with _reading(request):
+            return task_dict[request.task][request.split][request.doc_id]
+
+    def ask(self, request: Request, document: Mapping) -> Chat:
+        """Ask the task for the chat and the continuations of a document, and read the pictures that it left unread.
+
+        Documents may have pictures and a random state in common, so that this is called in the order of the requests, one at a time.
+
+        Raises
+        ------
+        ValueError
+            A document with media that the family does not take, or that can't be read whole.
+        """
         messages = _messages_of(request, document)
         media = {kind: [part for message in messages.messages for part in message.content if part.type == kind] for kind in MEDIA}
         for kind, found in media.items():
-            if found and kind not in kinds:
+            if found and kind not in self._kinds:
                 raise ValueError(
-                    f"{request.sample_id} holds {len(found)} {kind} input(s), expected {' and '.join(kinds)} only for this model."
+                    f"{request.sample_id} holds {len(found)} {kind} input(s), expected {' and '.join(self._kinds)} only for this model."
                 )
         for part in media["image"]:
             if isinstance(part.url, Image.Image):
                 loaded(part.url)
-    images = [_as_rgb(part.url) for part in media["image"]]
-    return Prompt(
-        request,
-        protocol.render(_with_system(messages.to_hf_messages(), settings.system_prompt), processor),
-        [protocol.view(image, processor) for image in images],
-        [open_video(part.url, settings.max_frames_num, part.start_time, part.end_time) for part in media["video"]],
-        [image_digest(image) for image in images],
-        images,
-        _text_of(messages)[:QUESTION_CHARACTERS],
-    )
+        texts = [text if isinstance(text, str) else text(document) for text in request.continuations]
+        return Chat(messages, media, texts)
+
+    def render(self, request: Request, chat: Chat) -> Prompt:
+        """Render a chat as the protocol has it, and open its images and videos. Any thread may call this.
+
+        Raises
+        ------
+        ValueError
+            A video that can't be read.
+        """
+        images = [_as_rgb(part.url) for part in chat.media["image"]]
+        messages = _with_system(chat.messages.to_hf_messages(), self._settings.system_prompt)
+        frames = self._settings.max_frames_num
+        return Prompt(
+            request,
+            self._protocol.render(messages, self._processor),
+            [self._protocol.view(image, self._processor) for image in images],
+            [open_video(part.url, frames, part.start_time, part.end_time) for part in chat.media["video"]],
+            [image_digest(image) for image in images],
+            images,
+            _text_of(chat.messages)[:QUESTION_CHARACTERS],
+            chat.continuations,
+        )
+
+    def make(self, request: Request, task_dict: Mapping) -> Prompt:
+        """Take all three steps."""
+        return self.render(request, self.ask(request, self.look_up(request, task_dict)))
 
 
 @contextmanager
@@ -192,85 +222,3 @@ def image_digest(image: Image.Image) -> str:
     digest = hashlib.sha256(f"{image.width}x{image.height} ".encode())
     digest.update(image.tobytes())
     return digest.hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Generation:
-    """Arguments of ``model.generate``, and the strings at which an answer ends."""
-
-    kwargs: Mapping[str, object]
-    stops: tuple[str, ...] = field(default=())
-
-    @property
-    def n_beams(self) -> int:
-        """Rows per prompt."""
-        return self.kwargs["num_beams"]
-
-    def cut(self, text: str) -> str:
-        """`text` up to the first stop string."""
-        return text[: min((at for stop in self.stops if (at := text.find(stop)) >= 0), default=len(text))]
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What a family does where a task says nothing, so that its answers are those of lmms-eval's own wrapper.
-
-    Attributes
-    ----------
-    new_tokens
-        The longest answer, in tokens.
-    stops_at_blank_line
-        Whether an answer ends at the stop string that lmms-eval fills in; of its own wrappers only Qwen2-VL's does.
-    """
-
-    new_tokens: int = 1024
-    stops_at_blank_line: bool = False
-
-
-def generation(options: Mapping[str, object], defaults: Defaults = Defaults()) -> Generation:  # frozen
-    """Map a task's generation_kwargs to `generate`'s; greedy unless a temperature above 0 or do_sample asks for sampling."""
-    temperature = options.get("temperature")
-    samples = bool(options.get("do_sample", temperature is not None)) and temperature != 0
-    kwargs = {"max_new_tokens": defaults.new_tokens, "num_beams": 1, "do_sample": samples}
-    kwargs |= {name: options[name] for name in PASSED_ON if options.get(name) is not None}
-    kwargs |= {name: options[name] for name in SAMPLING if samples and options.get(name) is not None}
-    stops = options.get("until") or ()
-    if stops == FILLED_IN and not defaults.stops_at_blank_line:
-        stops = ()
-    unread = sorted(set(options) - {*PASSED_ON, *SAMPLING, "do_sample", "until"})
-    if unread:
-        logger.warning(f"vlm_pruner_eval: generation_kwargs {', '.join(unread)} have no meaning for this model and are not used.")
-    return Generation(kwargs, (stops,) if isinstance(stops, str) else tuple(stop for stop in stops if stop))
-
-
-def windows(asked: Sequence[Request], batch_size: int, defaults: Defaults) -> Iterator[tuple[Generation, list[Request]]]:
-    """Requests with equal generation options, longest question first, in windows of a few batches.
-
-    Long prompts come first so that a batch that does not fit into memory fails at once, not after hours.
-    """
-    groups: dict[str, list[Request]] = {}
-    for request in asked:
-        groups.setdefault(json.dumps(request.options, sort_keys=True, default=str), []).append(request)
-    for requests in groups.values():
-        options = generation(requests[0].options, defaults)
-        requests.sort(key=lambda request: -request.length)
-        for start in range(0, len(requests), batch_size * WINDOW_BATCHES):
-            yield options, requests[start : start + batch_size * WINDOW_BATCHES]
-
-
-def batches(prompts: list[Prompt], batch_size: int) -> Iterator[list[Prompt]]:
-    """Batches of prompts of like length: more frames and images first, then longer text.
-
-    Videos of one batch have equally many frames, which the families that stack them need.
-    """
-    prompts = sorted(prompts, key=lambda prompt: (prompt.n_frames, len(prompt.images), len(prompt.text)), reverse=True)
-    for _, group in itertools.groupby(prompts, key=lambda prompt: prompt.n_frames):
-        alike = list(group)
-        for start in range(0, len(alike), batch_size):
-            yield alike[start : start + batch_size]
-
-
-def count_new(new_ids: Tensor, eos_ids: Collection[int]) -> int:
-    """Tokens that one row [n] really generated: up to and with its first end token; the rest is padding."""
-    ends = [at for at, token in enumerate(new_ids.tolist()) if token in eos_ids]
-    return ends[0] + 1 if ends else len(new_ids)

@@ -20,7 +20,7 @@ class RunContext:
     source
         Finds the answers in place of the model, or lets it compute them: a sweep's answer log.
     on_prompt
-        Called with every prompt on its way to the model; a sweep keeps pictures with it.
+        Called with every prompt on its way to the model, in order but maybe in another thread; a sweep keeps pictures with it.
     on_requests
         Called with the number of requests when lmms-eval asks them, and again when they begin anew with smaller batches.
     on_answers

@@ -119,7 +119,7 @@ class _OneAtATime:
         _free_memory()
         load = self._load
         if load is None:
-            from vlm_pruner_eval.lmms.wrapper import load
+            from vlm_pruner_eval.lmms.families import load
         model = load(model_id, **args)
         check_methods(model, self._rows)
         return model

@@ -43,7 +43,7 @@ def bench_shared(config: SweepConfig, rounds: int = 3, *, task_manager: Any = No
         raise ConfigError(f"--rounds: got {rounds}, expected 1 or more.")
     import torch
 
-    from vlm_pruner_eval.lmms.wrapper import load as load_model
+    from vlm_pruner_eval.lmms.families import load as load_model
     from vlm_pruner_eval.speed.measuring import machine, tell
     from vlm_pruner_eval.sweep.opening import check_tasks
 

@@ -24,7 +24,7 @@ from vlm_pruner_eval.sweep.session import Session
 from vlm_pruner_eval.sweep.task_modules import module_problems
 from vlm_pruner_eval.sweep.units import WorkUnit
 
-Loader = Callable[..., Any]  # vlm_pruner_eval.lmms.wrapper.load, or a stand-in of the same interface
+Loader = Callable[..., Any]  # vlm_pruner_eval.lmms.families.load, or a stand-in of the same interface
 
 
 def open_session(
@@ -73,7 +73,7 @@ def sharing(session: Session, units: Sequence[WorkUnit]) -> Iterator[Session]:
     if not session.config.share_prefix or len(units) < 2:
         yield session
         return
-    from vlm_pruner_eval.lmms.shared import Configuration, SharedRuns
+    from vlm_pruner_eval.lmms.shared_runs import Configuration, SharedRuns
 
     by_run = {unit.run.run_id: unit for unit in units}
     chosen = {name: Configuration(unit.run.method, unit.run.pruning_rate, unit.run.params) for name, unit in by_run.items()}
@@ -127,7 +127,7 @@ def unscorable(config: SweepConfig, task_manager: Any) -> list[str]:
 
 def _load_model(section: ModelSection, load: Loader | None) -> Any:
     if load is None:
-        from vlm_pruner_eval.lmms.wrapper import load
+        from vlm_pruner_eval.lmms.families import load
     args = section.model_dump(exclude={"id", "visual_tokens", "layers"}, exclude_none=True)
     model = load(section.id, **args)
     model.context = RunContext(keep_loaded=True)

@@ -38,7 +38,7 @@ class Session:
     context
         Who is told of answers.
     sources
-        Of runs whose answers are computed together, by run id, see `lmms.shared`.
+        Of runs whose answers are computed together, by run id, see `lmms.shared_runs`.
     command
         What was typed, for the records; None: as this process was started.
     is_one_of_many

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ahead_runs import Lookups, asked, assert_same_with_threads, model_of_twenty, on_generate, our_threads, run, set_workers  # noqa: F401
 from lmms_requests import documents, request, set_batch_size, texts, tiny_llava
+from prefetch_runs import Lookups, asked, assert_same_with_threads, model_of_twenty, on_generate, our_threads, run, set_workers  # noqa: F401
 from sweep_standin import make_config
 from test_lmms_failures import sabotage
 
 from vlm_pruner_eval import ConfigError, PruningError
 from vlm_pruner_eval.lmms import PrunedModel, load
-from vlm_pruner_eval.lmms.ahead import Ahead, Job, Step, default_workers
-from vlm_pruner_eval.lmms.prompts import WINDOW_BATCHES, Request
+from vlm_pruner_eval.lmms.planning import WINDOW_BATCHES
+from vlm_pruner_eval.lmms.prefetch import Attempt, Prefetch, default_workers
+from vlm_pruner_eval.lmms.prompts import Request
 from vlm_pruner_eval.store.answers import AnswerLog, BatchSize, Done
 from vlm_pruner_eval.sweep.config import validate
 from vlm_pruner_eval.sweep.grid import expand
@@ -165,43 +163,38 @@ def test_answers_that_are_not_asked_for_any_more(model: PrunedModel) -> None:
     assert our_threads() == []
 
 
-def test_documents_that_wait_for_their_turn_are_no_deadlock() -> None:
-    """Many more threads than documents, some of which fail before their turn."""
-
-    def make(item: int, in_turn: Any) -> int:
+def test_many_threads_keep_the_order_and_hold_errors_until_they_are_taken() -> None:
+    def make(item: int) -> int:
         time.sleep(0.001 * (7 - item % 8))
         if item % 3 == 0:
             raise ValueError(item)
-        with in_turn:
-            turns.append(item)
         return item
 
-    def plan(about: str, made: list) -> Iterator[Step]:
-        for item, job in made:
-            try:
-                found = job.take()
-            except ValueError as error:
-                found = error.args
-            yield Step(lambda found=found, item=item: [(item, found)])
+    def taken(attempt: Attempt[int]) -> object:
+        try:
+            return attempt.take()
+        except ValueError as error:
+            return error.args
 
     for n_workers in (0, 1, 16):
-        turns: list[int] = []
-        with Ahead(n_workers) as ahead:
-            found = [pair for batch in ahead.batches([("a", range(20)), ("b", []), ("c", range(20, 30))], make, plan) for pair in batch]
-        assert found == [(i, i if i % 3 else (i,)) for i in range(30)]
-        assert turns == [i for i in range(30) if i % 3]
+        with Prefetch(n_workers) as prefetch:
+            windows = prefetch.ahead(prefetch.attempts(make, window) for window in (range(20), [], range(20, 30)))
+            found = [taken(attempt) for attempt in prefetch.ahead(attempt for window in windows for attempt in window)]
+        assert found == [i if i % 3 else (i,) for i in range(30)]
+        assert our_threads() == []
 
 
-def test_what_a_job_made_or_raised_is_not_kept() -> None:
+def test_an_attempt_holds_nothing_after_it_was_taken_and_takes_others() -> None:
     def fail() -> None:
         raise MemoryError
 
-    with ThreadPoolExecutor(1) as pool:
-        good, bad = Job(object).begin(pool), Job(fail).begin(pool)
-        assert isinstance(good.take(), object)
-        with suppress(MemoryError):
-            bad.take()
-    assert good._future is None and bad._future is None
+    good, bad = Attempt(object), Attempt(fail)
+    behind = Attempt(id, bad)
+    made = good.take()
+    assert type(made) is object
+    with pytest.raises(MemoryError):
+        behind.take()
+    assert [vars(attempt) for attempt in (good, bad, behind)] == [{"_result": None, "_error": None}] * 3
 
 
 # ---- going on after a crash

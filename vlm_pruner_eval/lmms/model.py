@@ -1,4 +1,4 @@
-"""The batched chat wrapper: one class, used by lmms-eval's command line and by library code alike.
+"""The model that lmms-eval evaluates: one class for all families, used by its command line and by library code alike.
 
 It does not build on lmms-eval's stock wrappers, which answer "" when generate fails and look documents of a batch up in
 the first one's task.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,8 +28,7 @@ from vlm_pruner_eval.durable import is_disk_full
 from vlm_pruner_eval.errors import OutOfMemoryError
 from vlm_pruner_eval.hf_compat import count_positions, has_multidimensional_positions
 from vlm_pruner_eval.hook import prune
-from vlm_pruner_eval.lmms import prompts, settings
-from vlm_pruner_eval.lmms.ahead import Ahead, Job, Made, Step, Turn, default_workers
+from vlm_pruner_eval.lmms import planning, settings
 from vlm_pruner_eval.lmms.answer_checks import check_prompt_lengths, check_records, no_op_sentence
 from vlm_pruner_eval.lmms.answering import Answering, is_out_of_memory
 from vlm_pruner_eval.lmms.checkpoint import load_checkpoint
@@ -36,18 +36,23 @@ from vlm_pruner_eval.lmms.device import pick_device
 from vlm_pruner_eval.lmms.downsampling import as_planned, hooked, sized
 from vlm_pruner_eval.lmms.inputs import Prepared, bound_pixels, build_inputs, move_inputs
 from vlm_pruner_eval.lmms.log import Reading
-from vlm_pruner_eval.lmms.loglikelihood import Target
-from vlm_pruner_eval.lmms.prompts import Defaults, Generation, Prompt, Request
+from vlm_pruner_eval.lmms.loglikelihood import PREFILL, Target, by_prompt, continuation_ids, request_of, score
+from vlm_pruner_eval.lmms.planning import WINDOW_BATCHES, Defaults, Generation
+from vlm_pruner_eval.lmms.prefetch import Attempt, Prefetch, default_workers
+from vlm_pruner_eval.lmms.prompts import Prompt, PromptMaker, Request
 from vlm_pruner_eval.lmms.run_context import RunContext
-from vlm_pruner_eval.lmms.scoring import Scorer
 from vlm_pruner_eval.pruners import Pruner
-from vlm_pruner_eval.redact import of_error
 from vlm_pruner_eval.store.answers import Answer, Batch, Done
 from vlm_pruner_eval.timing import time_forwards
-from vlm_pruner_eval.vlms import Family, family_named, family_of
+from vlm_pruner_eval.vlms import Family, family_of
+
+PLAIN = (bool, int, float, str, type(None))
 
 Taker = Callable[[], Prepared]
 OfBatch = Callable[[list[Prompt], Generation, Taker], Iterable[tuple[Request, Any]]]
+Step = Callable[[], Iterable[tuple[Request, Any]]]
+Window = tuple[Generation, list[Request]]
+Made = tuple[Request, Attempt[Prompt]]
 
 
 class PrunedModel(Answering):
@@ -84,7 +89,6 @@ class PrunedModel(Answering):
         self.family.check_complete()
         parsed, method, pruner = settings.parse(model_args)
         self.settings = settings.resolve(parsed, spec)
-        self.kinds = spec.media
         self.protocol = spec.protocols[self.settings.protocol]
         self.defaults = Defaults(self.protocol.new_tokens or spec.new_tokens, spec.stops_at_blank_line)
         self.accelerator = Accelerator()
@@ -94,10 +98,11 @@ class PrunedModel(Answering):
             self.settings = dataclasses.replace(self.settings, workers=default_workers(self.device))
         checkpoint = load_checkpoint(self.settings, self.device, spec.model_types, self.model_id)
         self._model, self.processor, self.config = checkpoint.model, checkpoint.processor, checkpoint.model.config
-        # held by whoever uses the processor, see `Ahead`: a fast tokenizer can't be used by two, and downsample changes sizes for a batch
+        # held by whoever uses the processor: a fast tokenizer can't be used by two threads, and downsample changes sizes for a batch
         self.processing = RLock()
         self.protocol.prepare(self.config, self.processor)
         bound_pixels(self.processor, self.settings)
+        self.prompts = PromptMaker(self.processor, self.protocol, spec.media, self.settings)
         self.dtype, self._family, self._n_layers = self._model.dtype, family_of(self._model), len(self._model.model.language_model.layers)
         # under torchrun the other ranks would go on with larger batches; the paper's protocol fixes the batch
         self.may_shrink = not self.settings.protocol.startswith("paper") and self._world_size == 1
@@ -156,14 +161,9 @@ class PrunedModel(Answering):
             "device": str(self.device),
             "layers": self._n_layers,
             "method": self.method,
-            "params": {
-                name: value if isinstance(value, (bool, int, float, str, type(None))) else str(value) for name, value in params.items()
-            },
+            "params": {name: value if isinstance(value, PLAIN) else str(value) for name, value in params.items()},
             "shape": dataclasses.asdict(DecoderShape.of(self.config.get_text_config())),
-            "geometry": {
-                "family": self.config.model_type,
-                **self.family.geometry(self.config, self.processor, self.protocol),
-            },
+            "geometry": {"family": self.config.model_type, **self.family.geometry(self.config, self.processor, self.protocol)},
         }
 
     def __repr__(self) -> str:
@@ -200,10 +200,11 @@ class PrunedModel(Answering):
         """Of the progress bar."""
         return f"{self.model_id} {self.method}"
 
+    # ---- the loop: plan, prefetch, prepare, generate; the caller logs
     def batches_of(
         self, asked: Sequence[Request], done: Done, of_batch: OfBatch | None = None, pruner: Pruner | None = None
     ) -> Iterator[Batch]:
-        """Requests with their answers, batch by batch; `of_batch` in place of `answers_of_batch` may find something else for them.
+        """Yield requests with their answers, batch by batch; `of_batch` in place of `answers_of_batch` may find something else for them.
 
         A request that can't be made a prompt is a batch of its own, with a failed Answer in any case. Batches are planned with all
         requests, those in `done` included, so that they are the same after a restart. They are prepared for `pruner`, by default
@@ -211,50 +212,72 @@ class PrunedModel(Answering):
         """
         windows = (
             (options, [request for request in window if request.index not in done.alone])
-            for options, window in prompts.windows(asked, self.batch_size, self.defaults)
+            for options, window in planning.windows(asked, self.batch_size, self.defaults)
             if not done.has([request.index for request in window])
         )
-        plan = functools.partial(self._steps, done, of_batch or self.answers_of_batch, pruner or self.pruner)
-        with Ahead(self.settings.workers) as ahead:
-            yield from ahead.batches(windows, self.prompt_of, plan)
-
-    def _steps(self, done: Done, of_batch: OfBatch, pruner: Pruner, options: Generation, made: Made) -> Iterator[Step]:
-        ready = []
-        for request, job in made:
-            found = self.taken(request, job)
-            if isinstance(found, Answer):
-                yield Step(functools.partial(list, [(request, found)]))
-            else:
-                ready.append(found)
-        for planned in prompts.batches(ready, self.batch_size):
-            batch = [prompt for prompt in planned if prompt.request.index not in done.indices]  # whole, unless the limit was changed
-            if batch:
-                prepared = Job(functools.partial(self.prepare, batch, pruner))
-                yield Step(functools.partial(of_batch, batch, options, prepared.take), prepared)
+        with Prefetch(self.settings.workers) as prefetch:
+            made = prefetch.ahead(self._made(windows, prefetch))
+            steps = prefetch.ahead(self._steps(made, done, of_batch or self.answers_of_batch, pruner or self.pruner, self.batch_size))
+            for step in steps:
+                yield list(step())
 
     def scored_batches_of(self, targets: Sequence[Target], done: Done) -> Iterator[Batch]:
-        """Targets with their answers, one prompt after the other."""
-        return Scorer(self).batches(targets, done)
+        """Yield targets with their answers; all continuations of a prompt are a batch, which one prefill answers."""
+        groups = {same[0].request.index: same for same in by_prompt(targets) if not done.has([target.request.index for target in same])}
+        requests = [request_of(same) for same in groups.values()]
+        windows = ((PREFILL, requests[i : i + WINDOW_BATCHES]) for i in range(0, len(requests), WINDOW_BATCHES))
+        with Prefetch(self.settings.workers) as prefetch:
+            made = prefetch.ahead(self._made(windows, prefetch))
+            for step in prefetch.ahead(self._steps(made, Done(), functools.partial(self._scores_of_batch, groups), self.pruner, 1)):
+                ((request, found),) = step()
+                same = groups[request.index]
+                answers = [target.failed(found) for target in same] if isinstance(found, Answer) else found
+                yield list(zip((target.request for target in same), answers, strict=True))
 
-    def prompt_of(self, request: Request, in_turn: Turn | None = None) -> Prompt:
-        """What the model is asked by a request; `in_turn` see `prompts.build`."""
-        return prompts.build(request, self.task_dict, self.processor, self.kinds, self.protocol, self.settings, in_turn)
+    def _made(self, windows: Iterable[Window], prefetch: Prefetch) -> Iterator[tuple[Generation, list[Made]]]:
+        """Make the prompts of each window; only the task's own code is run in one thread, see `PromptMaker`."""
+        for options, window in windows:
+            documents = prefetch.attempts(self.prompts.look_up, window, [self.task_dict] * len(window))
+            chats = list(map(Attempt, itertools.repeat(self.prompts.ask), window, documents))
+            prompts = prefetch.attempts(self.prompts.render, window, chats)
+            yield options, list(zip(window, prompts, strict=True))
 
-    def taken(self, request: Request, job: Job[Prompt]) -> Prompt | Answer:
-        """The prompt, after telling about it, or the answer that stands for it where it failed."""
+    def _steps(
+        self, windows: Iterable[tuple[Generation, list[Made]]], done: Done, of_batch: OfBatch, pruner: Pruner, batch_size: int
+    ) -> Iterator[Step]:
+        """Plan batches of each window and prepare them; a step finds the answers of one."""
+        for options, made in windows:
+            ready = []
+            for request, attempt in made:
+                found = self._told(request, attempt)
+                if isinstance(found, Prompt):
+                    ready.append(found)
+                else:
+                    yield functools.partial(self._failed_alone, request, found)
+            for planned in planning.batches(ready, batch_size):
+                # whole, unless the limit was changed
+                batch = [prompt for prompt in planned if prompt.request.index not in done.indices]
+                if batch:
+                    yield functools.partial(of_batch, batch, options, Attempt(self.prepare, batch, pruner).take)
+
+    def _told(self, request: Request, made: Attempt[Prompt]) -> Prompt | Exception:
+        """Return the prompt, after telling about it, or the error that stands for it."""
         try:
-            prompt = job.take()
+            prompt = made.take()
             if self.context.on_prompt is not None and not request.is_padding:
                 with self.processing:  # frames of a video may be read in both places
                     self.context.on_prompt(prompt)
         except Exception as error:  # a document can be broken in any way; it is recorded, and the run ends in failure
             if is_disk_full(error):
                 raise  # no picture fits any more, which says nothing about the document
-            return self.failed(request, error)
+            return error
         return prompt
 
+    def _failed_alone(self, request: Request, error: Exception) -> Batch:
+        return [(request, self.failed(request, error))]
+
     def answers_of_batch(self, batch: list[Prompt], options: Generation, prepared: Taker | None = None) -> Iterator[tuple[Request, Answer]]:
-        """One batch, or its samples one by one where it fails as a whole, each with its own error."""
+        """Answer one batch, or its samples one by one if it fails as a whole, each with its own error."""
         try:
             answers = self.answer(prepared() if prepared else self.prepare(batch), options)
         except Exception as error:  # whatever it is, it must cost its own sample only, and be recorded as that sample's failure
@@ -271,6 +294,27 @@ class PrunedModel(Answering):
         else:
             yield from zip((prompt.request for prompt in batch), answers, strict=True)
 
+    def _scores_of_batch(
+        self, groups: Mapping[int, Sequence[Target]], batch: list[Prompt], options: Generation, prepared: Taker
+    ) -> list[tuple[Request, list[Answer] | Answer]]:
+        """Score the continuations of the one prompt of `batch`: an answer each, or one that failed for all."""
+        (prompt,) = batch
+        targets = groups[prompt.request.index]
+        try:
+            with self.processing:
+                tokens = [continuation_ids(self.tokenizer, prompt.text, text) for text in prompt.continuations]
+            reading = self.read(prepared(), options, n_more=max(map(len, tokens)))
+            found = zip(targets, prompt.continuations, score(self.model, self.hooked, reading, tokens), strict=True)
+            answers = [target.answer(text, scored, reading, prompt.digests, prompt.question) for target, text, scored in found]
+        except Exception as error:  # as for generated answers
+            answers = self.failed(prompt.request, error)
+        return [(prompt.request, answers)]
+
+    # ---- one batch
+    def prompt_of(self, request: Request) -> Prompt:
+        """Make the prompt of a request."""
+        return self.prompts.make(request, self.task_dict)
+
     def prepare(self, batch: list[Prompt], pruner: Pruner | None = None) -> Prepared:
         """The tensors of a batch, for the model's own method or for `pruner`; any thread may call this."""
         sample_ids = [prompt.request.sample_id for prompt in batch]
@@ -278,12 +322,13 @@ class PrunedModel(Answering):
             inputs = self._inputs(resized)
         n_prompt = inputs["attention_mask"].sum(1).tolist()
         n_visual = self._family.is_visual(self.config, inputs["input_ids"]).sum(1).tolist()
-        return Prepared(batch, sample_ids, inputs, plans, n_prompt, n_visual)
+        n_positions = count_positions(self.model.model, inputs) if has_multidimensional_positions(self.config) else n_prompt
+        return Prepared(batch, sample_ids, inputs, plans, n_prompt, n_visual, n_positions)
 
     def read(self, batch: Prepared, options: Generation, *, n_more: int = 0) -> Reading:
         """Generate under pruning, and hold what was measured against the prompts; `n_more` tokens must fit behind each of them."""
         ids, asked = batch.sample_ids, {"n_beams": options.n_beams, "pruner": self.hooked, "n_layers": self._n_layers}
-        check_prompt_lengths([n + n_more for n in batch.n_prompt], ids, self.config, self._n_positions(batch, n_more))
+        check_prompt_lengths(batch, n_more, self.config)
         inputs = move_inputs(batch.inputs, self.device, self.dtype)
         with time_forwards(self.model.model) as times, prune(self.model, self.hooked, sample_ids=ids) as ledger:
             output = self.model.generate(**inputs, **options.kwargs, pad_token_id=self.tokenizer.pad_token_id)
@@ -291,12 +336,6 @@ class PrunedModel(Answering):
         check_records(records, ids, batch.n_visual, batch.n_prompt, **asked)
         records, width = as_planned(records, batch.plans, ids), inputs["input_ids"].shape[1]
         return Reading(output, width, batch.n_prompt, records, times.prefill_ms, times.decode_ms, times.peak_bytes)
-
-    def _n_positions(self, batch: Prepared, n_more: int) -> list[int] | None:
-        """Positions of each prompt, of a model that has other ones than one for each token."""
-        if not has_multidimensional_positions(self.config):
-            return None
-        return [n + n_more for n in count_positions(self.model.model, batch.inputs)]
 
     def answer(self, batch: Prepared, options: Generation) -> list[Answer]:
         """Answer a batch by one call of the model's `generate` under pruning; whatever that raises is not caught."""
@@ -309,40 +348,3 @@ class PrunedModel(Answering):
         if "token_type_ids" not in inspect.signature(self.model.forward).parameters:
             inputs.pop("token_type_ids", None)  # some tokenizers add these zeros, and generate refuses what a model does not take
         return inputs
-
-    def failed(self, request: Request, error: Exception) -> Answer:
-        """The answer that records a failure, which is logged, see `failures`."""
-        self.failures.tell(request.sample_id, error)
-        return Answer(request.task, request.split, request.doc_id, "", error=of_error(error))
-
-
-@functools.cache
-def family_class(model_id: str) -> type[PrunedModel]:
-    """Return the class behind one of our lmms-eval ids.
-
-    Raises
-    ------
-    ConfigError
-        An unknown id.
-    """
-    family = family_named(model_id)
-    attributes = {"family": family, "model_id": model_id, "__doc__": family.__doc__, "__module__": "vlm_pruner_eval.lmms.families"}
-    return type(f"VlmPruner{type(family).__name__}", (PrunedModel,), attributes)
-
-
-def load(model_id: str, **model_args: object) -> PrunedModel:
-    """Load a model by its lmms-eval id, for use from Python: problems are exceptions, and the process is never ended.
-
-    Parameters
-    ----------
-    model_id
-        As after ``lmms-eval --model``, e.g. "vlmpruner_llava".
-    model_args
-        As in ``--model_args``: pretrained, method, pruning_rate, batch_size, dtype and so on.
-
-    Raises
-    ------
-    ConfigError
-        An unknown id, or arguments that can't be run.
-    """
-    return family_class(model_id)(**model_args)

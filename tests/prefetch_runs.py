@@ -12,7 +12,7 @@ from lmms_requests import documents, fresh_model, request, set_batch_size
 from test_lmms_shared import timeless
 
 from vlm_pruner_eval.lmms import PrunedModel
-from vlm_pruner_eval.lmms.ahead import THREADS
+from vlm_pruner_eval.lmms.prefetch import THREADS
 
 
 def set_workers(model: PrunedModel, n: int) -> None:

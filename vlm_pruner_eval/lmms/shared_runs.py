@@ -18,13 +18,13 @@ from loguru import logger
 
 from vlm_pruner_eval.budget import Rate
 from vlm_pruner_eval.errors import PruningError
-from vlm_pruner_eval.lmms import prompts
 from vlm_pruner_eval.lmms.answer_checks import Tally
 from vlm_pruner_eval.lmms.failures import FailureLog
-from vlm_pruner_eval.lmms.prompts import Generation, Prompt, Request
+from vlm_pruner_eval.lmms.model import PrunedModel, Taker
+from vlm_pruner_eval.lmms.planning import Generation, generation
+from vlm_pruner_eval.lmms.prompts import Prompt, Request
 from vlm_pruner_eval.lmms.run_context import Source
 from vlm_pruner_eval.lmms.settings import build_pruner
-from vlm_pruner_eval.lmms.wrapper import PrunedModel, Taker
 from vlm_pruner_eval.prefix import SharedPrefix, first_cut
 from vlm_pruner_eval.pruners import Pruner
 from vlm_pruner_eval.pruners.none import NoPruning
@@ -109,7 +109,7 @@ class SharedRuns:
         for request in asked:
             name = json.dumps(request.options, sort_keys=True, default=str)
             if name not in draws:
-                draws[name] = prompts.generation(request.options, self.model.defaults).kwargs["do_sample"]
+                draws[name] = generation(request.options, self.model.defaults).kwargs["do_sample"]
             if draws[name]:
                 found.add(request.index)
         return found
