@@ -148,7 +148,7 @@ def test_costs_of_a_row() -> None:
     rows = costs(folder("good"))
     full, pruned = [50] * N_LAYERS, [50, 50, 26, 26]
     row, found = rows["vlmpruner"], rows["vlmpruner"].costs
-    assert (row.kept["mean"], row.layer_averaged, found.batch_sizes) == (12.0, 24.0, (1,))
+    assert (row.tokens.kept.mean, row.tokens.layer_averaged.mean, found.batch_sizes) == (12.0, 24.0, (1,))
     assert found.flops == prefill_flops(SHAPE, pruned, logits=1)
     assert found.literature_flops == literature_flops(SHAPE, pruned)
     assert found.flops_share == found.flops / prefill_flops(SHAPE, full, logits=1)

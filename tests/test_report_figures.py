@@ -18,6 +18,7 @@ from vlm_pruner_eval.report.load import load_sweep
 from vlm_pruner_eval.report.rows import Cell, Row, rows_of
 from vlm_pruner_eval.report.stats.comparisons import AVERAGE, Comparison, Comparisons
 from vlm_pruner_eval.report.stats.paired import Estimate
+from vlm_pruner_eval.store.summaries import Tokens
 
 TASKS = ["gqa", "mme", "pope", "ocrbench"]
 SVG = "{http://www.w3.org/2000/svg}"
@@ -27,8 +28,8 @@ def row(label: str, rate: str | None, relative: float | None, *, method: str = "
     """A row whose scores are `by` of 60, 1800, 85 and 300."""
     full = dict(zip(TASKS, (60.0, 1800.0, 85.0, 300.0), strict=True))
     cells = {task: Cell(by * value, by * value * 0.98, by * value * 1.01, n=100) for task, value in full.items()}
-    rest = dict.fromkeys(("asked", "kept", "layer_averaged", "prefill_ms", "selection_ms"))
-    made = Row(label, method, rate, "finished", cells, Cell(relative), **rest, quirks={}, problems=(), asked_rate=rate)
+    rest = dict.fromkeys(("prefill_ms", "selection_ms"))
+    made = Row(label, method, rate, "finished", cells, Cell(relative), Tokens(), **rest, problems=(), asked_rate=rate)
     return dataclasses.replace(made, **changes)
 
 

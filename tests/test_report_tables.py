@@ -23,6 +23,7 @@ from vlm_pruner_eval.report.tables import columns
 from vlm_pruner_eval.report.tables.table import Column, Entry, Group, Line, Table
 from vlm_pruner_eval.report.writers.latex import latex
 from vlm_pruner_eval.report.writers.screen import WIDTH, print_tables
+from vlm_pruner_eval.store.summaries import Tokens
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +78,9 @@ def test_rows_come_unpruned_first_then_by_rate_and_blind_last(good: Report) -> N
     ]
     unpruned, pruned = good.rows[:2]
     assert unpruned.relative.value == 100.0
-    assert (pruned.asked["mean"], pruned.kept["mean"], pruned.layer_averaged) == (12.0, 12.0, 24.0)
-    assert (pruned.quirks, pruned.prefill_ms["median"]) == ({"stall": 12}, 8.0)
+    tokens = pruned.tokens
+    assert (tokens.asked.mean, tokens.kept.mean, tokens.layer_averaged.mean) == (12.0, 12.0, 24.0)
+    assert (tokens.quirks, pruned.prefill_ms["median"]) == ({"stall": 12}, 8.0)
     cell = pruned.cells["tiny_mean"]
     assert cell.low < cell.value < cell.high
     assert pruned.relative.value == pytest.approx(50 * sum(pruned.cells[task].value / unpruned.cells[task].value for task in pruned.cells))
@@ -96,7 +98,7 @@ def test_seeds_become_a_mean_and_a_deviation(good: Report) -> None:
 def test_a_failed_run_says_so_and_enters_nothing(tmp_path: Path) -> None:
     root = copied("bad", tmp_path)
     row = rows(root)["vlmpruner", "2/3"]
-    assert (row.status, row.cells, row.relative.value, row.kept, row.costs) == ("failed", {}, None, None, None)
+    assert (row.status, row.cells, row.relative.value, row.tokens.kept, row.costs) == ("failed", {}, None, None, None)
     assert "samples failed" in row.problems[0] and rows(root)["random", "2/3"].status == "finished"
     text = markdown_of(root)
     assert "| vlmpruner | failed | failed | n/a |" in text
@@ -294,11 +296,11 @@ def test_latex_is_booktabs_with_everything_escaped() -> None:
 
 # ---- misbehaviours of releases
 def test_misbehaviours_are_counted_of_samples_and_say_if_they_acted(good: Report) -> None:
-    row = replace(good.rows[1], quirks={"stall": 24, "repeats": 2}, n_samples=48)
+    row = replace(good.rows[1], tokens=Tokens(quirks={"stall": 24, "repeats": 2}, samples_with_images=48))
     assert words.quirks(row) == "mended here: repeats 2 of 48, stall 24 of 48"
     release = replace(row, params=row.params | {"official_quirks": True})
     assert words.quirks(release) == "acted: stall 24 of 48; mended here: repeats 2 of 48"
-    assert words.quirks(replace(row, quirks={})) == "none"
+    assert words.quirks(replace(row, tokens=Tokens())) == "none"
     shown = " ".join(" ".join(screen(good.results, [release])).split())
     assert "VLM-Pruner stops when a pass adds nothing" in shown and "acted: stall 24 of 48" in shown
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from vlm_pruner_eval.report.load import Results, RunResult
 from vlm_pruner_eval.store.schema import FAILED, FINISHED
-from vlm_pruner_eval.store.summaries import Score, Spread
+from vlm_pruner_eval.store.summaries import Score, Spread, Tokens
 from vlm_pruner_eval.sweep.grid import RATELESS, UNPRUNED, rate_percent
 from vlm_pruner_eval.sweep.score_line import relative_average
 
@@ -86,8 +85,8 @@ class Row:
         By task; empty unless a run is finished, or failed for tasks that could not be scored only.
     relative
         Relative average in percent.
-    asked, kept, layer_averaged
-        Visual tokens a prompt: asked for, measured, measured and averaged over the decoder layers.
+    tokens
+        Visual tokens and misbehaviours of the release, over the samples with images of all its finished runs.
     prefill_ms, selection_ms
         `median` and `iqr` of a batch's prefill, and of a sample's selection (part of the prefill).
     params
@@ -100,8 +99,6 @@ class Row:
         The rate of the sweep file under which the row is listed: `pruning_rate`, but for iso-compute rows.
     iso_layer
         Of an iso-compute row: the layer of the methods that it matches in compute.
-    n_samples
-        Samples with images, of all its finished runs: those that `quirks` counts of.
     costs
         None without a finished run.
     """
@@ -112,19 +109,15 @@ class Row:
     status: str
     cells: dict[str, Cell]
     relative: Cell
-    asked: dict[str, float] | None
-    kept: dict[str, float] | None
-    layer_averaged: float | None
+    tokens: Tokens
     prefill_ms: dict[str, float] | None
     selection_ms: dict[str, float] | None
-    quirks: dict[str, int]
     problems: tuple[str, ...]
     params: dict[str, Any] = field(default_factory=dict)
     changed: dict[str, Any] = field(default_factory=dict)
     runs: tuple[str, ...] = ()
     asked_rate: str | float | None = None
     iso_layer: int | None = None
-    n_samples: int = 0
     costs: Costs | None = None
 
     @property
@@ -191,7 +184,6 @@ def has_one_condition(runs: Sequence[RunResult]) -> bool:
 def _row(runs: list[RunResult], tasks: list[str], unpruned: list[RunResult]) -> Row:
     first, finished = runs[0], [run for run in runs if run.finished]
     records = [run.record for run in finished]
-    tokens = [record.tokens for record in records]
     return Row(
         label=first.label,
         method=first.method,
@@ -199,19 +191,15 @@ def _row(runs: list[RunResult], tasks: list[str], unpruned: list[RunResult]) -> 
         status=_status(runs),
         cells={task: _cell([record.scores[task].main for record in records]) for task in tasks if records},
         relative=_relative(finished, unpruned),
-        asked=_merged([found.asked for found in tokens]),
-        kept=_merged([found.kept for found in tokens]),
-        layer_averaged=_mean([found.layer_averaged for found in tokens]),
+        tokens=Tokens.merged([record.tokens for record in records]),
         prefill_ms=_time(finished, "prefill_ms"),
         selection_ms=_time(finished, "selection_ms"),
-        quirks=dict(sum((Counter(found.quirks) for found in tokens), Counter())),
         problems=tuple(f"{run.key}: {run.record.problem}" for run in runs if run.status == FAILED),
         params={name: value for name, value in first.params.items() if name != "seed" or len(runs) == 1},
         changed=first.changed,
         runs=tuple(run.run_id for run in runs),
         asked_rate=first.asked_rate,
         iso_layer=first.iso_layer,
-        n_samples=sum(found.samples_with_images for found in tokens),
         costs=_costs(finished, unpruned) if finished else None,
     )
 
@@ -270,8 +258,3 @@ def _sd(values: list[float]) -> float | None:
 def _mean(spreads: Sequence[Spread | None]) -> float | None:
     known = [spread.mean for spread in spreads if spread is not None]
     return math.fsum(known) / len(known) if known else None
-
-
-def _merged(spreads: list[Spread | None]) -> dict[str, float] | None:
-    found = Spread.merged(spreads)
-    return None if found is None else {"mean": found.mean, "min": found.min, "max": found.max}

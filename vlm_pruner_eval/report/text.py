@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vlm_pruner_eval.report.rows import Cell, Row
+from vlm_pruner_eval.store.summaries import Spread
 from vlm_pruner_eval.sweep.score_line import NOTHING, number, short_names  # noqa: F401 (as one module)
 
 _ALIKE = 0.25  # of an interval's width: by so much its two sides may differ and still be written as one
@@ -59,12 +60,12 @@ def cell_short(row: Row, cell: Cell | None) -> tuple[str, str]:
     return number(cell.value), f" {cell.low:.0f}–{cell.high:.0f}"
 
 
-def spread(values: dict[str, float] | None) -> str:
+def spread(values: Spread | None) -> str:
     """A mean token count, with its range if it varies."""
     if values is None:
         return NOTHING
-    mean = f"{values['mean']:.0f}" if float(values["mean"]).is_integer() else f"{values['mean']:.1f}"
-    return mean if values["min"] == values["max"] else f"{mean} ({values['min']:.0f}–{values['max']:.0f})"
+    mean = f"{values.mean:.0f}" if float(values.mean).is_integer() else f"{values.mean:.1f}"
+    return mean if values.min == values.max else f"{mean} ({values.min:.0f}–{values.max:.0f})"
 
 
 # Behaviour of the authors' releases, by the name under which methods count it.
@@ -82,9 +83,13 @@ _NEVER_DONE = frozenset({"repeated_pivots", "repeats"})  # official_quirks does 
 
 def quirks(row: Row) -> str:
     """Misbehaviours of the authors' release in one cell: on how many samples, and if they acted or were mended."""
-    acted = {name: count for name, count in sorted(row.quirks.items()) if row.release and name not in _NEVER_DONE}
-    mended = {name: count for name, count in sorted(row.quirks.items()) if name not in acted}
-    parts = [f"{word}: {_counted(counts, row.n_samples)}" for word, counts in (("acted", acted), ("mended here", mended)) if counts]
+    acted = {name: count for name, count in sorted(row.tokens.quirks.items()) if row.release and name not in _NEVER_DONE}
+    mended = {name: count for name, count in sorted(row.tokens.quirks.items()) if name not in acted}
+    parts = [
+        f"{word}: {_counted(counts, row.tokens.samples_with_images)}"
+        for word, counts in (("acted", acted), ("mended here", mended))
+        if counts
+    ]
     return "; ".join(parts) or "none"
 
 
@@ -94,5 +99,5 @@ def _counted(counts: dict[str, int], of: int) -> str:
 
 def quirk_names(rows: Sequence[Row]) -> list[str]:
     """Return a sentence for every misbehaviour that was counted in any row."""
-    names = sorted({name for row in rows for name in row.quirks})
+    names = sorted({name for row in rows for name in row.tokens.quirks})
     return [f"{name}: {QUIRKS[name]}." for name in names if name in QUIRKS]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from vlm_pruner_eval.report.load import Results
 from vlm_pruner_eval.report.paper.paper_comparison import Compared, PaperRow, Reference
 from vlm_pruner_eval.report.paper.printed import AVERAGE
-from vlm_pruner_eval.report.rows import Row, rows_of
+from vlm_pruner_eval.report.rows import rows_of
 from vlm_pruner_eval.reproduce.noise import Noise
+from vlm_pruner_eval.store.summaries import Spread
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,13 @@ def spreads_of(noise: Noise) -> dict[str, float | None]:
 
 def reproduced_rows(against: Reference, results: Results) -> list[ReproducedRow]:
     """Every row of the sweep under DIR/rows with its printed numbers."""
-    return [_reproduced(against.compare(row, results.tasks), results) for row in rows_of(results)]
+    return [_reproduced(against.compare(row, results.tasks)) for row in rows_of(results)]
 
 
-def _reproduced(compared: PaperRow, results: Results) -> ReproducedRow:
-    row, samples = compared.row, sum(_with_images(results, compared.row))
-    quirks = {name: count / samples for name, count in sorted(row.quirks.items())}
-    return ReproducedRow(row, compared.cells, compared.average, samples, quirks)
-
-
-def _with_images(results: Results, row: Row) -> Iterator[int]:
-    for run in results.runs:
-        if run.finished and run.run_id in row.runs:
-            yield run.record.tokens.samples_with_images
+def _reproduced(compared: PaperRow) -> ReproducedRow:
+    tokens = compared.row.tokens
+    quirks = {name: count / tokens.samples_with_images for name, count in tokens.quirks.items()}
+    return ReproducedRow(compared.row, compared.cells, compared.average, tokens.samples_with_images, quirks)
 
 
 def as_json(rows: list[ReproducedRow]) -> list[dict[str, Any]]:
@@ -61,14 +55,18 @@ def as_json(rows: list[ReproducedRow]) -> list[dict[str, Any]]:
             "release": item.row.release,
             "scores": {task: compared_json(compared) for task, compared in item.cells.items() if item.row.cells},
             "relative_average": compared_json(item.average),
-            "tokens_asked": item.row.asked,
-            "tokens_kept": item.row.kept,
+            "tokens_asked": _spread(item.row.tokens.asked),
+            "tokens_kept": _spread(item.row.tokens.kept),
             "samples_with_images": item.samples,
-            "quirks": {name: {"samples": item.row.quirks[name], "share": share} for name, share in item.quirks.items()},
+            "quirks": {name: {"samples": item.row.tokens.quirks[name], "share": share} for name, share in item.quirks.items()},
             "problems": list(item.row.problems),
         }
         for item in rows
     ]
+
+
+def _spread(found: Spread | None) -> dict[str, float] | None:
+    return None if found is None else found.model_dump(exclude={"n"})
 
 
 def compared_json(compared: Compared) -> dict[str, Any]:

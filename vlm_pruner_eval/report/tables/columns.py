@@ -15,6 +15,7 @@ from vlm_pruner_eval.report.stats.paired import Estimate
 from vlm_pruner_eval.report.stats.strata import Stratum
 from vlm_pruner_eval.report.tables.table import Column, Entry
 from vlm_pruner_eval.store.schema import FINISHED
+from vlm_pruner_eval.store.summaries import Spread
 from vlm_pruner_eval.sweep.grid import UNPRUNED
 
 SIGNIFICANT = 0.05
@@ -144,7 +145,7 @@ def _status(status: str, item: Item) -> Entry:
     return Entry(status, kind="words" if status == FINISHED else "words missing")
 
 
-def _spread(values: dict[str, float], item: object) -> Entry:
+def _spread(values: Spread, item: object) -> Entry:
     return Entry(text.spread(values))
 
 
@@ -162,8 +163,8 @@ def _brief_average(value: float, item: Item) -> tuple[str, str]:
     return text.number(value) + ("" if deviation is None else f" sd {deviation:.1f}"), ""
 
 
-def _brief_kept(kept: dict[str, float], item: Item) -> tuple[str, str]:
-    asked, shown = text.spread(item.row.asked), text.spread(kept)
+def _brief_kept(kept: Spread, item: Item) -> tuple[str, str]:
+    asked, shown = text.spread(item.row.tokens.asked), text.spread(kept)
     return shown if asked == shown else f"{shown} of {asked} asked", ""
 
 
@@ -191,14 +192,14 @@ _TASK = (Column("status", "row.status"), Column("task", "key"))
 _KEPT = (
     Column(
         "tokens_kept",
-        "row.kept",
+        "row.tokens.kept",
         "tokens kept",
         _spread,
         parts={"tokens_kept": "mean"},
         screen="kept",
         brief=_brief_kept,
     ),
-    Column("tokens_layer_averaged", "row.layer_averaged", "layer-averaged", screen="layers"),
+    Column("tokens_layer_averaged", "row.tokens.layer_averaged.mean", "layer-averaged", screen="layers"),
 )
 _TESTS = (
     Column("p", "found.p"),
@@ -214,12 +215,12 @@ SCORES = (
     Column("relative_avg", "row.relative.value", "relative Avg, %", _average, screen="Avg", brief=_brief_average),
     Column("avg_flip_rate", "average.flip_rate", "flips, %", lambda share, item: Entry(f"{100 * share:.1f}")),
     Column("avg_gain_kept", "average.gain_kept", "gain kept, %", _percent, parts=_ends("avg_gain_kept")),
-    Column("tokens_asked", "row.asked.mean"),
+    Column("tokens_asked", "row.tokens.asked.mean"),
     *_KEPT,
     Column("prefill_ms", "row.prefill_ms.median", screen="ms", brief=lambda median, item: (f"{median:.0f}", "")),
     Column("flops", "row.costs.flops", screen="GFLOPs", brief=lambda flops, item: (text.significant(flops / _GIGA), "")),
     Column("selection_ms", "row.selection_ms.median"),
-    Column("quirks", lambda item: ";".join(f"{name}={count}" for name, count in sorted(item.row.quirks.items()))),
+    Column("quirks", lambda item: ";".join(f"{name}={count}" for name, count in sorted(item.row.tokens.quirks.items()))),
     Column("difference", "found.difference", parts=_ends("difference")),
     *_TESTS,
 )
@@ -271,7 +272,7 @@ POWER = (
 TOKENS = (
     *_ROW,
     Column("status", "row.status", "status", _status, words=True),
-    Column("tokens_asked", "row.asked", "tokens asked", _spread, parts={"tokens_asked": "mean"}),
+    Column("tokens_asked", "row.tokens.asked", "tokens asked", _spread, parts={"tokens_asked": "mean"}),
     *_KEPT,
     Column("quirks", lambda item: text.quirks(item.row), "misbehaviours of the release", words=True),
 )

@@ -41,7 +41,7 @@ class Column:
     name
         Its header in the CSV file.
     value
-        Path from an item to the column's value ("row.kept": attributes, or keys of a mapping; None if one of them is None), or a
+        Path from an item to the column's value ("row.tokens.kept": attributes, or keys of a mapping; None if one of them is None), or a
         function of the item.
     header
         On pages (HTML, Markdown, LaTeX), which leave the column out if it is empty.

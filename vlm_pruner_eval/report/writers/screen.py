@@ -83,7 +83,7 @@ def _cells(table: Table, line: Line, spread: Column, columns: Sequence[Column]) 
 
 def _print_quirks(console: Console, rows: Sequence[Row]) -> None:
     """Print what the authors' releases do wrong and where it was met: it acted under official_quirks, and was mended elsewhere."""
-    counted = [row for row in rows if row.quirks]
+    counted = [row for row in rows if row.tokens.quirks]
     if not counted:
         return
     console.print(
