@@ -101,7 +101,7 @@ class PausingStandIn(StandIn):
     defaults = Defaults()
     # the real planning, and the real treatment of batches that fail
     batches_of = PrunedModel.batches_of
-    _made, _steps, _told, _failed_alone = PrunedModel._made, PrunedModel._steps, PrunedModel._told, PrunedModel._failed_alone
+    _made, _steps, _told = PrunedModel._made, PrunedModel._steps, PrunedModel._told
     pruner = None
     answers_of_batch = PrunedModel.answers_of_batch
 

@@ -88,7 +88,7 @@ def together(model: PrunedModel, chosen: Mapping[str, Configuration], requests: 
 def timeless(samples: list[dict]) -> list[dict]:
     """Samples without times, whatever these are."""
     return [
-        {name: value for name, value in sample.items() if name not in TIMES}
+        {name: value for name, value in sample.items() if name not in (*TIMES, "batch_size")}  # rows of several runs may be one batch
         | {"record": {name: value for name, value in sample.get("record", {}).items() if name != "selection_ms"}}
         for sample in samples
     ]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from vlm_pruner_eval.errors import PruningError
+from vlm_pruner_eval.pruners.base import Pruner
 from vlm_pruner_eval.timing import Span
+from vlm_pruner_eval.types import Stage
 from vlm_pruner_eval.vlms.family import Scope
 from vlm_pruner_eval.vlms.parts.scopes import joined
 
@@ -41,6 +43,8 @@ class Row:
 
     Attributes
     ----------
+    stages
+        Cuts of the row's method, by layer.
     present, text : Tensor [n] int64
         Attended positions, and those of them that are not visual.
     end
@@ -51,6 +55,8 @@ class Row:
     """
 
     sample_id: str
+    pruner: Pruner
+    stages: Mapping[int, Stage]
     present: Tensor
     text: Tensor
     end: int
@@ -58,6 +64,16 @@ class Row:
     scopes: list[Alive]
     quirks: set[str] = field(default_factory=set)
     spans: list[Span] = field(default_factory=list)
+
+    @property
+    def is_exact(self) -> bool:
+        """True if the method keeps as many tokens as it is asked for."""
+        return not (self.pruner.official_quirks and self.pruner.quirks_change_count)
+
+    @property
+    def n_asked(self) -> int:
+        """Visual tokens that were to be kept: all of them if no stage is asked for."""
+        return sum(alive.asked if self.stages else len(alive.local) for alive in self.scopes)
 
     @property
     def padding(self) -> int:
@@ -71,7 +87,13 @@ class Row:
 
 
 def batch_rows(
-    input_ids: Tensor, attended: Tensor, scopes: list[list[Scope]], sample_ids: Sequence[str] | None, *, per_sample: bool, n_prompt: int
+    input_ids: Tensor,
+    attended: Tensor,
+    scopes: list[list[Scope]],
+    sample_ids: Sequence[str] | None,
+    *,
+    methods: Sequence[tuple[Pruner, Sequence[Stage]]],
+    n_prompt: int,
 ) -> list[Row]:
     """Return the rows of a prompt batch before any stage.
 
@@ -85,16 +107,18 @@ def batch_rows(
         Images of every row, in prompt order.
     sample_ids
         One per prompt; None: a digest of each prompt.
-    per_sample
-        True if all images of a row share one budget.
+    methods
+        Pruners with their stages; of several, the batch holds the same prompts once for each.
     n_prompt
         Length of the prompt, at most L.
 
     Raises
     ------
     PruningError
-        Names that do not fit the batch.
+        Names or methods that do not fit the batch.
     """
+    if len(input_ids) % len(methods):
+        raise PruningError(f"prune: got {len(methods)} methods for a batch of {len(input_ids)} rows, expected the same prompts for each.")
     if sample_ids is not None and (not sample_ids or len(input_ids) % len(sample_ids)):
         raise PruningError(f"prune: got {len(sample_ids)} sample_ids for a batch of {len(input_ids)} rows, expected one per prompt.")
     rows = []
@@ -108,11 +132,14 @@ def batch_rows(
             sample_id = "prompt:" + hashlib.sha256(str(input_ids[b, asked].tolist()).encode()).hexdigest()[:16]
         else:
             sample_id = sample_ids[b // (len(input_ids) // len(sample_ids))]
-        budgets = [joined(found)] if per_sample and len(found) > 1 else found
+        pruner, stages = methods[b // (len(input_ids) // len(methods))]
+        budgets = [joined(found)] if pruner.scope == "per_sample" and len(found) > 1 else found
         layouts = [list(scope.layout.shape) for scope in found]
         rows.append(
             Row(
                 sample_id,
+                pruner,
+                {stage.layer: stage for stage in stages},
                 present,
                 is_text.nonzero()[:, 0],
                 int(asked[-1]) if len(asked) else -1,

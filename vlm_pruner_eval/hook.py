@@ -32,6 +32,7 @@ from vlm_pruner_eval.refusals import (
     refuse_chunks,
     refuse_foreign_cache,
     refuse_late_images,
+    refuse_no_pruner,
     refuse_prepared,
     refuse_repeated_singly,
     refuse_strange_cache,
@@ -41,9 +42,10 @@ from vlm_pruner_eval.unwrap import uncompiled, unwrapped
 from vlm_pruner_eval.vlms import family_of
 
 _INSTALLED = "_vlm_pruner_eval_hook"
+REPEATED = "_vlm_pruner_eval_repeated"  # while prompts are read several times, see `prefix`: how often, and the call of the vision tower
 
 
-def prune(model: nn.Module, pruner: Pruner, *, sample_ids: Sequence[str] | None = None) -> PruningHook:
+def prune(model: nn.Module, pruner: Pruner | Sequence[Pruner], *, sample_ids: Sequence[str] | None = None) -> PruningHook:
     """Prune visual tokens of every prompt that `model` reads inside the context.
 
     ::
@@ -58,9 +60,10 @@ def prune(model: nn.Module, pruner: Pruner, *, sample_ids: Sequence[str] | None 
         A Hugging Face VLM of a known family (see `vlm_pruner_eval.vlms`), or a wrapper that holds one (an adapter, a compiled or a
         data-parallel module). Compiled code runs eagerly inside the context, with a RuntimeWarning.
     pruner
-        Built by `get_pruner`, or an instance of your own Pruner subclass.
+        Built by `get_pruner`, or an instance of your own Pruner subclass. Of a list of n, the batch must hold the same prompts n times:
+        all of them for the first method, then all for the second. They cut at the same layers and treat positions alike.
     sample_ids
-        One name per prompt of the batch, for error messages and for seeded methods; default a digest of the prompt's ids.
+        One name per row of the batch, for error messages and for seeded methods; default a digest of the prompt's ids.
 
     Returns
     -------
@@ -87,28 +90,27 @@ def installed_probes(core: nn.Module) -> Mapping[int, Probe]:
 class PruningHook(NotCopied):
     """The context manager behind `prune`."""
 
-    def __init__(self, model: nn.Module, pruner: Pruner, sample_ids: Sequence[str] | None = None):
-        if not isinstance(pruner, Pruner):
-            raise ConfigError(
-                f"prune: got {pruner!r} ({type(pruner).__name__}), expected a Pruner; build one with get_pruner(name, pruning_rate=...)."
-            )
-        if pruner.before_model:
-            raise ConfigError(
-                f"prune: got method {pruner.name}, which makes the images smaller before the model sees them, so there is nothing to prune "
-                f"inside it; use it through lmms-eval or a sweep (method={pruner.name}), or take another method."
-            )
+    def __init__(
+        self,
+        model: nn.Module,
+        pruner: Pruner | Sequence[Pruner],
+        sample_ids: Sequence[str] | None = None,
+    ):
+        pruners = list(pruner) if isinstance(pruner, (list, tuple)) else [pruner]
+        for one in pruners:
+            refuse_no_pruner(one)
         self.outer = model
         self.head = unwrapped(model)
         self.family = family_of(self.head)
-        self.pruner = pruner
         self.sample_ids = sample_ids
         self.core, self.text = hf_compat.decoder(self.head)
         self.layers = [uncompiled(layer) for layer in self.text.layers]
-        self.stages = pruner.stages(len(self.layers))
-        self.contiguous = pruner.position_policy(self.family.mrope) == "contiguous"
-        if problems := problems_of(pruner, self.stages, self.text, mrope=self.family.mrope):
+        self.methods = [(one, one.stages(len(self.layers))) for one in pruners]
+        if problems := problems_of(self.methods, self.text, mrope=self.family.mrope):
             raise ConfigError(problems)
-        self.first = self.stages[0].layer if self.stages else len(self.layers)
+        self.stages = [stage.layer for stage in self.methods[0][1]]  # layers, of all methods the same
+        self.contiguous = pruners[0].position_policy(self.family.mrope) == "contiguous"
+        self.first = self.stages[0] if self.stages else len(self.layers)
         self.ledger = Ledger()
         self._layouts: dict[str, list] = {}
         self._pixels: dict[str, object] = {}
@@ -147,8 +149,8 @@ class PruningHook(NotCopied):
         if self.stages:
             add(self.text.norm.register_forward_hook(self._after_norm))
         add(self.text.register_forward_hook(self._after_text))
-        needs = self.pruner.needs
-        self._probes = {s.layer: probe for s in self.stages if (probe := probe_for(self.layers, s.layer, needs))}
+        needs = frozenset().union(*(pruner.needs for pruner, _ in self.methods))
+        self._probes = {layer: probe for layer in self.stages if (probe := probe_for(self.layers, layer, needs))}
         for probe in self._probes.values():
             add(*probe.handles)
         for kind in self.family.kinds:
@@ -194,7 +196,8 @@ class PruningHook(NotCopied):
             return original(*args, **kwargs)
         bound = inspect.signature(original).bind(*args, **kwargs).arguments
         call = bound | bound.get("kwargs", {})
-        self._layouts[kind] = self.family.layouts(self.core, kind, call)
+        repeats, once = self.core.__dict__.get(REPEATED, (1, lambda kind, call: call))
+        self._layouts[kind] = self.family.layouts(self.core, kind, once(kind, call)) * repeats
         if hf_compat.REPEATS_IMAGES_SINGLY:
             self._pixels[kind] = call.get(f"pixel_values_{kind}s", call.get("pixel_values"))
         self._is_encoding = True
@@ -253,10 +256,9 @@ class PruningHook(NotCopied):
         refuse_repeated_singly(self.family, self.core.config, input_ids, self._pixels, self._layouts)
         self._pixels.clear()
         self._prefill = Prefill(
-            pruner=self.pruner,
+            methods=self.methods,
             family=self.family,
             text=self.text,
-            stages=self.stages,
             probes=self._probes,
             input_ids=input_ids,
             attended=attended,

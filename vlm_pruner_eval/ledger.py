@@ -16,7 +16,7 @@ class SampleRecord:
     Attributes
     ----------
     row
-        Row in its batch (beams and returned sequences are rows of their own).
+        Row in its batch (beams and returned sequences are rows of their own); of several methods in one batch, among those of its own.
     n_visual, n_asked, n_kept
         Visual tokens of the prompt; the sum over scopes of what the method was asked to keep after its last stage;
         what the last layer's input really held.

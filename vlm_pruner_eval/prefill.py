@@ -31,6 +31,8 @@ class Prefill:
 
     Parameters
     ----------
+    methods
+        Pruners with their stages; of several, the batch holds the same prompts once for each.
     input_ids : Tensor [B, L]
         In the memory of the host, as the next one and the positions of `scopes`.
     attended : Tensor [B, L] bool
@@ -48,10 +50,9 @@ class Prefill:
     def __init__(
         self,
         *,
-        pruner: Pruner,
+        methods: Sequence[tuple[Pruner, Sequence[Stage]]],
         family: Family,
         text: nn.Module,
-        stages: Sequence[Stage],
         probes: Mapping[int, Probe],
         input_ids: Tensor,
         attended: Tensor,
@@ -61,32 +62,32 @@ class Prefill:
         labels: Tensor | None = None,
         n_prompt: int | None = None,
     ):
-        self.pruner, self.family, self.text, self.probes, self.contiguous = pruner, family, text, probes, contiguous
-        self.stages = {stage.layer: stage for stage in stages}
+        self.family, self.text, self.probes, self.contiguous = family, text, probes, contiguous
+        self.n_methods = len(methods)
+        self.stages = sorted({stage.layer for _, stages in methods for stage in stages})  # layers
         self.length, self.n_layers = input_ids.shape[1], len(text.layers)
         self.cache: object | None = None
         self.seen: dict[int, int] = {}
         self.ran: set[int] = set()  # layers of the stages that have run
         self.labels = labels
-        per_sample = pruner.scope == "per_sample"
-        self.rows = batch_rows(input_ids, attended, scopes, sample_ids, per_sample=per_sample, n_prompt=n_prompt or self.length)
+        self.rows = batch_rows(input_ids, attended, scopes, sample_ids, methods=methods, n_prompt=n_prompt or self.length)
 
     # ---- cutting
     def enter_layer(self, i: int, hidden: Tensor, state: CutState) -> Tensor:
         """Cut `hidden` [B, L, D] if a stage begins at layer `i`; note how long the layer's input really is."""
         if i in self.stages:
-            hidden = self._cut(self.stages[i], hidden, state)
+            hidden = self._cut(i, hidden, state)
         self.seen[i] = hidden.shape[1]
         return hidden
 
-    def _cut(self, stage: Stage, hidden: Tensor, state: CutState) -> Tensor:
-        before, probe = state.at(stage.layer), self.probes.get(stage.layer)
+    def _cut(self, layer: int, hidden: Tensor, state: CutState) -> Tensor:
+        before, probe = state.at(layer), self.probes.get(layer)
         lengths = [sum(len(alive.local) for alive in row.scopes) for row in self.rows]
         with torch.no_grad():  # a choice has no gradient; the gather below has one
-            merged = self._select_all(stage, hidden, before, probe)
+            merged = self._select_all(layer, hidden, before, probe)
         if probe is not None:
             probe.clear()
-        self.ran.add(stage.layer)
+        self.ran.add(layer)
         if lengths == [sum(len(alive.local) for alive in row.scopes) for row in self.rows]:
             return hidden  # nothing was dropped: leave the model exactly as it was
         if merged:
@@ -94,7 +95,7 @@ class Prefill:
             for b, slots, states in merged:
                 hidden[b, slots] = states
         rows = [row.positions() for row in self.rows]
-        cut = Cut.of_rows(rows, layer=stage.layer, length=self.length, contiguous=self.contiguous)
+        cut = Cut.of_rows(rows, layer=layer, length=self.length, contiguous=self.contiguous)
         self._refuse_read_positions(cut)
         state.cuts.append(cut)
         index = cut.on(hidden.device)[0] if before is None else before.gather_index(cut)
@@ -108,13 +109,13 @@ class Prefill:
         read = [(row.end, int(row.present[-1])) if len(row.present) else () for row in self.rows]
         refuse_read_positions(cut, read, self.labels, is_visual, [row.sample_id for row in self.rows])
 
-    def _select_all(self, stage: Stage, hidden: Tensor, before: Cut | None, probe: Probe | None) -> list[tuple[int, Tensor, Tensor]]:
+    def _select_all(self, layer: int, hidden: Tensor, before: Cut | None, probe: Probe | None) -> list[tuple[int, Tensor, Tensor]]:
         """Run the method on every scope; returns (row, slots, new states) where it merged."""
         merged = []
         for b, row in enumerate(self.rows):
             view = _RowView(self, b, row, hidden, before, probe)
-            for s, alive in enumerate(row.scopes):
-                states = self._select(stage, view, s, alive)
+            for s, alive in enumerate(row.scopes if layer in row.stages else ()):
+                states = self._select(row.stages[layer], view, s, alive)
                 if states is not None:
                     merged.append((b, view.slots(alive.scope.positions[alive.local]), states))
         return merged
@@ -122,31 +123,20 @@ class Prefill:
     def _select(self, stage: Stage, view: _RowView, s: int, alive: Alive) -> Tensor | None:
         """Run the method on one scope; returns new states [n, D] of what is left, or None."""
         row, n_now = view.row, len(alive.local)
-        alive.asked = min(n_now, self.family.keep(self.pruner, stage, len(alive.scope.positions), s))
+        alive.asked = min(n_now, self.family.keep(row.pruner, stage, len(alive.scope.positions), s))
         if alive.asked == n_now:
             return None
         sample_id = f"{row.sample_id}/{s}"
         tokens = view.tokens(alive, sample_id)
         span = Span(tokens.hidden_states.device)
-        selection = self.pruner.select(tokens, alive.asked)
+        selection = row.pruner.select(tokens, alive.asked)
         row.spans.append(span.stop())
-        replaced = type(self.pruner).select is not Pruner.select
-        order = self._check(selection, tokens, alive.asked, sample_id) if replaced else selection.host_order
+        replaced = type(row.pruner).select is not Pruner.select
+        order = _checked_order(row, selection, tokens, alive.asked) if replaced else selection.host_order
         row.quirks |= selection.quirks
         alive.order = alive.local[order]
         alive.local = alive.order.sort().values
         return selection.hidden_states
-
-    def _check(self, selection: Selection, tokens: VisualTokens, asked: int, sample_id: str) -> Tensor:
-        """The order [R] of a method that replaced `select`, and its check with it, in the memory of the host."""
-        where = f"method {self.pruner.name}, sample {sample_id!r}"
-        if not isinstance(selection, Selection):
-            raise PruningError(f"{where}: select returned {type(selection).__name__}, expected a Selection.")
-        return check_selection(selection, tokens, asked, where=where, exact=self._exact)
-
-    @property
-    def _exact(self) -> bool:
-        return not (self.pruner.official_quirks and self.pruner.quirks_change_count)
 
     # ---- proving
     def lengths(self, state: CutState) -> list[int]:
@@ -156,12 +146,12 @@ class Prefill:
             return [layer.get_seq_length() for layer in layers]
         return [self.seen.get(i, self.length) for i in range(self.n_layers)]
 
-    def cache_bytes(self) -> int | None:
-        """Bytes of the keys and values in the cache, all rows and layers; None without one, or if it does not hold plain tensors."""
+    def slot_bytes(self) -> list[int] | None:
+        """Bytes of a slot's keys and values in each layer's cache; None without one, or if it does not hold plain tensors."""
         layers = getattr(self.cache, "layers", None)
         if not layers or not all(_is_plain(layer) for layer in layers):
             return None
-        return sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
+        return [(layer.keys[:1, :, :1].nbytes + layer.values[:1, :, :1].nbytes) for layer in layers]
 
     def verify(self, state: CutState) -> None:
         """Compare what the tensors hold with what was asked.
@@ -177,7 +167,7 @@ class Prefill:
                 "layer past its hooks (replaced, traced or compiled code), so this prompt was not pruned."
             )
         self.measured = self.lengths(state)
-        self.measured_bytes = self.cache_bytes()
+        self.measured_bytes = self.slot_bytes()
         first = min(self.stages, default=self.n_layers)
         for i, length in enumerate(self.measured):
             cut = state.at(i)
@@ -190,13 +180,8 @@ class Prefill:
                 )
         for b, row in enumerate(self.rows):
             kept = sum(len(alive.local) for alive in row.scopes)
-            asked = self._asked(row)
-            if kept != asked and self._exact:
-                raise PruningError(f"prune: row {b} (sample {row.sample_id!r}) kept {kept} visual tokens, expected {asked}.")
-
-    def _asked(self, row: Row) -> int:
-        """Visual tokens that a row was to keep: all of them where no stage is asked for."""
-        return sum(alive.asked if self.stages else len(alive.local) for alive in row.scopes)
+            if kept != row.n_asked and row.is_exact:
+                raise PruningError(f"prune: row {b} (sample {row.sample_id!r}) kept {kept} visual tokens, expected {row.n_asked}.")
 
     def records(self, state: CutState) -> list[SampleRecord]:
         """One record per row."""
@@ -210,12 +195,12 @@ class Prefill:
         widths = [self.length if (cut := state.at(i)) is None else cut.width for i in range(self.n_layers)]
         offsets = torch.tensor([0, *(len(alive.scope.positions) for alive in row.scopes)]).cumsum(0).tolist()
         return SampleRecord(
-            row=b,
+            row=b % (len(self.rows) // self.n_methods),
             n_visual=len(visual),
-            n_asked=self._asked(row),
+            n_asked=row.n_asked,
             n_kept=len(held[-1]),
             n_images=len(row.layouts),
-            layer=min(self.stages) if self.stages else None,
+            layer=min(row.stages, default=None),
             kept_positions=held[-1].tolist(),
             order=[offset + i for offset, alive in zip(offsets, row.scopes, strict=False) for i in alive.order.tolist()],
             kv_lengths=[length - (width - n) for length, width, n in zip(self.measured, widths, valid, strict=True)],
@@ -223,10 +208,20 @@ class Prefill:
             quirks=frozenset(row.quirks),
             selection_ms=sum(span.ms for span in row.spans),
             sample_id=row.sample_id,
-            scope=self.pruner.scope,
+            scope=row.pruner.scope,
             layouts=row.layouts,
-            kv_bytes=None if self.measured_bytes is None else self.measured_bytes // len(self.rows),
+            kv_bytes=self._bytes_of(b, state),
         )
+
+    def _bytes_of(self, b: int, state: CutState) -> int | None:
+        """Bytes of row `b` in the cache, with the fillers that the prompts of its method make."""
+        if self.measured_bytes is None:
+            return None
+        n = len(self.rows) // self.n_methods
+        start = b // n * n
+        cuts = [state.at(i) for i in range(self.n_layers)]
+        widths = [self.length if cut is None else int(cut.valid[start : start + n].sum(1).max()) for cut in cuts]
+        return sum(size * width for size, width in zip(self.measured_bytes, widths, strict=True))
 
 
 @dataclass
@@ -249,10 +244,10 @@ class _RowView:
 
     def tokens(self, alive: Alive, sample_id: str) -> VisualTokens:
         """The VisualTokens of one scope, with the fields that the method needs and no others."""
-        needs, positions = self.prefill.pruner.needs, alive.scope.positions[alive.local]
+        needs, positions = self.row.pruner.needs, alive.scope.positions[alive.local]
         slots = self.slots(positions)
         hidden, layout = self.hidden[self.b, slots], alive.scope.layout
-        if self.prefill.pruner.official_quirks:
+        if self.row.pruner.official_quirks:
             layout = self.prefill.family.release_layout(layout)
         return VisualTokens(
             hidden,
@@ -268,7 +263,7 @@ class _RowView:
 
     def _text(self, end: int) -> TextTokens:
         positions = self.row.text[(self.row.text > end) & (self.row.text <= self.row.end)]
-        slots, needs = self.slots(positions), self.prefill.pruner.needs
+        slots, needs = self.slots(positions), self.row.pruner.needs
         return TextTokens(
             normed_hidden_states=self._normed(self.hidden[self.b, slots]) if "normed_hidden_states" in needs else None,
             keys=self._keys(slots) if "keys" in needs else None,
@@ -276,7 +271,12 @@ class _RowView:
         )
 
     def _keys(self, slots: Tensor) -> Tensor:
-        return self.probe.keys()[self.b, :, slots].transpose(0, 1)
+        return self.probe.keys()[self._probed, :, slots].transpose(0, 1)
+
+    @property
+    def _probed(self) -> int:
+        """Row of the probe: under a shared prefix it saw the prompts once, whatever the number of methods."""
+        return self.b % self.probe.n_rows
 
     def _normed(self, hidden: Tensor) -> Tensor:
         return self.prefill.text.norm.forward(hidden)  # not called as a module: our own hook sits on it
@@ -286,7 +286,15 @@ class _RowView:
         present = self.row.present if self.before is None else self.before.positions_of(self.b)
         slots = self.slots(present[present <= self.row.end])
         last = self.row.end if self.before is None else int(self.before.slots_of(self.b, torch.tensor([self.row.end])))
-        return self.probe.attention_row(self.b, last, slots)
+        return self.probe.attention_row(self._probed, last, slots)
+
+
+def _checked_order(row: Row, selection: Selection, tokens: VisualTokens, asked: int) -> Tensor:
+    """Order [R] of a method that replaced `select`, and its check with it, on the CPU."""
+    where = f"method {row.pruner.name}, sample {tokens.sample_id!r}"
+    if not isinstance(selection, Selection):
+        raise PruningError(f"{where}: select returned {type(selection).__name__}, expected a Selection.")
+    return check_selection(selection, tokens, asked, where=where, exact=row.is_exact)
 
 
 def _common(positions: Tensor, visual: Tensor) -> Tensor:

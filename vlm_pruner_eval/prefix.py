@@ -22,13 +22,14 @@ from transformers.utils import ModelOutput
 from vlm_pruner_eval import hf_compat
 from vlm_pruner_eval.cut import LayerLength
 from vlm_pruner_eval.errors import PruningError
-from vlm_pruner_eval.hook import installed_probes
+from vlm_pruner_eval.hook import REPEATED, installed_probes
 from vlm_pruner_eval.probe import Probe, Seen
 from vlm_pruner_eval.pruners.base import Pruner
 from vlm_pruner_eval.vlms import family_of
 
 # Of what a vision tower returns, the model reads these; the states of all its layers would fill the memory of a GPU.
-_READ = ("pooler_output", "deepstack_features")
+_DEEP = "deepstack_features"
+_READ = ("pooler_output", _DEEP)
 
 
 def first_cut(pruner: Pruner, n_layers: int) -> int:
@@ -69,7 +70,9 @@ class SharedPrefix:
                 with prefix.reading(first_cut(pruner, n_layers)), prune(model, pruner):
                     model.generate(**inputs)
 
-    The deepest first, so that the others find all that they can take. Layers from the first one with sliding-window attention on are
+    The deepest first, so that the others find all that they can take. Once a forward has read the batch, several methods can read it
+    in one forward: ``prefix.reading(depth, repeats=n)`` takes the prompts n times, as `prune` does with a list, and the images once.
+    What is kept is then given to every repetition. Layers from the first one with sliding-window attention on are
     computed anew, as its cache does not hold all that it saw.
 
     Parameters
@@ -94,6 +97,7 @@ class SharedPrefix:
 
     def _forget(self) -> None:
         self._depth: int | None = None
+        self._repeats = 1
         self._skip = 0
         self._kept: dict[int, Kept] = {}
         self._entered: tuple[Tensor, ...] | None = None
@@ -130,13 +134,17 @@ class SharedPrefix:
         owner.__dict__[name] = functools.wraps(original)(functools.partial(function, original))
 
     @contextmanager
-    def reading(self, depth: int) -> Iterator[None]:
-        """One forward over the batch, whose first cut is in front of decoder layer `depth`."""
+    def reading(self, depth: int, *, repeats: int = 1) -> Iterator[None]:
+        """One forward over the batch, whose first cut is in front of decoder layer `depth`; over its prompts `repeats` times."""
         self._depth, self._skip = depth, max((kept for kept in self._kept if kept <= depth), default=0)
+        self._repeats = repeats
+        if repeats > 1:
+            self.core.__dict__[REPEATED] = repeats, lambda kind, call: self._known(kind, call)[0]
         try:
             yield
         finally:
             self._depth = None
+            self.core.__dict__.pop(REPEATED, None)
             for probe in self._probes.values():
                 probe.clear()
 
@@ -147,12 +155,21 @@ class SharedPrefix:
             return original(*args, **kwargs)
         bound = inspect.signature(original).bind(*args, **kwargs).arguments
         call = {name: value for name, value in bound.items() if name != "kwargs"} | bound.get("kwargs", {})
+        if self._repeats > 1:
+            return _copied(self._known(kind, call)[1], self._repeats)
         for known_kind, known, features in self._features:
             if known_kind == kind and _equal(known, call):
                 return _copied(features)
         output = original(*args, **kwargs)
         self._features.append((kind, call, _copied(output)))
         return output
+
+    def _known(self, kind: str, call: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        """Return call and features of these pixels; sizes and grids of `call` are those of repeated prompts."""
+        for known_kind, known, features in self._features:
+            if known_kind == kind and _equal(_pixels(known), _pixels(call)):
+                return known, features
+        raise PruningError("shared prefix: got other images than those of the batch, expected that one forward has read it before.")
 
     # ---- the decoder
     def _run_layer(self, i: int, original: Callable, *args: object, **kwargs: object) -> object:
@@ -177,13 +194,22 @@ class SharedPrefix:
         if cache is None:
             raise PruningError("shared prefix: got a forward without a cache, expected generate() with use_cache=True.")
         entered = (hidden, *rope)
-        if self._entered is None:
+        if self._entered is None and self._repeats == 1:
             self._entered = entered
-        elif not _equal(self._entered, entered):
+        elif self._entered is None or not all(map(self._is_repeated, self._entered, entered)):
             raise PruningError(
                 f"shared prefix: got embeddings of shape {tuple(hidden.shape)} that are not those whose prefix is kept (shape "
                 f"{tuple(self._entered[0].shape)}), expected the same batch in every forward; open a new context for each batch."
             )
+
+    def _is_repeated(self, once: Tensor, found: Tensor) -> bool:
+        """Tell if `found` [..., repeats * B, L, d] is `once` [..., B, L, d] again and again, bit by bit; or both [..., 1, L, d]."""
+        if self._repeats == 1 or once.shape == found.shape:
+            return _equal(once, found)
+        if found.shape[-3] != self._repeats * once.shape[-3]:
+            return False
+        alike = [(part == once).all() for part in found.chunk(self._repeats, dim=-3)]
+        return bool(torch.stack(alike).all())
 
     def _keep(self, depth: int, output: Tensor | tuple, cache: Any) -> None:
         in_tuple = isinstance(output, tuple)
@@ -193,11 +219,11 @@ class SharedPrefix:
 
     def _give_back(self, i: int, hidden: Tensor, cache: Any) -> Tensor | tuple:
         kept = self._kept[self._skip]
-        cache.update(*kept.cached[i], i)
+        cache.update(*(_repeated(part, self._repeats) for part in kept.cached[i]), i)
         if i + 1 < self._skip:
             states = hidden  # nobody reads it: the layers up to the last one pass it on
         else:
-            states = kept.states.clone()
+            states = _repeated(kept.states, self._repeats) if self._repeats > 1 else kept.states.clone()
             probe = installed_probes(self.core).get(self._skip)
             if probe is not None:
                 probe.show(kept.seen)
@@ -220,11 +246,29 @@ def _equal(one: object, other: object) -> bool:
     return bool(one == other)
 
 
-def _copied(features: Any) -> Any:
-    """The same tensors in containers of their own, which the model may change, without what it does not read."""
+def _pixels(call: dict[str, Any]) -> list[Any]:
+    """Pixels among the arguments of a vision tower."""
+    return [value for name, value in sorted(call.items()) if name.startswith("pixel_values")]
+
+
+def _repeated(tensor: Tensor, repeats: int) -> Tensor:
+    """Rows [B, ...] again and again: [repeats * B, ...]."""
+    return tensor if repeats == 1 else tensor.repeat(repeats, *[1] * (tensor.dim() - 1))
+
+
+def _copied(features: Any, repeats: int = 1) -> Any:
+    """The same tensors in containers of their own, which the model may change, without what it does not read; all images repeated."""
     if isinstance(features, ModelOutput):
         held = {field.name: getattr(features, field.name) for field in dataclasses.fields(features) if field.name in _READ}
-        return type(features)(**{name: _copied(value) for name, value in held.items()})
+        of_layers = {name: _copied_layers(value, repeats) for name, value in held.items() if name == _DEEP}
+        return type(features)(**{name: _copied(value, repeats) for name, value in held.items()} | of_layers)
+    if isinstance(features, tuple) and len(features) == 2 and not isinstance(features[0], Tensor):
+        return _copied(features[0], repeats), _copied_layers(features[1], repeats)  # Qwen3-VL's, before it had names for them
     if isinstance(features, (list, tuple)):
-        return type(features)(map(_copied, features))
-    return features
+        return type(features)(map(_copied, features)) * repeats  # one an image
+    return _repeated(features, repeats) if isinstance(features, Tensor) else features
+
+
+def _copied_layers(features: Any, repeats: int) -> Any:
+    """The same of what a vision tower gives to several decoder layers: a tensor, or one an image, for each."""
+    return features if features is None else [_copied(layer, repeats) for layer in features]

@@ -53,6 +53,12 @@ class Probe:
         """What another probe of `attn` saw, in place of a forward that is left out."""
         (self.q, self.k, self.rope), self._rotated = seen, None
 
+    @property
+    def n_rows(self) -> int:
+        """Rows of the batch that were seen."""
+        self._check_seen()
+        return len(self.k)
+
     def keys(self) -> Tensor:
         """Keys after rotary embedding, [B, H_kv, L, d]: what the KV cache of this layer holds."""
         if self._rotated is None:

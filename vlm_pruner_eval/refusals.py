@@ -9,15 +9,37 @@ from torch import Tensor, nn
 
 from vlm_pruner_eval import hf_compat
 from vlm_pruner_eval.cut import Cut, CutState
-from vlm_pruner_eval.errors import PruningError
+from vlm_pruner_eval.errors import ConfigError, PruningError
 from vlm_pruner_eval.pruners.base import FROM_PREVIOUS_LAYER, Pruner
 from vlm_pruner_eval.types import Stage
 from vlm_pruner_eval.vlms.family import Family, Layout
 from vlm_pruner_eval.vlms.parts.scopes import SINGLY
 
 
-def problems_of(pruner: Pruner, stages: Sequence[Stage], text: nn.Module, *, mrope: bool) -> list[str]:
-    """Return sentences about layers and positions that a pruner asks for and this language model does not have."""
+def refuse_no_pruner(pruner: object) -> None:
+    """Raise a ConfigError for what can't prune inside a model."""
+    if not isinstance(pruner, Pruner):
+        raise ConfigError(
+            f"prune: got {pruner!r} ({type(pruner).__name__}), expected a Pruner; build one with get_pruner(name, pruning_rate=...)."
+        )
+    if pruner.before_model:
+        raise ConfigError(
+            f"prune: got method {pruner.name}, which makes the images smaller before the model sees them, so there is nothing to prune "
+            f"inside it; use it through lmms-eval or a sweep (method={pruner.name}), or take another method."
+        )
+
+
+def problems_of(methods: Sequence[tuple[Pruner, Sequence[Stage]]], text: nn.Module, *, mrope: bool) -> list[str]:
+    """Return sentences about layers and positions that pruners ask for and this language model, or one batch, does not have."""
+    found = [sentence for pruner, stages in methods for sentence in _problems_of_one(pruner, stages, text, mrope=mrope)]
+    kinds = {(tuple(stage.layer for stage in stages), pruner.position_policy(mrope)) for pruner, stages in methods}
+    if len(kinds) != 1:
+        said = "; ".join(f"layers {list(layers)}, {positions} positions" for layers, positions in sorted(kinds)) or "none"
+        found.append(f"prune: got methods of {len(kinds)} kinds for one batch ({said}), expected the same layers and positions of all.")
+    return found
+
+
+def _problems_of_one(pruner: Pruner, stages: Sequence[Stage], text: nn.Module, *, mrope: bool) -> list[str]:
     name = pruner.name or type(pruner).__name__
     n = len(text.layers)
     found = []

@@ -45,49 +45,46 @@ def check_prompt_lengths(batch: Prepared, n_more: int, config: PretrainedConfig)
             )
 
 
-def check_records(
-    records: Sequence[SampleRecord],
-    sample_ids: Sequence[str],
-    n_visual: Sequence[int],
-    n_prompt: Sequence[int],
-    *,
-    n_beams: int,
-    pruner: Pruner,
-    n_layers: int,
-) -> None:
+def check_records(records: Sequence[SampleRecord], batch: Prepared, *, n_beams: int, pruners: Sequence[Pruner], n_layers: int) -> None:
     """Hold what the hook measured against the prompts as they were sent.
 
     Parameters
     ----------
-    n_visual, n_prompt
-        Image tokens, and all tokens without padding, of each prompt.
+    batch
+        The same prompts once for each of `pruners`.
 
     Raises
     ------
     PruningError
         Rows without a record, visual tokens that were not seen, or a count that is not what was asked.
     """
-    if len(records) != len(sample_ids) * n_beams:
+    n_prompts = len(batch.sample_ids)
+    if len(records) != n_prompts * n_beams:
         raise PruningError(
-            f"The ledger holds {len(records)} records for {len(sample_ids)} prompts in {n_beams} beam(s), expected "
-            f"{len(sample_ids) * n_beams}: one per row of one prefill; nothing proves that each prompt was pruned once."
+            f"The ledger holds {len(records)} records for {n_prompts} prompts in {n_beams} beam(s), expected "
+            f"{n_prompts * n_beams}: one per row of one prefill; nothing proves that each prompt was pruned once."
         )
-    stages = pruner.stages(n_layers)
     for i, record in enumerate(records):
-        sample_id, visual, prompt = sample_ids[i // n_beams], n_visual[i // n_beams], n_prompt[i // n_beams]
-        if record.n_visual != visual:
-            raise PruningError(f"{sample_id}: {record.n_visual} visual tokens were seen by the hook, but the prompt holds {visual}.")
-        if record.n_kept != record.n_asked and not (pruner.official_quirks and pruner.quirks_change_count):
-            raise PruningError(f"{sample_id}: {record.n_kept} of {visual} visual tokens were kept, expected {record.n_asked}.")
-        asked = pruner.keep_at(stages[-1], visual) if stages and visual else record.n_asked
-        if abs(record.n_asked - asked) > _slack(record, pruner):
-            raise PruningError(
-                f"{sample_id}: {record.n_asked} of {visual} visual tokens were asked for, expected {asked} at rate "
-                f"{pruner.pruning_rate} (images or tiles: {record.n_images})."
-            )
-        left = prompt - visual + record.n_kept
-        if record.kv_lengths and record.kv_lengths[-1] != left:
-            raise PruningError(f"{sample_id}: the last layer's cache holds {record.kv_lengths[-1]} tokens of the prompt, expected {left}.")
+        prompt = i // n_beams
+        pruner = pruners[prompt // (n_prompts // len(pruners))]
+        _check_record(record, batch.sample_ids[prompt], batch.n_visual[prompt], batch.n_prompt[prompt], pruner, n_layers)
+
+
+def _check_record(record: SampleRecord, sample_id: str, n_visual: int, n_prompt: int, pruner: Pruner, n_layers: int) -> None:
+    stages = pruner.stages(n_layers)
+    if record.n_visual != n_visual:
+        raise PruningError(f"{sample_id}: {record.n_visual} visual tokens were seen by the hook, but the prompt holds {n_visual}.")
+    if record.n_kept != record.n_asked and not (pruner.official_quirks and pruner.quirks_change_count):
+        raise PruningError(f"{sample_id}: {record.n_kept} of {n_visual} visual tokens were kept, expected {record.n_asked}.")
+    asked = pruner.keep_at(stages[-1], n_visual) if stages and n_visual else record.n_asked
+    if abs(record.n_asked - asked) > _slack(record, pruner):
+        raise PruningError(
+            f"{sample_id}: {record.n_asked} of {n_visual} visual tokens were asked for, expected {asked} at rate "
+            f"{pruner.pruning_rate} (images or tiles: {record.n_images})."
+        )
+    left = n_prompt - n_visual + record.n_kept
+    if record.kv_lengths and record.kv_lengths[-1] != left:
+        raise PruningError(f"{sample_id}: the last layer's cache holds {record.kv_lengths[-1]} tokens of the prompt, expected {left}.")
 
 
 def _slack(record: SampleRecord, pruner: Pruner) -> float:

@@ -199,6 +199,10 @@ class Answering(lmms):
         self.failures.tell(request.sample_id, error)
         return Answer(request.task, request.split, request.doc_id, "", error=of_error(error))
 
+    def failed_alone(self, request: Request, error: Exception) -> Batch:
+        """Return a batch of the one request that failed."""
+        return [(request, self.failed(request, error))]
+
     def _log(self, answers: list[Answer], elapsed_s: float) -> None:
         """Hand token counts and times to lmms-eval, which prints them below its table of scores."""
         n_tokens = sum(answer.n_new_tokens or 0 for answer in answers)

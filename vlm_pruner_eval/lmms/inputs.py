@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import BatchFeature, ProcessorMixin
@@ -44,6 +44,11 @@ class Prepared:
     n_prompt: list[int]
     n_visual: list[int]
     n_positions: list[int]
+
+    def repeated(self, times: int) -> Prepared:
+        """The same prompts again and again, as `repeated` has their tensors."""
+        lists = ("prompts", "sample_ids", "plans", "n_prompt", "n_visual", "n_positions")
+        return dataclasses.replace(self, **{name: getattr(self, name) * times for name in lists})
 
 
 def bound_pixels(processor: ProcessorMixin, settings: Settings) -> None:
@@ -125,6 +130,19 @@ def move_inputs(inputs: BatchFeature, device: torch.device, dtype: torch.dtype) 
         if name in inputs:
             inputs[name] = inputs[name].to(dtype)
     return inputs
+
+
+def repeated(inputs: Mapping[str, Any], times: int) -> dict[str, Any]:
+    """Return the rows of a batch `times` times, all of them and then all of them again; pixels stay as they are, see `prefix`."""
+    found: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if name.startswith("pixel_values"):
+            found[name] = value
+        elif isinstance(value, torch.Tensor):
+            found[name] = value.repeat(times, *[1] * (value.dim() - 1))
+        else:
+            found[name] = value * times if isinstance(value, list) else value
+    return found
 
 
 def _unframed(text: str, processor: ProcessorMixin) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from vlm_pruner_eval.ledger import SampleRecord
 from vlm_pruner_eval.lmms.planning import Generation, count_new
@@ -71,6 +71,12 @@ class Reading:
             "batch_size": len(self.n_prompt),
             "peak_bytes": self.peak_bytes,
         }
+
+
+def end_ids(config: GenerationConfig) -> set[int]:
+    """Return the tokens that end an answer."""
+    ids = config.eos_token_id
+    return set(ids) if isinstance(ids, (list, tuple)) else {ids}
 
 
 def pruning_metrics(answers: Sequence[Answer]) -> dict[str, float]:

@@ -34,8 +34,8 @@ from vlm_pruner_eval.lmms.answering import Answering, is_out_of_memory
 from vlm_pruner_eval.lmms.checkpoint import load_checkpoint
 from vlm_pruner_eval.lmms.device import pick_device
 from vlm_pruner_eval.lmms.downsampling import as_planned, hooked, sized
-from vlm_pruner_eval.lmms.inputs import Prepared, bound_pixels, build_inputs, move_inputs
-from vlm_pruner_eval.lmms.log import Reading
+from vlm_pruner_eval.lmms.inputs import Prepared, bound_pixels, build_inputs, move_inputs, repeated
+from vlm_pruner_eval.lmms.log import Reading, end_ids
 from vlm_pruner_eval.lmms.loglikelihood import PREFILL, Target, by_prompt, continuation_ids, request_of, score
 from vlm_pruner_eval.lmms.planning import WINDOW_BATCHES, Defaults, Generation
 from vlm_pruner_eval.lmms.prefetch import Attempt, Prefetch, default_workers
@@ -185,11 +185,6 @@ class PrunedModel(Answering):
         """Prompts per generate call, as asked."""
         return self.settings.batch_size
 
-    @property
-    def _eos_ids(self) -> set[int]:
-        ids = self.model.generation_config.eos_token_id
-        return set(ids) if isinstance(ids, (list, tuple)) else {ids}
-
     # ---- answering
     def no_op_sentence(self, answers: Sequence[Answer]) -> str | None:
         """Why these can't be answers of a method that pruned; None where they can."""
@@ -253,7 +248,7 @@ class PrunedModel(Answering):
                 if isinstance(found, Prompt):
                     ready.append(found)
                 else:
-                    yield functools.partial(self._failed_alone, request, found)
+                    yield functools.partial(self.failed_alone, request, found)
             for planned in planning.batches(ready, batch_size):
                 # whole, unless the limit was changed
                 batch = [prompt for prompt in planned if prompt.request.index not in done.indices]
@@ -272,9 +267,6 @@ class PrunedModel(Answering):
                 raise  # no picture fits any more, which says nothing about the document
             return error
         return prompt
-
-    def _failed_alone(self, request: Request, error: Exception) -> Batch:
-        return [(request, self.failed(request, error))]
 
     def answers_of_batch(self, batch: list[Prompt], options: Generation, prepared: Taker | None = None) -> Iterator[tuple[Request, Answer]]:
         """Answer one batch, or its samples one by one if it fails as a whole, each with its own error."""
@@ -325,23 +317,32 @@ class PrunedModel(Answering):
         n_positions = count_positions(self.model.model, inputs) if has_multidimensional_positions(self.config) else n_prompt
         return Prepared(batch, sample_ids, inputs, plans, n_prompt, n_visual, n_positions)
 
-    def read(self, batch: Prepared, options: Generation, *, n_more: int = 0) -> Reading:
-        """Generate under pruning, and hold what was measured against the prompts; `n_more` tokens must fit behind each of them."""
-        ids, asked = batch.sample_ids, {"n_beams": options.n_beams, "pruner": self.hooked, "n_layers": self._n_layers}
-        check_prompt_lengths(batch, n_more, self.config)
+    def read(self, batch: Prepared, options: Generation, *, n_more: int = 0, pruners: Sequence[Pruner] = ()) -> Reading:
+        """Generate under pruning, and hold what was measured against the prompts; `n_more` tokens must fit behind each of them.
+
+        With `pruners` the prompts are read once for each of them, in one call, behind a shared prefix.
+        """
+        chosen = pruners or [self.hooked]
         inputs = move_inputs(batch.inputs, self.device, self.dtype)
-        with time_forwards(self.model.model) as times, prune(self.model, self.hooked, sample_ids=ids) as ledger:
+        width = inputs["input_ids"].shape[1]
+        if len(chosen) > 1:
+            batch, inputs = batch.repeated(len(chosen)), repeated(inputs, len(chosen))
+        check_prompt_lengths(batch, n_more, self.config)
+        with time_forwards(self.model.model) as times, prune(self.model, chosen, sample_ids=batch.sample_ids) as ledger:
             output = self.model.generate(**inputs, **options.kwargs, pad_token_id=self.tokenizer.pad_token_id)
         records = ledger.records
-        check_records(records, ids, batch.n_visual, batch.n_prompt, **asked)
-        records, width = as_planned(records, batch.plans, ids), inputs["input_ids"].shape[1]
+        check_records(records, batch, n_beams=options.n_beams, pruners=chosen, n_layers=self._n_layers)
+        records = as_planned(records, batch.plans, batch.sample_ids)
         return Reading(output, width, batch.n_prompt, records, times.prefill_ms, times.decode_ms, times.peak_bytes)
 
-    def answer(self, batch: Prepared, options: Generation) -> list[Answer]:
-        """Answer a batch by one call of the model's `generate` under pruning; whatever that raises is not caught."""
-        reading = self.read(batch, options)
+    def answer(self, batch: Prepared, options: Generation, pruners: Sequence[Pruner] = ()) -> list[Answer]:
+        """Answer a batch by one call of the model's `generate` under pruning; whatever that raises is not caught.
+
+        With `pruners` all answers of the first, then all of the second, and so on.
+        """
+        reading = self.read(batch, options, pruners=pruners)
         with self.processing:
-            return reading.answers(batch.prompts, options, self.tokenizer, self._eos_ids)
+            return reading.answers(batch.prompts * max(1, len(pruners)), options, self.tokenizer, end_ids(self.model.generation_config))
 
     def _inputs(self, batch: list[Prompt]) -> BatchFeature:
         inputs = build_inputs(self.processor, batch, self.settings)

@@ -1,7 +1,8 @@
 """Answers of several methods to the same requests, computed together: one batch at a time is read by all of them.
 
-Images are decoded and preprocessed once for all, and the vision tower and the layers before the first cuts run once (see
-`prefix`). Answers and records are those of separate runs, but for the times, which would be false. What fails for one method
+Images are decoded and preprocessed once for all, the vision tower and the layers before the first cuts run once (see `prefix`), and
+methods that cut at the same layer are rows of one batch, which decode together. Answers and records are those of separate runs (in
+half precision those of another batch size), but for the times, which would be false. What fails for one method
 is tried again by itself, as it would have been run, and is recorded as that method's failure alone.
 """
 
@@ -11,7 +12,9 @@ import functools
 import itertools
 import json
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from loguru import logger
@@ -19,7 +22,9 @@ from loguru import logger
 from vlm_pruner_eval.budget import Rate
 from vlm_pruner_eval.errors import PruningError
 from vlm_pruner_eval.lmms.answer_checks import Tally
+from vlm_pruner_eval.lmms.answering import is_out_of_memory
 from vlm_pruner_eval.lmms.failures import FailureLog
+from vlm_pruner_eval.lmms.inputs import Prepared
 from vlm_pruner_eval.lmms.model import PrunedModel, Taker
 from vlm_pruner_eval.lmms.planning import Generation, generation
 from vlm_pruner_eval.lmms.prompts import Prompt, Request
@@ -38,6 +43,9 @@ class Configuration:
     method: str
     pruning_rate: Rate | None
     params: Mapping[str, object] = field(default_factory=dict)
+
+
+Group = list[tuple[str, "_Run"]]
 
 
 @dataclass
@@ -76,10 +84,13 @@ class SharedRuns:
         Loaded; its own method and answers stay as they are.
     logs
         By the keys of `configurations`.
+    rows
+        Most rows of a batch that several runs read in one call of `generate`: their number times that of the prompts. Where the memory
+        does not suffice, it is halved. 1: each run makes its own calls.
     """
 
-    def __init__(self, model: PrunedModel, configurations: Mapping[str, Configuration], logs: Mapping[str, AnswerLog]):
-        self.model, self.configurations, self.logs = model, dict(configurations), logs
+    def __init__(self, model: PrunedModel, configurations: Mapping[str, Configuration], logs: Mapping[str, AnswerLog], rows: int = 64):
+        self.model, self.configurations, self.logs, self.rows = model, dict(configurations), logs, rows
         self._pruners = {key: build_pruner(c.method, c.pruning_rate, c.params) for key, c in self.configurations.items()}
         self._computed: tuple[int, BatchSize] | None = None
         self._runs: dict[str, _Run] = {}
@@ -180,13 +191,59 @@ class SharedRuns:
             _warn(self.model.failures, batch, "all runs", error)
             return found
         with SharedPrefix(self.model.model, list(depths.values())) as prefix:
-            for key, run in sorted(runs, key=lambda item: -depths[item[0]]):
+            waiting = deque(self._groups(runs, depths, len(batch)))
+            while waiting:
+                group = waiting.popleft()
                 try:
-                    with self.model.using(run.method, run.pruner), prefix.reading(depths[key]):
-                        found[key] = self.model.answer(inputs, options)
+                    found |= self._answered(group, inputs, options, prefix.reading(depths[group[0][0]], repeats=len(group)))
                 except Exception as error:  # as above
-                    _warn(self.model.failures, batch, key, error)
+                    if len(group) > 1:
+                        waiting.extendleft(self._parts(group, error))
+                    else:
+                        _warn(self.model.failures, batch, group[0][0], error)
         return found
+
+    def _groups(self, runs: Sequence[tuple[str, _Run]], depths: Mapping[str, int], n_prompts: int) -> list[Group]:
+        """Runs that read a batch together: the one that sees most layers alone, as the others need what it leaves; then those of one kind.
+
+        Of a kind are methods that cut at the same layers and treat positions alike. Those that keep most come first, so that rows of
+        like length meet.
+        """
+        layers = len(self.model.model.model.language_model.layers)
+        first, *others = sorted(runs, key=lambda item: -depths[item[0]])
+        kinds: dict[tuple, Group] = {}
+        for key, run in others:
+            stages = run.pruner.stages(layers)
+            kind = (*(stage.layer for stage in stages), run.pruner.position_policy(self.model.family.mrope))
+            kinds.setdefault(kind, []).append((key, run))
+        size = max(1, self.rows // n_prompts)
+        groups = [[first]]
+        for kind in kinds.values():
+            kind.sort(key=lambda item: -min((stage.share for stage in item[1].pruner.stages(layers)), default=1))
+            groups += [kind[i : i + size] for i in range(0, len(kind), size)]
+        return groups
+
+    def _answered(
+        self, group: Group, inputs: Prepared, options: Generation, reading: AbstractContextManager[None]
+    ) -> dict[str, list[Answer]]:
+        """Answers of a group to a batch, from one call of `generate`."""
+        with reading:
+            if len(group) == 1:
+                ((key, run),) = group
+                with self.model.using(run.method, run.pruner):
+                    return {key: self.model.answer(inputs, options)}
+            answers = self.model.answer(inputs, options, [run.pruner for _, run in group])
+        n = len(inputs.prompts)
+        return {key: answers[i * n : (i + 1) * n] for i, (key, _) in enumerate(group)}
+
+    def _parts(self, group: Group, error: Exception) -> list[Group]:
+        """A group that failed, in smaller ones: halves if the memory did not suffice, else each run by itself."""
+        if not is_out_of_memory(error):
+            return [[item] for item in group]
+        half = (len(group) + 1) // 2
+        self.rows = max(1, self.rows // 2)
+        logger.warning(f"{len(group)} runs together do not fit into the memory ({error}); they go on in groups of {half}.")
+        return [group[:half], group[half:]]
 
 
 def _identity(asked: Iterable[Request]) -> int:
