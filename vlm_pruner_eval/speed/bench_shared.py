@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import io
 import statistics
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.store.answers import Answer
 from vlm_pruner_eval.sweep.config import SweepConfig
 
 
@@ -119,8 +121,13 @@ def _compare(config: SweepConfig, separate: Path, shared: Path) -> dict[str, int
     stores = (Store(separate), Store(shared))
     for unit in units_of(config, runs):
         stored = [unit.stored(store) for store in stores]
-        one, other = ({(answer.task, answer.doc_id, answer.choice): answer.untimed() for answer in each.answers()} for each in stored)
+        one, other = ({(answer.task, answer.doc_id, answer.choice): _alone(answer) for answer in each.answers()} for each in stored)
         counts["samples"] += len(one)
         counts["different"] += sum(one.get(key) != other.get(key) for key in one.keys() | other.keys())
         counts["different"] += stored[0].read().scores != stored[1].read().scores
     return counts
+
+
+def _alone(answer: Answer) -> Answer:
+    """An answer without times and batch size, which differ as runs decode together."""
+    return dataclasses.replace(answer.untimed(), batch_size=None)

@@ -79,7 +79,7 @@ def sharing(session: Session, units: Sequence[WorkUnit]) -> Iterator[Session]:
     chosen = {name: Configuration(unit.run.method, unit.run.pruning_rate, unit.run.params) for name, unit in by_run.items()}
     with ExitStack() as stack:
         logs = {name: stack.enter_context(session.log(unit)) for name, unit in by_run.items()}
-        shared = SharedRuns(session.model, chosen, logs)
+        shared = SharedRuns(session.model, chosen, logs, session.config.rows_together)
         yield replace(session, sources={name: shared.source(name) for name in by_run})
 
 
