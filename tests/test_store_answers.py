@@ -303,6 +303,17 @@ def write_answers(folder: Path, n: int, size: int = 1) -> Path:
     return folder / "answers.jsonl"
 
 
+def test_the_document_of_a_line_is_known_without_parsing_it(tmp_path: Path) -> None:
+    """Also where the task's name, the answer or the question look like a document's number."""
+    asked, _ = made(1)
+    told = '"doc_id": 7, \\"doc_id": 7'
+    with AnswerLog(tmp_path, HEAD) as log:
+        log.begin("generate_until", asked, BatchSize(1))
+        log.append("generate_until", [(asked[0], Answer(told, told, 12, told, question=told))], 0.0)
+    (line,) = answer_log.answer_lines(tmp_path)
+    assert line.doc_id == line.answer().doc_id == 12 and line.answer().question == told
+
+
 # ---- limits
 def ask(folder: Path, n: int, size: int = 2) -> list[list[int]]:
     """Documents of the batches that are computed where `n` documents are asked, by a log of that limit."""
