@@ -39,6 +39,7 @@ from vlm_pruner_eval.sweep.runner import run_sweep
 
 LABEL = RELEASE["label"]
 VLM = "LLaVA-1.5-7B"
+pytestmark = pytest.mark.usefixtures("real_figures")
 
 
 def picture(kind: str = "PNG") -> Picture:
