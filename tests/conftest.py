@@ -1,31 +1,23 @@
-"""Shared by all tests: one thread, quiet libraries, the tiny models built once, what costs seconds done once, and hypothesis's effort."""
+"""Shared by all tests: one thread, quiet libraries, the tiny models built once, and how hard hypothesis tries."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import os
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import io
-from collections.abc import Iterator
-from pathlib import Path
-from types import SimpleNamespace
-
 import pytest
 import torch
 import transformers
 from hypothesis import HealthCheck, settings
-from PIL import Image
 from tiny_models import FAMILIES, build
-
-import vlm_pruner_eval
-from vlm_pruner_eval import selftest
-from vlm_pruner_eval.report.figures import style
-from vlm_pruner_eval.store.files import write_atomic
-from vlm_pruner_eval.sweep import opening, provenance
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -37,33 +29,18 @@ settings.load_profile("quick")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def once_a_process() -> Iterator[None]:
-    """Sweeps of this process test the installation once, ask git for the commit once a checkout, and draw blank figures."""
-    commit = functools.cache(lambda file, ask=provenance.git_commit: ask())
-    tested = functools.cache(lambda test: test())
+def shortcuts() -> Iterator[None]:
+    """Sweeps do once a process what takes seconds; where lmms-eval was not imported, no test makes one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "selftest", SimpleNamespace(run=lambda: tested(selftest.run)))
-        patch.setattr(provenance, "git_commit", lambda: commit(vlm_pruner_eval.__file__))
-        patch.setattr(style, "save", _save_blank)
+        if "lmms_eval" in sys.modules:
+            importlib.import_module("shortcuts").take(patch)
         yield
 
 
-@pytest.fixture(scope="module")
-def real_figures(save=style.save) -> Iterator[None]:
-    """Figures as users get them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(style, "save", save)
-        yield
-
-
-def _save_blank(figure: object, stem: Path) -> list[Path]:
-    """Write empty pictures, since to draw one takes a second."""
-    png = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(png, format="png")
-    paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg")]
-    for path, content in zip(paths, (png.getvalue(), b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>'), strict=True):
-        write_atomic(path, content)
-    return paths
+@pytest.fixture(scope="session")
+def index() -> Any:
+    """lmms-eval's whole index of tasks, packaged ones included, which takes seconds to read."""
+    return importlib.import_module("shortcuts").index_for("vlmpruner_llava")
 
 
 @functools.cache

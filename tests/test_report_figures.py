@@ -20,7 +20,6 @@ from vlm_pruner_eval.report.stats.comparisons import AVERAGE, Comparison, Compar
 from vlm_pruner_eval.report.stats.paired import Estimate
 
 TASKS = ["gqa", "mme", "pope", "ocrbench"]
-pytestmark = pytest.mark.usefixtures("real_figures")
 SVG = "{http://www.w3.org/2000/svg}"
 
 
