@@ -83,24 +83,24 @@ def kill_after(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AnswerLog, "append", dying)
 
 
-@pytest.mark.parametrize("n_before", [0, 1, 7, 8, 9, 34, 35])
+@pytest.mark.parametrize("n_before", [0, 1, 7, 8, 9, 18, 19])
 def test_a_killed_run_goes_on_and_repeats_no_batch(
     model: PrunedModel, counted: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_before: int
 ) -> None:
-    expected = run(model, None, requests())
-    assert len(counted) == 35
+    expected = run(model, None, requests(38))
+    assert len(counted) == 19
     with monkeypatch.context() as patch, AnswerLog(tmp_path, HEAD) as first:
         kill_after(n_before, patch)
-        if n_before < 35:
+        if n_before < 19:
             with pytest.raises(Killed):
-                run(model, first, requests())
+                run(model, first, requests(38))
         else:
-            run(model, first, requests())
+            run(model, first, requests(38))
     counted.clear()
     with AnswerLog(tmp_path, HEAD) as second:
-        assert run(model, second, requests()) == expected
-    assert len(counted) == 35 - n_before
-    assert sorted(answer.doc_id for answer in read_answers(tmp_path)) == list(range(70)), "an answer is lost or doubled"
+        assert run(model, second, requests(38)) == expected
+    assert len(counted) == 19 - n_before
+    assert sorted(answer.doc_id for answer in read_answers(tmp_path)) == list(range(38)), "an answer is lost or doubled"
 
 
 def test_pictures_of_answered_windows_are_not_read_again(model: PrunedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
