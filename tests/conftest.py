@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,6 +26,21 @@ transformers.logging.set_verbosity_error()
 settings.register_profile("quick", max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 settings.register_profile("deep", settings.get_profile("quick"), max_examples=300, derandomize=False)
 settings.load_profile("quick")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shortcuts() -> Iterator[None]:
+    """Sweeps do once a process what takes seconds; where lmms-eval was not imported, no test makes one."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "lmms_eval" in sys.modules:
+            importlib.import_module("shortcuts").take(patch)
+        yield
+
+
+@pytest.fixture(scope="session")
+def index() -> Any:
+    """lmms-eval's whole index of tasks, packaged ones included, which takes seconds to read."""
+    return importlib.import_module("shortcuts").index_for("vlmpruner_llava")
 
 
 @functools.cache

@@ -6,10 +6,11 @@ Answers are drawn at random, scores follow from them, and everything is written 
 from __future__ import annotations
 
 import argparse
-import random
 import zlib
 from fractions import Fraction
 from pathlib import Path
+
+import numpy as np
 
 from vlm_pruner_eval.ledger import SampleRecord
 from vlm_pruner_eval.store.answers import Answer, AnswerLog, BatchSize
@@ -73,7 +74,7 @@ def config_of(n_runs: int, n_tasks: int) -> SweepConfig:
 
 def write_unit(store: Store, unit: WorkUnit, n_documents: int) -> None:
     """Write the answers, scores and record of one unit."""
-    draw = random.Random(zlib.crc32(unit.path.encode()))
+    draw = np.random.default_rng(zlib.crc32(unit.path.encode()))
     rate = 0.0 if unit.run.pruning_rate is None else float(Fraction(unit.run.pruning_rate))
     found = [_answer(unit.task, doc_id, draw, rate) for doc_id in range(n_documents)]
     with AnswerLog(unit.stored(store).folder, {"unit": unit.path}) as log:
@@ -108,9 +109,9 @@ def write_unit(store: Store, unit: WorkUnit, n_documents: int) -> None:
     unit.stored(store).write(record, lines, {unit.task: scored.draws})
 
 
-def _answer(task: str, doc_id: int, draw: random.Random, rate: float) -> Answer:
+def _answer(task: str, doc_id: int, draw: np.random.Generator, rate: float) -> Answer:
     n_kept = round(N_VISUAL * (1 - rate))
-    order = draw.sample(range(N_VISUAL), n_kept) if rate else list(range(N_VISUAL))
+    order = draw.permutation(N_VISUAL)[:n_kept] if rate else np.arange(N_VISUAL)
     lengths = [N_VISUAL] * 2 + [n_kept] * (N_LAYERS - 2)
     record = SampleRecord(
         row=0,
@@ -119,8 +120,8 @@ def _answer(task: str, doc_id: int, draw: random.Random, rate: float) -> Answer:
         n_kept=n_kept,
         n_images=1,
         layer=2,
-        kept_positions=sorted(35 + index for index in order),
-        order=order,
+        kept_positions=(np.sort(order) + 35).tolist(),
+        order=order.tolist(),
         kv_lengths=[60 + length for length in lengths],
         visual_lengths=lengths,
         selection_ms=1.0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -49,9 +49,9 @@ def run(model: PrunedModel, n_workers: int, ask: Callable[[], list]) -> tuple[li
     return results, timeless([answer.as_json() for answer in model.answers])
 
 
-def assert_same_with_threads(model: PrunedModel, ask: Callable[[], list]) -> list[dict]:
+def assert_same_with_threads(model: PrunedModel, ask: Callable[[], list], counts: Sequence[int] = (1, 3)) -> list[dict]:
     expected = run(model, 0, ask)
-    for n_workers in (1, 3):
+    for n_workers in counts:
         assert run(model, n_workers, ask) == expected
     return expected[1]
 

@@ -93,8 +93,9 @@ def write_tasks(folder: Path, n: int = 24) -> Path:
     return folder
 
 
-def task_manager(folder: Path) -> TaskManager:
-    return TaskManager(verbosity="ERROR", include_path=str(folder), include_defaults=False)
+def task_manager(folder: Path, model_name: str | None = None) -> TaskManager:
+    """An index of the folder's tasks and the packaged ones, without those of lmms-eval."""
+    return TaskManager(verbosity="ERROR", include_path=str(folder), include_defaults=False, model_name=model_name)
 
 
 @dataclass

@@ -19,6 +19,7 @@ LMMS_EVAL = [str(Path(sys.executable).with_name("lmms-eval"))]
 MODULE = [sys.executable, "-m", "lmms_eval"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "lmms_eval"]
 N_DOCS = 6
+PRUNED = "pretrained=minivlm,method=vlmpruner,pruning_rate=0.889"
 
 SABOTAGE = """
 from dataclasses import dataclass
@@ -74,21 +75,31 @@ def answers(output: Path) -> dict[int, object]:
     return {sample["doc_id"]: sample["filtered_resps"] for sample in samples}
 
 
-@pytest.mark.timeout(600)
-def test_a_run_prints_and_writes_what_was_kept_and_two_ranks_answer_the_same(environment: dict[str, str], tmp_path: Path) -> None:
-    model_args = "pretrained=minivlm,method=vlmpruner,pruning_rate=0.889"
-    single = run(LMMS_EVAL, environment, tmp_path / "single", model_args=model_args)
-    assert single.returncode == 0, single.stdout + single.stderr
-    (path,) = (tmp_path / "single").rglob("*_results.json")
+@pytest.fixture(scope="module")
+def single(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess, Path]:
+    """A command as users give it, and what it wrote."""
+    output = tmp_path_factory.mktemp("single") / "out"
+    return run(LMMS_EVAL, environment, output, model_args=PRUNED), output
+
+
+def test_a_run_prints_and_writes_what_was_kept(single: tuple[subprocess.CompletedProcess, Path]) -> None:
+    done, output = single
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = output.rglob("*_results.json")
     throughput = json.loads(path.read_text())["throughput"]
     assert (throughput["avg_kept_tokens"], throughput["avg_visual_tokens"]) == (64, 576)
     assert throughput["avg_prefill_ms"] > throughput["avg_selection_ms"] > 0
-    assert "avg_kept_tokens" in single.stdout
-    assert "digitscenes_read" in single.stdout
+    assert "avg_kept_tokens" in done.stdout
+    assert "digitscenes_read" in done.stdout
+    assert len(answers(output)) == N_DOCS
 
-    ranks = run(TORCHRUN, environment, tmp_path / "ranks", model_args=model_args)
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_ranks_answer_the_same(single: tuple[subprocess.CompletedProcess, Path], environment: dict[str, str], tmp_path: Path) -> None:
+    ranks = run(TORCHRUN, environment, tmp_path / "ranks", model_args=PRUNED)
     assert ranks.returncode == 0, ranks.stdout + ranks.stderr
-    assert answers(tmp_path / "ranks") == answers(tmp_path / "single")
+    assert answers(tmp_path / "ranks") == answers(single[1])
 
 
 @pytest.mark.slow
@@ -103,6 +114,7 @@ def test_another_family_runs_under_its_own_id(family: str, environment: dict[str
     assert len(answers(tmp_path / "out")) == N_DOCS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "model_args", "tasks", "code", "sentence"),
     [
@@ -122,6 +134,7 @@ def test_bad_input_is_a_sentence_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "on", "sentence"),
     [
@@ -140,13 +153,14 @@ def test_a_method_that_answers_duplicates_leaves_no_results(
     assert not list(tmp_path.rglob("*.json*"))
 
 
-@pytest.mark.parametrize("command", [LMMS_EVAL, MODULE])
+@pytest.mark.parametrize("command", [LMMS_EVAL, pytest.param(MODULE, marks=pytest.mark.slow)])
 def test_an_id_that_is_nearly_one_of_ours_is_refused(command: list[str], environment: dict[str, str], tmp_path: Path) -> None:
     done = run(command, environment, tmp_path / "out", model_args="pretrained=minivlm", model="vlmpruner_lava")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "did you mean 'vlmpruner_llava'?" in done.stderr and "Traceback" not in done.stderr + done.stdout
 
 
+@pytest.mark.slow
 def test_lmms_eval_lists_the_models(environment: dict[str, str]) -> None:
     done = subprocess.run([*LMMS_EVAL, "models"], env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -56,12 +56,6 @@ def named(name: str) -> SweepConfig:
     return read(CONFIGS / "paper" / f"{name}.yaml")
 
 
-@pytest.fixture(scope="module")
-def index() -> Any:
-    """lmms-eval's whole task index, packaged tasks included."""
-    return check_tasks(read(CONFIGS / "ci.yaml"))
-
-
 def leaves(task: str, index: Any) -> list[dict[str, Any]]:
     raw = load_yaml_config(index.task_index[task]["yaml_path"], mode="simple")
     return [leaf for member in raw["task"] for leaf in leaves(member, index)] if isinstance(raw["task"], list) else [raw]

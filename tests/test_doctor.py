@@ -234,6 +234,7 @@ def doctor(environment: dict[str, str], *arguments: str) -> subprocess.Completed
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.cli
 def test_the_real_command_where_all_is_well(tmp_path: Path) -> None:
     done = doctor({}, QUICKSTART, "--output", str(tmp_path / "out"), "--json")
@@ -248,8 +249,8 @@ def test_the_real_command_where_all_is_well(tmp_path: Path) -> None:
     ("package", "suffers"),
     [
         ("torch", {"torch and torchvision", "GPU"}),
-        ("lmms_eval", {"plugin", "packaged tasks"}),
-        ("yaml", {"sweep file"}),
+        pytest.param("lmms_eval", {"plugin", "packaged tasks"}, marks=pytest.mark.slow),
+        pytest.param("yaml", {"sweep file"}, marks=pytest.mark.slow),
     ],
 )
 def test_the_real_command_without_a_package(tmp_path: Path, package: str, suffers: set[str]) -> None:

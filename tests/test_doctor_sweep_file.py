@@ -137,12 +137,6 @@ def test_sizes_by_name(name: str, billions: float | None) -> None:
 
 
 # ---- tasks and their data sets
-@pytest.fixture(scope="module")
-def index() -> TaskManager:
-    """lmms-eval's own, which takes seconds to read."""
-    return TaskManager(verbosity="ERROR", model_name="vlmpruner_llava")
-
-
 @pytest.fixture
 def one_index(monkeypatch: pytest.MonkeyPatch, index: TaskManager) -> None:
     """The doctor gets that index instead of a new one each time."""

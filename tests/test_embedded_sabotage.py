@@ -14,7 +14,7 @@ from vlm_pruner_eval import Pruner, VisualTokens, get_pruner, prune
 from vlm_pruner_eval.embedded.measure import generate_answers, load_minivlm, read_questions, score
 from vlm_pruner_eval.pruners.vlm_pruner import VLMPruner
 
-TASK, N, RATE = "where", 40, "8/9"  # the task that needs both the digits and their positions
+TASK, N, RATE = "where", 30, "8/9"  # the task that needs both the digits and their positions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,15 +46,6 @@ def test_a_document_that_cannot_be_read_costs_no_other(model: PrunedModel) -> No
     assert "first/test/3: a picture of this document can't be read whole (the image file is truncated)" in model.answers[-2].error
 
 
-@pytest.mark.parametrize("kind", ["video", "audio"])
-def test_media_that_the_family_does_not_take_are_a_sentence(model: PrunedModel, kind: str) -> None:
-    def with_media(document: dict) -> list[dict]:
-        return [{"role": "user", "content": [{"type": kind, "url": "clip"}, {"type": "text", "text": "?"}]}]
-
-    model.generate_until([request("first", 0, messages=with_media)])
-    assert f"holds 1 {kind}" in model.answers[0].error
-
-
 def test_a_prompt_longer_than_the_positions_is_a_sentence(model: PrunedModel) -> None:
     model.task_dict["first"]["test"][1]["question"] = "long " * 60
     requests = [request("first", 0), request("first", 1), request("first", 2)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import math
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from lmms_eval.api.instance import Instance
-from lmms_requests import documents, fresh_model, picture, set_batch_size, tiny_llava, to_messages
+from lmms_requests import fresh_model, picture, set_batch_size, tiny_llava, to_messages
 from PIL import Image
 from test_lmms_failures import sabotage
 from tiny_checkpoints import N_IMAGE_TOKENS, PROCESSORS, checkpoint
@@ -20,9 +19,7 @@ from tiny_videos import pictures
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from vlm_pruner_eval import Ledger, PruningError
 from vlm_pruner_eval.lmms import PrunedModel, load
-from vlm_pruner_eval.lmms import model as lmms_model
 from vlm_pruner_eval.lmms.loglikelihood import PREFILL, Target, by_prompt, continuation_ids, score
 from vlm_pruner_eval.lmms.planning import Generation
 from vlm_pruner_eval.lmms.scored_tasks import TOTAL
@@ -270,29 +267,6 @@ def test_a_failed_sample_of_type_loglikelihood_is_infinitely_unlikely(model: Pru
     assert model.answers[0].error == "KeyError: 'answer'"
 
 
-def test_failures_end_an_evaluation_of_lmms_eval(model: PrunedModel) -> None:
-    sabotage(model, "first/test/2")
-    model.context.refuses_failures = True
-    with pytest.raises(PruningError, match="4 of 16 samples failed"):
-        model.loglikelihood([one for i in range(4) for one in choices(i)])
-
-
-def test_a_run_that_removes_nothing_is_refused(model: PrunedModel) -> None:
-    model.configure("uniform", 0.01)  # round(16 * 0.99) = 16
-    with pytest.raises(PruningError, match="none of the 4 samples with images lost a visual token"):
-        model.loglikelihood(choices(0))
-
-
-def test_a_hook_that_does_nothing_is_caught(model: PrunedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextlib.contextmanager
-    def nothing(*_: object, **__: object):
-        yield Ledger()
-
-    monkeypatch.setattr(lmms_model, "prune", nothing)
-    model.loglikelihood([target(0, " yes")])
-    assert "holds 0 records for 1 prompts" in model.answers[0].error
-
-
 def test_a_continuation_must_fit_behind_the_prompt(model: PrunedModel) -> None:
     n_prompt = len("USER: Q0 ASSISTANT:") + N_IMAGE_TOKENS
     n_left = 256 - n_prompt
@@ -301,11 +275,3 @@ def test_a_continuation_must_fit_behind_the_prompt(model: PrunedModel) -> None:
     model.loglikelihood([target(0, "x" * (n_left + 1))])
     assert "got a prompt of 257 tokens" in model.answers[0].error
     assert "the model has 256 positions" in model.answers[0].error
-
-
-def test_sixteen_failures_at_the_start_end_the_run(model: PrunedModel) -> None:
-    model.task_dict["first"]["test"] = documents(20, seed=0)
-    sabotage(model, "first")
-    with pytest.raises(PruningError, match="16 of 16 samples failed"):
-        model.loglikelihood([one for i in range(20) for one in choices(i)])
-    assert len(model.answers) == 16

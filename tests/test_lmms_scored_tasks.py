@@ -202,6 +202,7 @@ def sweep(folder: Path, manager: TaskManager, **changes: Any) -> tuple[Outcome, 
     return outcome, list(read_runs(folder).values())
 
 
+@pytest.mark.slow
 def test_a_sweep_scores_minivlm_by_likelihood(manager: TaskManager, tmp_path: Path) -> None:
     outcome, (plain, pruned, blind) = sweep(tmp_path, manager)
     assert outcome == Outcome(runs=3, skipped=0, failed=0)

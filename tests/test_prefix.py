@@ -32,9 +32,7 @@ PRUNERS: list[Pruner] = [
 ]
 MIXED = [[5, "i0", 7], [3, "i1", 4, "i0", 9], [12]]  # left padding, several images, none
 AT_TWO = [get_pruner(name, pruning_rate="2/3") for name in ("fastv", "uniform", "dart")]
-# every method where layers are plain and where DeepStack adds to them; elsewhere one for each layer that a cut stands at
-SOME = [pruner for i, pruner in enumerate(PRUNERS) if i % 5 == 0 or isinstance(pruner, (TwoStages, KeyNorm))]
-ALL_ON = ("llava", "qwen3_vl")
+SOME = [pruner for i, pruner in enumerate(PRUNERS) if i % 5 == 0 or isinstance(pruner, (TwoStages, KeyNorm))]  # one for each layer of a cut
 
 
 def depth(pruner: Pruner) -> int:
@@ -95,20 +93,31 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize(("family", "attention", "dtype", "beams"), WAYS)
-def test_every_method_answers_as_by_itself(tiny_model, family: str, attention: str, dtype: torch.dtype, beams: int) -> None:
+def pruners_of(way: tuple, *, is_all: bool) -> list[Pruner]:
+    """Every fourth method, so that four ways after each other meet all; or all, where layers are plain and where DeepStack adds to them."""
+    if is_all:
+        return PRUNERS
+    turn = WAYS.index(way) % 4
+    return [pruner for i, pruner in enumerate(PRUNERS) if i % 4 == turn or isinstance(pruner, TwoStages)]
+
+
+@pytest.mark.parametrize(
+    ("way", "is_all"), [*((way, False) for way in WAYS), *(pytest.param(way, True, marks=pytest.mark.slow) for way in WAYS)], ids=str
+)
+def test_every_method_answers_as_by_itself(tiny_model, way: tuple[str, str, torch.dtype, int], is_all: bool) -> None:
+    family, attention, dtype, beams = way
     model, rows = tiny_model(family, attention, dtype), samples(family)
     if beams > 1:
         second = "i1" if SEVERAL_UNDER_BEAMS or family != "internvl" else "i0"  # of InternVL, i1 has two tiles
         rows = [[5, "i0", 7], [9, second, 3]]
-    inputs, pruners = prompts(family, rows, dtype), PRUNERS if (family, beams) in ((name, 1) for name in ALL_ON) else SOME
+    inputs, pruners = prompts(family, rows, dtype), pruners_of(way, is_all=is_all)
     expected = [read(model, inputs, pruner, num_beams=beams) for pruner in pruners]
     assert len({str(ids.tolist()) for ids, *_ in expected}) > 2, "methods that all answer the same would prove nothing"
     assert_equal(read_shared(model, inputs, pruners, num_beams=beams), expected)
 
 
 def test_what_is_shared_is_computed_once(tiny_model, family: str) -> None:
-    model, inputs, pruners = tiny_model(family), prompts(family, samples(family)), PRUNERS if family == "llava" else SOME
+    model, inputs, pruners = tiny_model(family), prompts(family, samples(family)), SOME
     cuts = Counter(depth(pruner) for pruner in pruners)
     n_towers = 2 if FAMILIES[family].videos else 1
     with count_prefills(model) as counts:

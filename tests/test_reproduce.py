@@ -214,6 +214,7 @@ def test_what_printed_numbers_do_not_speak_of_is_not_gated(
 
 
 # ---- the real thing, small
+@pytest.mark.slow
 def test_minivlm_from_command_to_report_and_again(tmp_path: Path) -> None:
     """The embedded checkpoint on the embedded benchmark, through lmms-eval."""
     model = {"id": "vlmpruner_llava", "pretrained": "minivlm", "device": "cpu", "visual_tokens": 576}

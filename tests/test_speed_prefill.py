@@ -313,8 +313,6 @@ def test_command_line_of_a_tiny_geometry(tiny):
     [
         (["prefill", "--batch-sizes", "1,two"], "--batch-sizes: got '1,two', expected whole numbers"),
         (["prefill", "--batch-sizes", "9" * 400], "--batch-sizes: got"),
-        (["profile", "--geometry", "nano"], "--geometry: got 'nano'"),
-        (["prefill", "--methods", "fastw"], "fastv"),
     ],
 )
 def test_bad_input_is_a_sentence_and_exit_code_2(arguments, sentence):

@@ -159,21 +159,6 @@ def test_the_command_prints_a_table_and_one_json_line(tmp_path):
     assert "yardstick" in got.stdout and sum("vlmpruner" in line for line in got.stdout.splitlines()) == 2
 
 
-@pytest.mark.parametrize(
-    "args, words",
-    [
-        (["--methods", "fastvv", "--sizes", "36"], "--methods: got 'fastvv'"),
-        (["--sizes", "36,x"], "--sizes: got '36,x'"),
-        (["--sizes", "36", "--threads", "0"], "--threads: got 0"),
-        (["--sizes", "36", "--methods", "fastv", "--repeats", "1", "--out", "/proc/nowhere/x.json"], "--out: /proc/nowhere/x.json"),
-    ],
-)
-def test_bad_input_is_a_sentence(args: list[str], words: str):
-    got = CliRunner().invoke(app, ["selection", *args])
-    assert got.exit_code == 2
-    assert words in got.stderr and "Traceback" not in got.output
-
-
 def test_threads_come_back_after_an_error():
     before = torch.get_num_threads()
     with pytest.raises(ZeroDivisionError), measuring.threads(before + 1):

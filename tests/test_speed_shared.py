@@ -11,11 +11,8 @@ import pytest
 import torch
 from lmms_eval.tasks import TaskManager
 from test_cli import clean_surroundings  # noqa: F401  # a fixture that is always on
-from typer.testing import CliRunner
 
 from vlm_pruner_eval.embedded import tasks_path
-from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.speed.bench_commands import app
 from vlm_pruner_eval.speed.bench_shared import bench_shared
 from vlm_pruner_eval.store.answers import Answer
 from vlm_pruner_eval.sweep.config import SweepConfig, validate
@@ -69,13 +66,3 @@ def test_an_answer_that_differs_is_counted(config: SweepConfig, manager: Any, mo
 
     monkeypatch.setattr(Answer, "untimed", other)
     assert bench_shared(config, 1, task_manager=manager)["different"] == 6
-
-
-def test_bad_input_is_a_sentence(config: SweepConfig, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--rounds: got 0, expected 1 or more"):
-        bench_shared(config, 0)
-    result = CliRunner().invoke(app, ["shared", "--config", str(tmp_path / "none.yaml")])
-    assert result.exit_code == 2
-    assert "none.yaml: can't be read" in result.output
-    result = CliRunner().invoke(app, ["shared", "--config", str(ROOT / "configs/quickstart.yaml"), "--limit", "0"])
-    assert (result.exit_code, "limit: got 0" in result.output) == (2, True)

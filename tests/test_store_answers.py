@@ -83,24 +83,24 @@ def kill_after(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AnswerLog, "append", dying)
 
 
-@pytest.mark.parametrize("n_before", [0, 1, 7, 8, 9, 34, 35])
+@pytest.mark.parametrize("n_before", [0, 1, 7, 8, 9, 18, 19])
 def test_a_killed_run_goes_on_and_repeats_no_batch(
     model: PrunedModel, counted: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_before: int
 ) -> None:
-    expected = run(model, None, requests())
-    assert len(counted) == 35
+    expected = run(model, None, requests(38))
+    assert len(counted) == 19
     with monkeypatch.context() as patch, AnswerLog(tmp_path, HEAD) as first:
         kill_after(n_before, patch)
-        if n_before < 35:
+        if n_before < 19:
             with pytest.raises(Killed):
-                run(model, first, requests())
+                run(model, first, requests(38))
         else:
-            run(model, first, requests())
+            run(model, first, requests(38))
     counted.clear()
     with AnswerLog(tmp_path, HEAD) as second:
-        assert run(model, second, requests()) == expected
-    assert len(counted) == 35 - n_before
-    assert sorted(answer.doc_id for answer in read_answers(tmp_path)) == list(range(70)), "an answer is lost or doubled"
+        assert run(model, second, requests(38)) == expected
+    assert len(counted) == 19 - n_before
+    assert sorted(answer.doc_id for answer in read_answers(tmp_path)) == list(range(38)), "an answer is lost or doubled"
 
 
 def test_pictures_of_answered_windows_are_not_read_again(model: PrunedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,6 +301,17 @@ def write_answers(folder: Path, n: int, size: int = 1) -> Path:
         for batch in batches(asked, answers, begun.done, size):
             one.append("generate_until", batch, 0.0)
     return folder / "answers.jsonl"
+
+
+def test_the_document_of_a_line_is_known_without_parsing_it(tmp_path: Path) -> None:
+    """Also where the task's name, the answer or the question look like a document's number."""
+    asked, _ = made(1)
+    told = '"doc_id": 7, \\"doc_id": 7'
+    with AnswerLog(tmp_path, HEAD) as log:
+        log.begin("generate_until", asked, BatchSize(1))
+        log.append("generate_until", [(asked[0], Answer(told, told, 12, told, question=told))], 0.0)
+    (line,) = answer_log.answer_lines(tmp_path)
+    assert line.doc_id == line.answer().doc_id == 12 and line.answer().question == told
 
 
 # ---- limits

@@ -14,7 +14,7 @@ from stored import read_runs, units
 from sweep_standin import StandIn, make_config, task_manager, write_tasks
 from test_store import PROVENANCE, record
 
-from vlm_pruner_eval.embedded import questions_path
+from vlm_pruner_eval.embedded import questions_path, tasks_path
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.store.schema import RunRecord
 from vlm_pruner_eval.store.summaries import Spread, Times, Tokens
@@ -133,7 +133,7 @@ def test_disk_and_questions_are_those_of_real_runs(tmp_path: Path) -> None:
     output = tmp_path / "out"
     before = preview(config, output)
     assert (before.questions.total, before.questions.is_exact, before.seconds) == (8, True, None)
-    run(config, output)
+    run(config, output, task_manager=task_manager(tasks_path(), "vlmpruner_llava"))
     found = read_runs(output)
     for run_, expected in zip(before.runs, before.kept, strict=True):
         assert (found[run_.key].n_answers, found[run_.key].tokens.kept.mean) == (8, expected.kept)

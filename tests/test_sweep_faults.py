@@ -29,12 +29,12 @@ from vlm_pruner_eval.store.folder import Store
 from vlm_pruner_eval.sweep import provenance
 from vlm_pruner_eval.sweep.grid import expand, grid_of
 
-ANSWER, RECORD, PLAN = "write runs/RUN/UNIT/answers.jsonl", "rename runs/RUN/UNIT/record.json", "open runs/RUN/UNIT/answers.jsonl"
+ANSWER, RECORD = "write runs/RUN/UNIT/answers.jsonl", "rename runs/RUN/UNIT/record.json"
 SHORT = {
-    "random": (partial(parts.standin_kills, kills=7, span_s=0.8, pause_s=0.01, n_runs=3, has_report=False), 7),
-    "two_workers": (partial(parts.two_workers, kills=6, span_s=0.3, pause_s=0.01, n_runs=3), 6),
-    "kill_at_writes": (partial(parts.at_writes, kind=KILL, only=(ANSWER, PLAN, RECORD)), 3),
-    "power_at_writes": (partial(parts.at_writes, kind=POWER, only=(ANSWER, RECORD)), 2),
+    "random": (partial(parts.standin_kills, kills=4, span_s=0.8, pause_s=0.01, n_runs=3, has_report=False), 4),
+    "two_workers": (partial(parts.two_workers, kills=3, span_s=0.3, pause_s=0.01, n_runs=3), 3),
+    "kill_at_writes": (partial(parts.at_writes, kind=KILL, only=(ANSWER, RECORD)), 2),
+    "power_at_writes": (partial(parts.at_writes, kind=POWER, only=(ANSWER,)), 1),
     "full_at_writes": (partial(parts.at_writes, kind=FULL, only=(ANSWER,)), 0),
     "logs": (partial(parts.damaged_logs, step=300), 1),
 }

@@ -268,8 +268,3 @@ def test_an_unpruned_model_whose_samples_all_fail_stops_the_sweep(tmp_path: Path
     with pytest.raises(StoppedError, match="unpruned tiny_mean is the unpruned model, and all of its samples failed"):
         sweep(Behaviour(fail={("none", number) for number in range(100)}))
     assert not list(sweep.output.rglob("record.json"))
-
-
-def test_a_method_that_fails_does_not_stop_the_others(tmp_path: Path, own: Path) -> None:
-    sweep = Sweep(tmp_path)
-    assert sweep(Behaviour(explode={"uniform"})) == Outcome(runs=3, skipped=0, failed=1)

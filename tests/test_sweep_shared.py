@@ -73,17 +73,18 @@ def manager(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @functools.cache
 def minivlm() -> Any:
-    return load("vlmpruner_llava", pretrained="minivlm", batch_size=4, device="cpu")
+    return load("vlmpruner_llava", pretrained="minivlm", batch_size=2, device="cpu")
 
 
 def make(**changes: Any) -> SweepConfig:
     raw = {
         "name": "tiny",
-        "model": {"id": "vlmpruner_llava", "pretrained": "minivlm", "batch_size": 4, "visual_tokens": 576},
+        "model": {"id": "vlmpruner_llava", "pretrained": "minivlm", "batch_size": 2, "visual_tokens": 576},
         "tasks": TASKS,
         "pruning_rates": ["8/9"],
         "methods": METHODS,
-        "limit": 6,
+        "limit": 4,
+        "gallery": 0,
     }
     return validate(raw | changes)
 
@@ -151,7 +152,7 @@ def test_a_sweep_that_is_killed_in_its_second_group_loses_and_repeats_nothing(
 
     def killed(self: AnswerLog, call: str, batch: Any, seconds: float) -> None:
         place = "/".join(self.folder.parts[-2:])
-        if is_deadly and [name for name, _ in written].count(place) == 4 and place.startswith("divprune"):
+        if is_deadly and [name for name, _ in written].count(place) == 2 and place.startswith("divprune"):
             raise KeyboardInterrupt
         append(self, call, batch, seconds)
         written.extend((place, request.index) for request, _ in batch)
@@ -165,7 +166,7 @@ def test_a_sweep_that_is_killed_in_its_second_group_loses_and_repeats_nothing(
     outcome, log = sweep(config, tmp_path, manager)
     assert outcome == Outcome(runs=7, skipped=0, failed=0)
     assert log.count("answering 5 runs together") == 2
-    assert len(written) == len(set(written)) == 7 * 12, "every answer was computed once"
+    assert len(written) == len(set(written)) == 7 * 8, "every answer was computed once"
     for key in read_runs(tmp_path):
         assert answers(tmp_path, key) == answers(both[1], key)
 

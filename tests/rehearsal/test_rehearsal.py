@@ -21,7 +21,7 @@ TASKS = [(file, task) for file in SWEEPS for task in load(CONFIGS / file).tasks]
 # of perfect answers, where it is not 100: MME's sum, and a point a question of OCRBench
 FULL = {"mme_total": 2800, "ocrbench": 10, "ocrbench_short": 10}
 COLUMNS = ["GQA", "MMB", "MME", "POPE", "SQA", "VQAText", "OCRBench", "SEED", "OKVQA"]
-pytestmark = pytest.mark.timeout(1200)  # one to two minutes alone on two cores
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # one to two minutes alone on two cores
 every_task = pytest.mark.parametrize(("file", "task"), TASKS, ids=[f"{Path(file).stem}-{task}" for file, task in TASKS])
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.answer_arrays import Answers, answers_of
-from vlm_pruner_eval.store.answers import ANSWERS, Answer
+from vlm_pruner_eval.store.answers import ANSWERS, Answer, answer_lines
 from vlm_pruner_eval.store.folder import DocumentScore, Store, Unit
 from vlm_pruner_eval.store.schema import FINISHED, Grid, RunLine, RunRecord
 from vlm_pruner_eval.sweep.grid import budget_mixtures
@@ -147,18 +147,19 @@ class Results:
             self._answers[run_id] = answers_of(self.each_score(run_id))
         return self._answers[run_id]
 
-    def each_answer(self, run_id: str) -> Iterator[Answer]:
-        """Answers of a run in the order of documents, those beyond the present limit left out."""
+    def each_answer(self, run_id: str, last: int | None = None) -> Iterator[Answer]:
+        """Answers of a run in the order of documents, up to document `last` of each task; those beyond the present limit left out."""
         limit = self.config["limit"]
         for unit in self.units(run_id):
-            known = [answer for answer in unit.answers() if limit is None or answer.doc_id < limit]
+            known = [line for line in answer_lines(unit.folder) if limit is None or line.doc_id < limit]
             record = unit.read()
             if record is not None and record.n_answers != len(known):
                 raise ConfigError(
                     f"{unit.folder / ANSWERS}: holds {len(known)} answers, expected {record.n_answers}: answers are missing; delete the "
                     "folder and run the sweep again."
                 )
-            yield from sorted(known, key=lambda answer: (answer.task, answer.doc_id, answer.choice or 0))
+            found = (line.answer() for line in known if last is None or line.doc_id <= last)
+            yield from sorted(found, key=lambda answer: (answer.task, answer.doc_id, answer.choice or 0))
 
     def read_draws(self, run_id: str) -> dict[str, np.ndarray]:
         """Task -> bootstrap replicates of its score."""

@@ -71,9 +71,18 @@ class Line:
     number: int
     of: int
 
+    @property
+    def doc_id(self) -> int:
+        """The document, without parsing the line; no text looks like it, as quotes in texts are escaped."""
+        return int(self.text.partition(b'"doc_id": ')[2].partition(b",")[0])
+
     def parsed(self) -> dict[str, Any]:
         """The answer in plain types, with what the log adds."""
         return dict(json.loads(self.text + b"}"))
+
+    def answer(self) -> Answer:
+        """The answer."""
+        return Answer.from_json(self.parsed())
 
 
 def read_lines(path: Path) -> Iterator[list[Line]]:
@@ -104,17 +113,21 @@ def read_lines(path: Path) -> Iterator[list[Line]]:
                 batch = []
 
 
-def read_answers(folder: Path) -> Iterator[Answer]:
-    """Answers of a unit, in the order in which they were found; none if there is no log."""
+def answer_lines(folder: Path) -> Iterator[Line]:
+    """Lines of a unit's log, in the order in which they were written; none if there is no log."""
     if (folder / ANSWERS).is_file():
         for batch in read_lines(folder / ANSWERS):
-            for line in batch:
-                yield Answer.from_json(line.parsed())
+            yield from batch
+
+
+def read_answers(folder: Path) -> Iterator[Answer]:
+    """Answers of a unit, in the order in which they were found; none if there is no log."""
+    return (line.answer() for line in answer_lines(folder))
 
 
 def count_answers(folder: Path) -> tuple[int, int | None]:
     """Answers of a unit, and how many requests it has as far as it asked them."""
-    done = sum(len(batch) for batch in read_lines(folder / ANSWERS)) if (folder / ANSWERS).is_file() else 0
+    done = sum(1 for _ in answer_lines(folder))
     plan = read_plan(folder)
     return done, sum(plan.asked.values()) if plan is not None and plan.asked else None
 

@@ -30,13 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from vlm_pruner_eval.durable import stopped
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.store import answers as answer_log
 from vlm_pruner_eval.store.files import remove_leftovers, write_atomic
-from vlm_pruner_eval.store.schema import FINISHED, Grid, Model, RunHead, RunLine, RunRecord, UnitRecord, read_model, to_json
+from vlm_pruner_eval.store.schema import FINISHED, Grid, Model, RunHead, RunLine, RunRecord, UnitRecord, fault, read_model, to_json
 
 _LONGEST_NAME = 255
 _AGAIN = "run the sweep again to rewrite it."
@@ -63,9 +63,6 @@ class DocumentScore(Model):
     target: Any = None
     items: dict[str, Any] = Field(default_factory=dict)
     images: list[str] = Field(default_factory=list)
-
-
-_NEEDED = {name for name, field in DocumentScore.model_fields.items() if field.is_required()}
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ class Unit:
         """Write scores and bootstrap replicates, then the record."""
         self.forget()  # an old record must not vouch for new scores
         remove_leftovers(self.folder)
-        lines = "".join(to_json(score, indent=None) + "\n" for score in scores)
+        lines = "".join(score.model_dump_json() + "\n" for score in scores)
         write_atomic(self.folder / "scores.jsonl", lines)
         rounded = {task: [float(f"{value:.9g}") for value in values] for task, values in draws.items()}
         write_atomic(self.folder / "draws.json", to_json(rounded, indent=None) + "\n")
@@ -158,12 +155,9 @@ class Unit:
 
 def _score(line: bytes, path: Path, number: int) -> DocumentScore:
     try:
-        held = json.loads(line)
-        if not held.keys() >= _NEEDED:
-            raise ValueError(f"lacks {', '.join(sorted(_NEEDED - held.keys()))}")
-        return DocumentScore.model_construct(**held)  # written by the same class; millions are read
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}, line {number}: can't be read ({error}); {_DELETE}") from error
+        return DocumentScore.model_validate_json(line)
+    except ValidationError as error:
+        raise ConfigError(f"{path}, line {number}: can't be read ({fault(error)}); {_DELETE}") from error
 
 
 @dataclass(frozen=True)

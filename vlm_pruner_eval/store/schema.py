@@ -278,6 +278,11 @@ def read_model(kind: type[Record], path: Path, advice: str) -> Record:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}; {advice}") from error
+        raise ConfigError(f"{path}: {fault(error)}; {advice}") from error
+
+
+def fault(error: ValidationError) -> str:
+    """Return the first fault that was found, with its place."""
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    return (f"{place}: " if place else "") + first["msg"].removeprefix("Value error, ")

@@ -12,6 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class Clusters:
     task: str
     of: dict[Any, int]
 
-    @property
+    @cached_property
     def n(self) -> int:
         """Number of clusters."""
         return max(self.of.values(), default=-1) + 1

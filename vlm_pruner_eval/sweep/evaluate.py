@@ -14,6 +14,7 @@ from typing import Any
 
 from vlm_pruner_eval.sweep import aggregations, scores
 from vlm_pruner_eval.sweep.config import SweepConfig
+from vlm_pruner_eval.sweep.read_once import Held, read_once
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,15 @@ class Evaluated:
     unscored: dict[str, str] = field(default_factory=dict)
 
 
-def evaluate(model: Any, config: SweepConfig, entry: str, task_manager: Any, folder: Path) -> Evaluated:
+def evaluate(model: Any, config: SweepConfig, entry: str, task_manager: Any, folder: Path, data_sets: Held) -> Evaluated:
     """Evaluate a model as it is configured on one entry of the sweep file; tasks that write files write them into `folder`.
 
     Tasks are loaded afresh for every unit, because some of them keep state between evaluations in their module (OCRBench adds
-    each run's points to the last run's).
+    each run's points to the last run's); not so their data sets, see `read_once`.
     """
     with contextlib.redirect_stdout(sys.stderr):  # tasks print tables and notices, and a sweep's stdout is for programs
-        tasks = _leaves(task_manager.load_task_or_group([entry], "chat"))
+        with read_once(data_sets):
+            tasks = _leaves(task_manager.load_task_or_group([entry], "chat"))
         aggregations.guard(tasks)
         results = _simple_evaluate(model, config, task_manager, tasks, folder)
         logged = {name: results["samples"][name] for name in tasks}

@@ -22,6 +22,7 @@ from vlm_pruner_eval.sweep import documents, provenance, records
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.evaluate import Evaluated, evaluate
 from vlm_pruner_eval.sweep.grid import UNPRUNED
+from vlm_pruner_eval.sweep.read_once import Held
 from vlm_pruner_eval.sweep.units import WorkUnit
 
 
@@ -45,6 +46,8 @@ class Session:
         True if the session is to make several units.
     finished
         Units that this session has made: as long as there are none, a failure may be one that every run would meet.
+    data_sets
+        By entry of the sweep file, those that its tasks have read, see `read_once`.
     """
 
     config: SweepConfig
@@ -57,6 +60,7 @@ class Session:
     command: str | None = None
     is_one_of_many: bool = False
     finished: list[str] = field(default_factory=list)
+    data_sets: dict[str, Held] = field(default_factory=dict)
 
     def log(self, unit: WorkUnit) -> AnswerLog:
         """The log of a unit's answers."""
@@ -90,7 +94,9 @@ class Session:
         self.model.context = replace(self.context, source=(self.sources or {}).get(run.run_id, log))
         evaluated, problem, trace, raised = Evaluated(), None, None, None
         try:
-            evaluated = evaluate(self.model, self.config, unit.task, self.task_manager, log.folder)
+            evaluated = evaluate(
+                self.model, self.config, unit.task, self.task_manager, log.folder, self.data_sets.setdefault(unit.task, {})
+            )
         except (StoppedError, DamagedError):  # the log may be that of another unit, which is answered together with this one
             raise
         except (Exception, SystemExit) as error:  # whatever a task or a model raises costs one unit, not the sweep: it is recorded below

@@ -175,9 +175,9 @@ def read_documents(results: Results, runs: Sequence[RunResult], wanted: Collecti
     for run in runs:
         scores = {(one.task, one.doc_id): one for one in results.each_score(run.run_id) if one.doc_id <= last}
         answers: dict[tuple[str, int], list[Answer]] = {}
-        for answer in results.each_answer(run.run_id):
+        for answer in results.each_answer(run.run_id, last):
             key = answer.task, answer.doc_id
-            if answer.doc_id <= last and (wanted is None or key in wanted):
+            if wanted is None or key in wanted:
                 answers.setdefault(key, []).append(answer)
         for key, listed in answers.items():
             document = found.setdefault(key, _document(listed[0], scores[key]))

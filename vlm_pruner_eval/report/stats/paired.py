@@ -72,19 +72,19 @@ def p_of_no_difference(difference: float, draws: np.ndarray, n_clusters: int) ->
 
 def mcnemar(first: Sequence[float], second: Sequence[float]) -> float:
     """McNemar's exact p: documents that only one of two models gets right (scores 0 or 1, same order)."""
-    from statsmodels.stats.contingency_tables import mcnemar as exact
+    from scipy import stats
 
     ours, theirs = np.asarray(first) == 1, np.asarray(second) == 1
-    table = [[np.sum(ours & theirs), np.sum(ours & ~theirs)], [np.sum(~ours & theirs), np.sum(~ours & ~theirs)]]
-    return float(exact(table, exact=True).pvalue)
+    alone = int(np.sum(ours & ~theirs)), int(np.sum(~ours & theirs))
+    return float(min(1.0, 2 * stats.binom.cdf(min(alone), sum(alone), 0.5)))
 
 
 def holm(values: Sequence[float | None]) -> list[float | None]:
     """Holm's correction of the p values that are known, in the same order."""
-    from statsmodels.stats.multitest import multipletests
-
-    known = [value for value in values if value is not None]
-    corrected = iter(multipletests(known, method="holm")[1].tolist() if known else ())
+    known = np.array([value for value in values if value is not None], dtype=np.float64)
+    order = np.argsort(known)
+    known[order] = np.minimum(np.maximum.accumulate(known[order] * np.arange(len(known), 0, -1)), 1.0)
+    corrected = iter(known.tolist())
     return [None if value is None else next(corrected) for value in values]
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from vlm_pruner_eval.report.answer_arrays import RIGHT, Answers
 from vlm_pruner_eval.report.load import Results
-from vlm_pruner_eval.report.rows import Row
+from vlm_pruner_eval.report.rows import Key, Row
 from vlm_pruner_eval.report.stats.paired import Estimate, estimate
+from vlm_pruner_eval.store.folder import DocumentScore
 from vlm_pruner_eval.sweep.clusters import Clusters, connected
 from vlm_pruner_eval.sweep.grid import RATELESS, UNPRUNED
 from vlm_pruner_eval.sweep.scores import wilson_interval
@@ -81,8 +82,6 @@ OF_CATEGORY = {
     "mlvu": {"count": COUNTING},
 }
 
-Document = tuple[str, int]  # task and number
-
 
 @dataclass(frozen=True)
 class Stratum:
@@ -114,12 +113,56 @@ class Stratum:
 
 
 @dataclass(frozen=True)
-class _Facts:
-    """Capability and part that a document belongs to, if any, and its images."""
+class _Documents:
+    """Documents of the unpruned run in the order of tasks and numbers, and what the rows scored on them.
 
-    capability: str | None
-    part: str
-    images: tuple[str, ...]
+    Attributes
+    ----------
+    place
+        Of a task: its slice of the documents, and their numbers, ascending.
+    tasks, capabilities, parts
+        [documents] of text: see `capability_of`; the capability is empty where there is none.
+    images
+        Of each document.
+    scores
+        By row, [documents]: the mean over the row's runs, NaN where one of them has none.
+    """
+
+    place: dict[str, tuple[slice, np.ndarray]]
+    tasks: np.ndarray
+    capabilities: np.ndarray
+    parts: np.ndarray
+    images: list[list[str]]
+    scores: dict[Key, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, scores: Iterable[DocumentScore]) -> _Documents:
+        """Read the documents of a run."""
+        read = sorted(scores, key=lambda one: (one.task, one.doc_id))
+        place, start = {}, 0
+        for task, listed in itertools.groupby(read, key=lambda one: one.task):
+            numbers = np.array([one.doc_id for one in listed])
+            place[task] = slice(start, start := start + len(numbers)), numbers
+        asked = [capability_of(one.task, one.items) for one in read]
+        texts = ([one.task for one in read], [name or "" for name, _ in asked], [part for _, part in asked])
+        return cls(place, *(np.array(listed, dtype=str) for listed in texts), [one.images for one in read])
+
+    def scores_of(self, runs: Sequence[Answers]) -> np.ndarray:
+        """Score of every document averaged over runs (seeds)."""
+        each = [self._scores(answers) for answers in runs]
+        return each[0] if len(each) == 1 else np.array([statistics.fmean(scores) for scores in np.stack(each, axis=1).tolist()])
+
+    def _scores(self, answers: Answers) -> np.ndarray:
+        found = np.full(len(self.images), np.nan)
+        for task, (where, numbers) in self.place.items():
+            if task in answers:
+                _, ours, theirs = np.intersect1d(numbers, answers[task].doc_ids, assume_unique=True, return_indices=True)
+                found[where][ours] = answers[task].scores[theirs]
+        return found
+
+    def clusters(self, name: str, documents: np.ndarray) -> Clusters:
+        """Clusters of the documents at these places that share images."""
+        return Clusters(name, connected({document: self.images[document] for document in documents.tolist()}))
 
 
 def strata(results: Results, rows: Sequence[Row]) -> list[Stratum]:
@@ -132,31 +175,12 @@ def strata(results: Results, rows: Sequence[Row]) -> list[Stratum]:
     unpruned = next((row for row in rows if row.method == UNPRUNED), None)
     if unpruned is None:
         return []
-    facts = _facts(results, next(run_id for run_id in unpruned.runs if run_id in finished))
-    scores = {row.key: _scores(results, [run_id for run_id in row.runs if run_id in finished]) for row in rows}
-    found = [stratum for name in CAPABILITIES for stratum in _capability(name, rows, unpruned, scores, facts)]
+    documents = _Documents.of(results.each_score(next(run_id for run_id in unpruned.runs if run_id in finished)))
+    for row in rows:
+        documents.scores[row.key] = documents.scores_of([results.answers(run_id) for run_id in row.runs if run_id in finished])
+    found = [stratum for name in CAPABILITIES for stratum in _capability(name, rows, unpruned, documents)]
     controls = [row for row in rows if row.method in CONTROLS]
-    return found + [stratum for control in controls for stratum in _hard(control, rows, unpruned, scores, facts)]
-
-
-def _facts(results: Results, run_id: str) -> dict[Document, _Facts]:
-    return {(one.task, one.doc_id): _Facts(*capability_of(one.task, one.items), tuple(one.images)) for one in results.each_score(run_id)}
-
-
-def _of_run(answers: Answers) -> dict[Document, float]:
-    return {
-        (task, doc_id): score
-        for task, held in answers.items()
-        for doc_id, score in zip(held.doc_ids.tolist(), held.scores.tolist(), strict=True)
-        if not math.isnan(score)
-    }
-
-
-def _scores(results: Results, run_ids: Sequence[str]) -> dict[Document, float]:
-    """Score of every document that every run (seed) scored, averaged over the runs."""
-    of_runs = [_of_run(results.answers(run_id)) for run_id in run_ids]
-    shared = set.intersection(*map(set, of_runs))
-    return {document: statistics.fmean(scores[document] for scores in of_runs) for document in shared}
+    return found + [stratum for control in controls for stratum in _hard(control, rows, unpruned, documents)]
 
 
 def capability_of(task: str, items: Mapping[str, Any]) -> tuple[str | None, str]:
@@ -184,54 +208,43 @@ def _of_prefix(table: Mapping[str, Any], task: str) -> Any:
     return table[max(names, key=len)] if names else None
 
 
-def _clusters(name: str, documents: Sequence[Document], facts: Mapping[Document, _Facts]) -> Clusters:
-    return Clusters(name, connected({document: facts[document].images for document in documents}))
-
-
-def _capability(
-    name: str, rows: Sequence[Row], unpruned: Row, scores: Mapping[tuple, dict[Document, float]], facts: Mapping[Document, _Facts]
-) -> Iterator[Stratum]:
-    full = scores[unpruned.key]
+def _capability(name: str, rows: Sequence[Row], unpruned: Row, documents: _Documents) -> Iterator[Stratum]:
+    full = documents.scores[unpruned.key]
     for row in rows:
-        own = scores[row.key]
-        documents = sorted(document for document in full.keys() & own.keys() if facts[document].capability == name)
+        own = documents.scores[row.key]
+        asked = (documents.capabilities == name) & ~np.isnan(full) & ~np.isnan(own)
         # parts on which the unpruned model has a score above 0, of which others can be a share
-        parts = sorted({facts[document].part for document in documents})
-        parts = [part for part in parts if sum(full[document] for document in documents if facts[document].part == part) > 0]
-        documents = [document for document in documents if facts[document].part in parts]
-        if not documents:
+        parts = np.unique(documents.parts[asked & (full > 0)])
+        (at,) = np.nonzero(asked & np.isin(documents.parts, parts))
+        if not len(at):
             continue
         # columns [documents, 2 parts]: our score in the column of the part, then the unpruned one
-        member = np.array([[facts[document].part == part for part in parts] for document in documents], dtype=np.float64)
-        both = np.array([[own[document], full[document]] for document in documents])
-        columns = np.concatenate([member * both[:, :1], member * both[:, 1:]], axis=1)
-        score = Estimate(100.0) if row is unpruned else _estimate(_clusters(name, documents, facts), documents, columns, len(parts))
-        yield Stratum(name, row.label, row.method, row.pruning_rate, score, len(documents), tuple(parts))
+        member = (documents.parts[at, None] == parts).astype(np.float64)
+        columns = np.concatenate([member * own[at, None], member * full[at, None]], axis=1)
+        score = Estimate(100.0) if row is unpruned else _estimate(documents.clusters(name, at), at, columns, len(parts))
+        yield Stratum(name, row.label, row.method, row.pruning_rate, score, len(at), tuple(parts.tolist()))
 
 
-def _hard(
-    control: Row, rows: Sequence[Row], unpruned: Row, scores: Mapping[tuple, dict[Document, float]], facts: Mapping[Document, _Facts]
-) -> Iterator[Stratum]:
-    full, coarse = scores[unpruned.key], scores[control.key]
-    hard = sorted(document for document in full.keys() & coarse.keys() if full[document] >= RIGHT > coarse[document])
+def _hard(control: Row, rows: Sequence[Row], unpruned: Row, documents: _Documents) -> Iterator[Stratum]:
+    full, coarse = documents.scores[unpruned.key], documents.scores[control.key]
     name = f"hard: {control.label} fails"
     for row in rows:
-        documents = [document for document in hard if document in scores[row.key]]
+        own = documents.scores[row.key]
+        (at,) = np.nonzero((full >= RIGHT) & (coarse < RIGHT) & ~np.isnan(own))
         is_rival = row.group == control.group and row.key != control.key
-        if not documents or not (is_rival or row.method in RATELESS):
+        if not len(at) or not (is_rival or row.method in RATELESS):
             continue
-        columns = np.array([[scores[row.key][document], 1.0] for document in documents])
-        clusters = _clusters(f"{name} {control.pruning_rate}", documents, facts)
-        score = _estimate(clusters, documents, columns, 1)
+        clusters = documents.clusters(f"{name} {control.pruning_rate}", at)
+        score = _estimate(clusters, at, np.column_stack([own[at], np.ones(len(at))]), 1)
         if score.value in (0, 100):  # resampling what is the same everywhere shows no spread
             low, high = wilson_interval(score.value / 100, clusters.n)
             score = Estimate(score.value, min(100.0 * low, score.value), max(100.0 * high, score.value))
-        parts = tuple(sorted({task for task, _ in documents}))
         rate = control.pruning_rate if row.method in RATELESS else row.pruning_rate
-        yield Stratum(name, row.label, row.method, rate, score, len(documents), parts, control.label)
+        parts = tuple(np.unique(documents.tasks[at]).tolist())
+        yield Stratum(name, row.label, row.method, rate, score, len(at), parts, control.label)
 
 
-def _estimate(clusters: Clusters, documents: Sequence[Document], columns: np.ndarray, n_parts: int) -> Estimate:
+def _estimate(clusters: Clusters, documents: np.ndarray, columns: np.ndarray, n_parts: int) -> Estimate:
     """Percentage: the mean over the parts of the first `n_parts` columns' sums over the other columns' sums; whole clusters are drawn."""
 
     def percent(sums: np.ndarray) -> np.ndarray:
@@ -240,7 +253,7 @@ def _estimate(clusters: Clusters, documents: Sequence[Document], columns: np.nda
     value = float(percent(columns.sum(0)))
     if clusters.n < 2:
         return Estimate(value)
-    sums = clusters.sums(clusters.by_cluster(documents, columns))
+    sums = clusters.sums(clusters.by_cluster(documents.tolist(), columns))
     known = (sums[:, n_parts:] > 0).all(1)  # the others hold no right answer of the unpruned model on a part
     if known.mean() < ENOUGH:
         return Estimate(value)
