@@ -203,6 +203,67 @@ def test_throughput_has_counts_but_no_times(model: PrunedModel) -> None:
     assert "avg_prefill_ms" not in summary
 
 
+# ---- rows of one batch
+def calls_of(model: PrunedModel, monkeypatch: pytest.MonkeyPatch, most: int = 1000) -> list[int]:
+    """Rows of each call of `generate` from now on; more than `most` do not fit into the memory."""
+    generate, rows = model.model.generate, []
+
+    def counted(**kwargs: object) -> object:
+        rows.append(len(kwargs["input_ids"]))
+        if rows[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return generate(**kwargs)
+
+    monkeypatch.setattr(model.model, "generate", counted)
+    return rows
+
+
+def test_methods_of_a_layer_decode_together(model: PrunedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_batch_size(model, 2)
+    chosen = configurations("1/2", "3/4", skip=("downsample",))
+    rows = calls_of(model, monkeypatch)
+    found = together(model, chosen, [request("first", i) for i in range(2)])
+    # the unpruned run alone; at layer 0 pool, and by contiguous positions DivPrune and the blind run; ten that cut at layer 2
+    assert sorted(rows) == [2, 4, 6, 20]
+    assert {sample["batch_size"] for sample in found["fastv 1/2"][1]} == {20}
+
+
+@pytest.mark.parametrize("most", [1, 6, 10])
+def test_the_number_of_rows_is_bounded(model: PrunedModel, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    set_batch_size(model, 2)
+    chosen = configurations("1/2", "3/4", skip=("downsample",))
+    requests = [request("first", i) for i in range(4)]
+    expected = separately(model, chosen, requests)
+    rows, found = calls_of(model, monkeypatch), {}
+    with shared(model, chosen) as runs:
+        runs.rows = most
+        for key, one in chosen.items():
+            model.context.source = runs.source(key)
+            found[key] = answer(model, key, one, requests)
+    assert max(rows) == max(2, most)
+    assert_same(found, expected)
+
+
+def test_a_group_that_does_not_fit_into_the_memory_is_halved_for_good(model: PrunedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_batch_size(model, 2)
+    chosen = configurations("1/2", "3/4", skip=("downsample",))
+    requests = [request("first", i) for i in range(6)]
+    expected = separately(model, chosen, requests)
+    rows = calls_of(model, monkeypatch, most=8)
+    assert_same(together(model, chosen, requests), expected)
+    assert [n for n in rows if n > 8] == [20, 10, 10], "what did not fit once is not tried again with the next batch"
+
+
+def test_a_failed_method_of_a_group_leaves_the_others_in_the_batch(model: PrunedModel) -> None:
+    requests = [request("first", i) for i in range(5)]
+    chosen = configurations("1/2", skip=("downsample",)) | {
+        "sabotage": Configuration("toy_pruners:Sabotage", "1/2", {"on": "first/test/2"})
+    }
+    found = together(model, chosen, requests)
+    assert_same(found, separately(model, chosen, requests))
+    assert [key for key, (_, samples) in found.items() if any(sample.get("error") for sample in samples)] == ["sabotage"]
+
+
 # ---- what is not shared
 def test_sampled_answers_are_drawn_by_every_run_itself(model: PrunedModel) -> None:
     requests = [request("first", i, options=GREEDY | ({"temperature": 5.0, "do_sample": True} if i == 3 else {})) for i in range(5)]

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from test_prefix import depth, read, samples
+from test_prefix import AT_TWO, count_prefills, depth, read, samples
 from tiny_models import FAMILIES, N_LAYERS, generate, prompts, step_logits
 
-from vlm_pruner_eval import Pruner, get_pruner, prune
+from vlm_pruner_eval import ConfigError, Pruner, PruningError, get_pruner, prune
 from vlm_pruner_eval.lmms.inputs import repeated
 from vlm_pruner_eval.prefix import SharedPrefix
 
@@ -54,3 +54,61 @@ def test_rows_answer_as_in_forwards_of_their_own(tiny_model, family: str) -> Non
                     record.pop(name, None)
                     own.pop(name, None)
                 assert record == own, pruner
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_rows_end_by_themselves(tiny_model, family: str) -> None:
+    """An end token at different steps of different rows."""
+    model, inputs = tiny_model(family), prompts(family, samples(family))
+    pruners = max(together(family), key=len)
+    own = [read(model, inputs, pruner)[0][:, -4:] for pruner in pruners]
+    ends = sorted({int(ids[row, (i + row) % 4]) for i, ids in enumerate(own) for row in range(len(ids))})[::2]
+    n_steps = set()
+    for ids, before in zip(read_rows(model, inputs, pruners, eos_token_id=ends, pad_token_id=0), own, strict=True):
+        for found, expected in zip(ids[0][:, inputs["input_ids"].shape[1] :].tolist(), before.tolist(), strict=True):
+            n = next((i + 1 for i, token in enumerate(expected) if token in ends), len(expected))
+            assert found[:n] == expected[:n]
+            assert set(found[n:]) <= {0}
+            n_steps.add(n)
+    assert len(n_steps) > 2, "rows that all end together would prove nothing"
+
+
+def test_a_prefix_is_given_to_every_row_and_computed_once(tiny_model) -> None:
+    model, inputs = tiny_model("llava"), prompts("llava", samples("llava"))
+    with SharedPrefix(model, [2, 2]) as prefix, count_prefills(model) as counts:
+        with prefix.reading(2):
+            read(model, inputs, AT_TWO[0])
+        with prefix.reading(2, repeats=3), prune(model, AT_TWO):
+            generate(model, repeated(inputs, 3), 2)
+    assert (counts["vision"], counts[0], counts[1], counts[2]) == (1, 1, 1, 2)
+
+
+def test_other_prompts_or_images_than_those_of_the_batch_are_refused(tiny_model) -> None:
+    model, inputs = tiny_model("llava"), prompts("llava", samples("llava"))
+    other = dict(inputs) | {"pixel_values": inputs["pixel_values"] + 1}
+    with SharedPrefix(model, [2, 2]) as prefix:
+        with prefix.reading(2), prune(model, AT_TWO[0]):
+            generate(model, inputs, 1)
+        changed = repeated(inputs, 3)
+        changed["input_ids"] = changed["input_ids"].clone()
+        changed["input_ids"][-1, -1] += 1
+        for wrong, said in ((repeated(other, 3), "got other images"), (changed, "are not those whose prefix is kept")):
+            with pytest.raises(PruningError, match=said), prefix.reading(2, repeats=3), prune(model, AT_TWO):
+                generate(model, wrong, 1)
+    with SharedPrefix(model, [2, 2]) as prefix, pytest.raises(PruningError, match="got other images"):
+        with prefix.reading(2, repeats=3), prune(model, AT_TWO):
+            generate(model, repeated(inputs, 3), 1)
+
+
+def test_methods_of_several_kinds_and_rows_that_do_not_fit_are_refused(tiny_model) -> None:
+    model, inputs = tiny_model("llava"), prompts("llava", samples("llava"))
+    with pytest.raises(
+        ConfigError, match=r"got methods of 2 kinds for one batch .layers \[0\], contiguous positions; layers \[2\], original"
+    ):
+        prune(model, [AT_TWO[0], get_pruner("divprune", pruning_rate="1/2")])
+    with pytest.raises(ConfigError, match="got methods of 0 kinds for one batch .none., expected"):
+        prune(model, [])
+    with pytest.raises(PruningError, match="got 2 methods for a batch of 3 rows, expected the same prompts for each"):
+        with prune(model, AT_TWO[:2]):
+            generate(model, inputs, 1)
+    assert len(inputs["input_ids"]) == 3

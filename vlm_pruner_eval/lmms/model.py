@@ -47,7 +47,6 @@ from vlm_pruner_eval.timing import time_forwards
 from vlm_pruner_eval.vlms import Family, family_of
 
 PLAIN = (bool, int, float, str, type(None))
-
 Taker = Callable[[], Prepared]
 OfBatch = Callable[[list[Prompt], Generation, Taker], Iterable[tuple[Request, Any]]]
 Step = Callable[[], Iterable[tuple[Request, Any]]]
