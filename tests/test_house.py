@@ -36,7 +36,7 @@ ALLOWED = {
     "eager": {"errors"},
     "guard": {"errors"},
     "installed": {"errors", "guard"},
-    "batch_rows": {"errors", "timing", "vlms"},
+    "batch_rows": {"errors", "pruners", "timing", "types", "vlms"},
     "refusals": {"cut", "errors", "hf_compat", "pruners", "types", "vlms"},
     "prefill": {"batch_rows", "cut", "errors", "ledger", "probe", "pruners", "refusals", "timing", "types", "vlms"},
     "hook": {"cut", "eager", "errors", "guard", "hf_compat", "device_copy", "installed", "ledger"}

@@ -95,9 +95,9 @@ def test_other_prompts_or_images_than_those_of_the_batch_are_refused(tiny_model)
         for wrong, said in ((repeated(other, 3), "got other images"), (changed, "are not those whose prefix is kept")):
             with pytest.raises(PruningError, match=said), prefix.reading(2, repeats=3), prune(model, AT_TWO):
                 generate(model, wrong, 1)
-    with SharedPrefix(model, [2, 2]) as prefix, pytest.raises(PruningError, match="got other images"):
-        with prefix.reading(2, repeats=3), prune(model, AT_TWO):
-            generate(model, repeated(inputs, 3), 1)
+    nothing_read = SharedPrefix(model, [2, 2])
+    with nothing_read, pytest.raises(PruningError, match="got other images"), nothing_read.reading(2, repeats=3), prune(model, AT_TWO):
+        generate(model, repeated(inputs, 3), 1)
 
 
 def test_methods_of_several_kinds_and_rows_that_do_not_fit_are_refused(tiny_model) -> None:
@@ -106,9 +106,8 @@ def test_methods_of_several_kinds_and_rows_that_do_not_fit_are_refused(tiny_mode
         ConfigError, match=r"got methods of 2 kinds for one batch .layers \[0\], contiguous positions; layers \[2\], original"
     ):
         prune(model, [AT_TWO[0], get_pruner("divprune", pruning_rate="1/2")])
-    with pytest.raises(ConfigError, match="got methods of 0 kinds for one batch .none., expected"):
+    with pytest.raises(ConfigError, match=r"got methods of 0 kinds for one batch \(none\), expected"):
         prune(model, [])
-    with pytest.raises(PruningError, match="got 2 methods for a batch of 3 rows, expected the same prompts for each"):
-        with prune(model, AT_TWO[:2]):
-            generate(model, inputs, 1)
+    with pytest.raises(PruningError, match="got 2 methods for a batch of 3 rows, expected the same prompts"), prune(model, AT_TWO[:2]):
+        generate(model, inputs, 1)
     assert len(inputs["input_ids"]) == 3
