@@ -18,9 +18,10 @@ from vlm_pruner_eval.store.folder import DocumentScore, Store
 from vlm_pruner_eval.store.kept import Kept
 from vlm_pruner_eval.store.schema import UnitRecord, plain
 from vlm_pruner_eval.store.summaries import Provenance, TaskScore
-from vlm_pruner_eval.sweep import records, scores
+from vlm_pruner_eval.sweep import records
 from vlm_pruner_eval.sweep.config import SweepConfig, validate
 from vlm_pruner_eval.sweep.grid import expand, grid_of
+from vlm_pruner_eval.sweep.metrics import scores
 from vlm_pruner_eval.sweep.units import WorkUnit, units_of
 
 N_VISUAL, N_LAYERS, BATCH = 576, 32, 500

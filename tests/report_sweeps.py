@@ -24,8 +24,8 @@ from vlm_pruner_eval.report.contents import report_of
 from vlm_pruner_eval.report.load import load_sweep
 from vlm_pruner_eval.report.writers.markdown import markdown
 from vlm_pruner_eval.store.answers import Answer, AnswerLog, BatchSize, read_lines
+from vlm_pruner_eval.sweep.metrics.scores import MAIN_METRICS, Main
 from vlm_pruner_eval.sweep.runner import run_sweep
-from vlm_pruner_eval.sweep.scores import MAIN_METRICS, Main
 
 SHAPE = DecoderShape(hidden=64, intermediate=96, n_heads=4, n_kv_heads=2, head_dim=16, vocabulary=120)
 PEAKS = {"none": 9000, "vlmpruner": 5000, "fastv": 4500, "uniform": 4200, "random": 4000, "blind": 3000}

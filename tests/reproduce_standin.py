@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from vlm_pruner_eval.cli import app
 from vlm_pruner_eval.report.paper import printed
-from vlm_pruner_eval.sweep.scores import MAIN_METRICS, Main
+from vlm_pruner_eval.sweep.metrics.scores import MAIN_METRICS, Main
 
 RELEASE = {"name": "vlmpruner", "official_quirks": True, "label": "VLM-Pruner (release)"}
 GOOD = {

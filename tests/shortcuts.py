@@ -1,4 +1,4 @@
-"""What costs seconds in every sweep, done once a process: the self-test, lmms-eval's index of tasks, git; and blank figures."""
+"""What costs seconds in every sweep, done once a process: the self-test, lmms-eval's index of tasks; and blank figures."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ import lmms_eval.tasks
 import pytest
 from PIL import Image
 
-import vlm_pruner_eval
 from vlm_pruner_eval import selftest
 from vlm_pruner_eval.report.figures.report_figures import WORDS
 from vlm_pruner_eval.store.files import write_atomic
-from vlm_pruner_eval.sweep import opening, provenance
+from vlm_pruner_eval.sweep import opening
 from vlm_pruner_eval.sweep.config import SweepConfig
 
 
@@ -29,9 +28,6 @@ def take(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(opening, "selftest", SimpleNamespace(run=lambda: _test(selftest.run)))
     patch.setattr(opening, "check_tasks", functools.partial(_check_tasks, opening.check_tasks))
     patch.setattr(importlib.import_module("vlm_pruner_eval.report.build"), "draw_all", _blank_figures)
-    ask = functools.cache(lambda package, ask=provenance.git_commit: ask())
-    patch.setattr(provenance, "git_commit", lambda: ask(vlm_pruner_eval.__file__))
-    provenance.git_commit()
 
 
 @functools.cache

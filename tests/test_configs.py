@@ -15,8 +15,8 @@ from vlm_pruner_eval.lmms import planning
 from vlm_pruner_eval.lmms.plugin import MODELS
 from vlm_pruner_eval.sweep.config import SweepConfig, load
 from vlm_pruner_eval.sweep.grid import Run, expand, method_problems
+from vlm_pruner_eval.sweep.metrics.scores import BENCHMARK_GROUPS, MAIN_METRICS
 from vlm_pruner_eval.sweep.opening import check_tasks, unscorable
-from vlm_pruner_eval.sweep.scores import BENCHMARK_GROUPS, MAIN_METRICS
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))

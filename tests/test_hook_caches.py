@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import types
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -196,8 +197,9 @@ def test_limits_are_compared_in_positions(tiny_model, family, n_positions):
     assert counted == (None if n_positions is None else [n_positions])
     n_tokens = inputs["input_ids"].shape[1]
     limit = n_positions or n_tokens
+    batch = SimpleNamespace(n_prompt=[n_tokens], n_positions=counted or [n_tokens], sample_ids=["doc"])
     config.get_text_config().max_position_embeddings = limit
-    check_prompt_lengths([n_tokens], ["doc"], config, counted)
+    check_prompt_lengths(batch, 0, config)
     config.get_text_config().max_position_embeddings = limit - 1
     with pytest.raises(ValueError, match=f"doc: .* {n_tokens} tokens .* {limit} positions, but the model has {limit - 1}"):
-        check_prompt_lengths([n_tokens], ["doc"], config, counted)
+        check_prompt_lengths(batch, 0, config)

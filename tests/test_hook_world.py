@@ -57,15 +57,7 @@ def right() -> tuple[list[list[int]], Tensor]:
 
 
 # ---- compiled and wrapped
-@pytest.mark.parametrize(
-    "part",
-    [
-        "the whole model",
-        "a layer in a wrapper",
-        pytest.param("a forward", marks=pytest.mark.slow),
-        pytest.param("a layer", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("part", COMPILED)
 def test_what_was_compiled_and_used_before_is_pruned(right, part):
     torch.compiler.reset()
     model, inputs = build("llava"), prompts("llava", ONE)

@@ -19,8 +19,8 @@ from vlm_pruner_eval.report.stats.flip_counts import flips
 from vlm_pruner_eval.report.tables.table_layout import differences
 from vlm_pruner_eval.store.answers import Answer
 from vlm_pruner_eval.store.folder import DocumentScore
+from vlm_pruner_eval.sweep.metrics.scores import percentile_interval
 from vlm_pruner_eval.sweep.records import document_answer
-from vlm_pruner_eval.sweep.scores import percentile_interval
 
 TASKS = ["tiny_mean", "tiny_pairs"]
 

@@ -21,7 +21,7 @@ from vlm_pruner_eval.report.stats.paired import (
     smallest_difference,
     standard_error,
 )
-from vlm_pruner_eval.sweep.clusters import Clusters
+from vlm_pruner_eval.sweep.metrics.clusters import Clusters
 
 N_CLUSTERS, N_STUDIES, TRUTH = 400, 1000, 0.6
 

@@ -21,10 +21,10 @@ from vlm_pruner_eval.report.rows import rows_of as table_rows
 from vlm_pruner_eval.report.stats.compare import compare
 from vlm_pruner_eval.report.stats.comparisons import AVERAGE
 from vlm_pruner_eval.store.schema import FAILED
-from vlm_pruner_eval.sweep.aggregations import Aggregation
 from vlm_pruner_eval.sweep.config import SweepConfig
+from vlm_pruner_eval.sweep.metrics.aggregations import Aggregation
+from vlm_pruner_eval.sweep.metrics.scores import score_task
 from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
-from vlm_pruner_eval.sweep.scores import score_task
 
 BROKEN = """
 include: tiny_mean.yaml

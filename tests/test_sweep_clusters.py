@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from test_sweep_scores import Task, mean, rows_of
 
-from vlm_pruner_eval.sweep import resampling
-from vlm_pruner_eval.sweep.clusters import RESAMPLES, Clusters, connected, find_clusters
-from vlm_pruner_eval.sweep.counts import compared, held_score
-from vlm_pruner_eval.sweep.document_scores import document_scores
-from vlm_pruner_eval.sweep.scores import Scored, score_task
+from vlm_pruner_eval.sweep.metrics import resampling
+from vlm_pruner_eval.sweep.metrics.clusters import RESAMPLES, Clusters, connected, find_clusters
+from vlm_pruner_eval.sweep.metrics.counts import compared, held_score
+from vlm_pruner_eval.sweep.metrics.document_scores import document_scores
+from vlm_pruner_eval.sweep.metrics.scores import Scored, score_task
 from vlm_pruner_eval.sweep.turns import turn_scores
 
 

@@ -19,7 +19,6 @@ from fault_trace import FULL, KILL, POWER
 from sweep_standin import make_config
 from test_cli import behaviour, call, clean_surroundings, write  # noqa: F401  # fixtures
 
-import vlm_pruner_eval
 from vlm_pruner_eval import durable
 from vlm_pruner_eval.errors import StoppedError
 from vlm_pruner_eval.store import claims, files
@@ -163,7 +162,7 @@ def test_a_full_disk_is_no_disk_without_locks(tmp_path: Path, monkeypatch: pytes
         claims.check_locks(tmp_path)
 
 
-def test_a_killed_sweep_leaves_no_lock_in_the_users_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_sweep_leaves_no_lock_in_the_users_repository(tmp_path: Path) -> None:
     """`git status` takes one to write down what it found, unless it is told not to."""
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     package = tmp_path / "package" / "__init__.py"
@@ -173,8 +172,7 @@ def test_a_killed_sweep_leaves_no_lock_in_the_users_repository(tmp_path: Path, m
     index = tmp_path / ".git" / "index"
     os.utime(package, (1, 1))  # the index is out of date from here on
     before = index.read_bytes()
-    monkeypatch.setattr(vlm_pruner_eval, "__file__", str(package))
-    assert len(provenance.git_commit()) == 40
+    assert len(provenance.git_commit(tmp_path)) == 40
     assert index.read_bytes() == before
     subprocess.run([*git, "status", "--porcelain"], check=True)
     assert index.read_bytes() != before, "the test shows nothing"

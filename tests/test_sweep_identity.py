@@ -20,9 +20,10 @@ from vlm_pruner_eval.lmms.prompts import Request
 from vlm_pruner_eval.lmms.run_context import RunContext
 from vlm_pruner_eval.store.answers import Answer, BatchSize
 from vlm_pruner_eval.store.folder import Store
-from vlm_pruner_eval.sweep import identity, scores
+from vlm_pruner_eval.sweep import identity
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.grid import expand, unit_folders
+from vlm_pruner_eval.sweep.metrics import scores
 from vlm_pruner_eval.sweep.preview import preview
 from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
 from vlm_pruner_eval.sweep.session import Session

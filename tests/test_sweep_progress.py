@@ -20,9 +20,9 @@ from vlm_pruner_eval.store.answers import AnswerLog
 from vlm_pruner_eval.store.schema import UnitRecord
 from vlm_pruner_eval.store.summaries import Score, Spread, TaskScore, Tokens
 from vlm_pruner_eval.sweep.grid import expand
+from vlm_pruner_eval.sweep.metrics.score_line import score_line, title
 from vlm_pruner_eval.sweep.progress import SweepProgress, duration
 from vlm_pruner_eval.sweep.runner import run_sweep
-from vlm_pruner_eval.sweep.score_line import score_line, title
 
 
 class Clock:

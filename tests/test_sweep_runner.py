@@ -18,9 +18,9 @@ from vlm_pruner_eval.store.kept import Kept
 from vlm_pruner_eval.store.schema import RunRecord
 from vlm_pruner_eval.store.summaries import Median, Spread
 from vlm_pruner_eval.sweep.config import SweepConfig
+from vlm_pruner_eval.sweep.metrics.scores import NOT_SCORABLE
 from vlm_pruner_eval.sweep.opening import unscorable
 from vlm_pruner_eval.sweep.runner import Outcome, run_sweep
-from vlm_pruner_eval.sweep.scores import NOT_SCORABLE
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlm_pruner_eval.sweep.scores import MAIN_METRICS, NOT_SCORABLE, Scored, score_group, score_task
+from vlm_pruner_eval.sweep.metrics.scores import MAIN_METRICS, NOT_SCORABLE, Scored, score_group, score_task
 
 
 class Task:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from vlm_pruner_eval import versions
 from vlm_pruner_eval.cli import app
 from vlm_pruner_eval.errors import ConfigError
-from vlm_pruner_eval.lmms.model import family_class
+from vlm_pruner_eval.lmms.families import family_class
 
 ROOT = Path(__file__).parent.parent
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")

@@ -18,7 +18,7 @@ from vlm_pruner_eval.store.answers import ANSWERS, Answer, answer_lines
 from vlm_pruner_eval.store.folder import DocumentScore, Store, Unit
 from vlm_pruner_eval.store.schema import FINISHED, Grid, RunLine, RunRecord
 from vlm_pruner_eval.sweep.grid import budget_mixtures
-from vlm_pruner_eval.sweep.score_line import main_scores
+from vlm_pruner_eval.sweep.metrics.score_line import main_scores
 
 NOT_RUN = "not run"
 ANSWERS_MISSING = "not run: answers missing"

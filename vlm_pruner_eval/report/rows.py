@@ -12,7 +12,7 @@ from vlm_pruner_eval.report.load import Results, RunResult
 from vlm_pruner_eval.store.schema import FAILED, FINISHED
 from vlm_pruner_eval.store.summaries import Score, Spread, Tokens
 from vlm_pruner_eval.sweep.grid import RATELESS, UNPRUNED, rate_percent
-from vlm_pruner_eval.sweep.score_line import relative_average
+from vlm_pruner_eval.sweep.metrics.score_line import relative_average
 
 PLUMBING = "The embedded benchmark (digitscenes) checks the plumbing; it is no evidence about which method is better. No winner is marked."
 LITERATURE_FORMULA = "4nd² + 2n²d + 2ndm per layer (FastV, arXiv 2403.06764)"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vlm_pruner_eval.report.rows import Cell, Row
 from vlm_pruner_eval.store.summaries import Spread
-from vlm_pruner_eval.sweep.score_line import NOTHING, number, short_names  # noqa: F401 (as one module)
+from vlm_pruner_eval.sweep.metrics.score_line import NOTHING, number, short_names  # noqa: F401 (as one module)
 
 _ALIKE = 0.25  # of an interval's width: by so much its two sides may differ and still be written as one
 

@@ -11,7 +11,7 @@ from vlm_pruner_eval.reproduce.plan import Plan, Variant
 from vlm_pruner_eval.store.folder import DocumentScore
 from vlm_pruner_eval.store.schema import FINISHED, RunRecord
 from vlm_pruner_eval.store.summaries import TaskScore
-from vlm_pruner_eval.sweep.score_line import relative_average
+from vlm_pruner_eval.sweep.metrics.score_line import relative_average
 
 Documents = dict[tuple[str, int], DocumentScore]
 

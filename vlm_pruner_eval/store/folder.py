@@ -105,7 +105,7 @@ class Unit:
         """Write scores and bootstrap replicates, then the record."""
         self.forget()  # an old record must not vouch for new scores
         remove_leftovers(self.folder)
-        lines = "".join(score.model_dump_json() + "\n" for score in scores)
+        lines = "".join(json.dumps(score.model_dump(), ensure_ascii=False) + "\n" for score in scores)
         write_atomic(self.folder / "scores.jsonl", lines)
         rounded = {task: [float(f"{value:.9g}") for value in values] for task, values in draws.items()}
         write_atomic(self.folder / "draws.json", to_json(rounded, indent=None) + "\n")

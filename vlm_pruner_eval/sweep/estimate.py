@@ -14,9 +14,9 @@ from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.store.folder import Store
 from vlm_pruner_eval.store.schema import RunHead, UnitRecord
 from vlm_pruner_eval.store.summaries import Spread
-from vlm_pruner_eval.sweep.clusters import RESAMPLES
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.grid import UNPRUNED, Run
+from vlm_pruner_eval.sweep.metrics.clusters import RESAMPLES
 
 # Bytes of what does not depend on tokens, as in real runs: all else of an answer with its score; a resampled value; a record.
 _SAMPLE_BYTES, _DRAW_BYTES, _RECORD_BYTES = 1400, 9, 8500

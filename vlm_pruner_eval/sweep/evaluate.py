@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlm_pruner_eval.sweep import aggregations, scores
 from vlm_pruner_eval.sweep.config import SweepConfig
+from vlm_pruner_eval.sweep.metrics import aggregations, scores
 from vlm_pruner_eval.sweep.read_once import Held, read_once
 
 

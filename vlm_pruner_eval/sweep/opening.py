@@ -14,12 +14,13 @@ from vlm_pruner_eval import selftest
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.lmms.run_context import RunContext
 from vlm_pruner_eval.store.folder import Store
-from vlm_pruner_eval.sweep import provenance, scores
+from vlm_pruner_eval.sweep import provenance
 from vlm_pruner_eval.sweep.config import ModelSection, SweepConfig
 from vlm_pruner_eval.sweep.early import unknown_task
 from vlm_pruner_eval.sweep.grid import Run
 from vlm_pruner_eval.sweep.hub_code import hub_code_problems
 from vlm_pruner_eval.sweep.images import ImageStore, Keeper
+from vlm_pruner_eval.sweep.metrics import scores
 from vlm_pruner_eval.sweep.session import Session
 from vlm_pruner_eval.sweep.task_modules import module_problems
 from vlm_pruner_eval.sweep.units import WorkUnit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import platform
 import shlex
@@ -49,11 +50,9 @@ def collect(
     """
     import torch
 
-    versions = {"vlm_pruner_eval": vlm_pruner_eval.__version__, "python": platform.python_version()}
-    versions |= {name: metadata.version(package) for name, package in _PACKAGES.items()}
     device = str(describe.get("device", "cpu"))
     return Provenance(
-        versions=versions,
+        versions=_versions(),
         platform=platform.platform(),
         processor=processor(device),
         host=machine.host(),
@@ -62,7 +61,7 @@ def collect(
         threads=torch.get_num_threads(),
         model=plain(dict(describe)),
         checkpoint=dict(checkpoint),
-        git_commit=git_commit(),
+        git_commit=git_commit(Path(vlm_pruner_eval.__file__).parent.parent),
         command=command or command_line(),
         started=None if started is None else _utc(started),
         time=_utc(time.time()),
@@ -94,9 +93,15 @@ def processor(device: str = "cpu") -> str:
     return f"{facts['model name']} (family {facts.get('cpu family', '?')}, model {facts.get('model', '?')}), {vectors}"
 
 
-def git_commit() -> str | None:
-    """Commit of the source tree that the package runs from, with "+changes" when it was edited; None when installed."""
-    root = Path(vlm_pruner_eval.__file__).parent.parent
+@functools.cache
+def _versions() -> dict[str, str]:
+    ours = {"vlm_pruner_eval": vlm_pruner_eval.__version__, "python": platform.python_version()}
+    return ours | {name: metadata.version(package) for name, package in _PACKAGES.items()}
+
+
+@functools.cache
+def git_commit(root: Path) -> str | None:
+    """Commit of the source tree `root` when this process asked first, with "+changes" if it was edited; None if it is none."""
     if not (root / ".git").exists():
         return None
     answers = []

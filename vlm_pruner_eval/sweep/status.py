@@ -18,8 +18,8 @@ from vlm_pruner_eval.store.answers import ANSWERS, count_answers
 from vlm_pruner_eval.store.claims import holder_of
 from vlm_pruner_eval.store.folder import Store, Unit
 from vlm_pruner_eval.store.schema import FAILED, FINISHED, RunLine, UnitRecord
+from vlm_pruner_eval.sweep.metrics.score_line import score_line
 from vlm_pruner_eval.sweep.progress import duration
-from vlm_pruner_eval.sweep.score_line import score_line
 
 RUNNING, HALF_DONE, DAMAGED, NOT_BEGUN = "running", "half done", "damaged", "not begun"
 STATES = (FINISHED, FAILED, RUNNING, HALF_DONE, DAMAGED, NOT_BEGUN)

@@ -19,9 +19,9 @@ from vlm_pruner_eval.store.schema import FAILED, FINISHED
 from vlm_pruner_eval.sweep import preflight, provenance
 from vlm_pruner_eval.sweep.config import SweepConfig
 from vlm_pruner_eval.sweep.grid import Run, expand, grid_of
+from vlm_pruner_eval.sweep.metrics.score_line import score_line, title
 from vlm_pruner_eval.sweep.opening import Loader, open_session, sharing
 from vlm_pruner_eval.sweep.progress import SweepProgress
-from vlm_pruner_eval.sweep.score_line import score_line, title
 from vlm_pruner_eval.sweep.session import Session
 from vlm_pruner_eval.sweep.units import Status, WorkUnit, folders_of, groups, status_of, units_of
 

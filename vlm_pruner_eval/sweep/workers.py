@@ -25,7 +25,7 @@ from vlm_pruner_eval.store.files import write_atomic
 from vlm_pruner_eval.store.schema import FAILED, UnitRecord
 from vlm_pruner_eval.sweep import provenance
 from vlm_pruner_eval.sweep.config import SweepConfig
-from vlm_pruner_eval.sweep.score_line import title
+from vlm_pruner_eval.sweep.metrics.score_line import title
 from vlm_pruner_eval.sweep.units import WorkUnit
 from vlm_pruner_eval.sweep.work import Work
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlm_pruner_eval.sweep.scores import percentile_interval
+from vlm_pruner_eval.sweep.metrics.scores import percentile_interval
 
 LEVEL, POWER = 0.05, 0.80
 _ROUNDING = 1e-6  # draws are kept with nine digits

@@ -15,9 +15,9 @@ from vlm_pruner_eval.report.load import Results
 from vlm_pruner_eval.report.rows import Key, Row
 from vlm_pruner_eval.report.stats.paired import Estimate, estimate
 from vlm_pruner_eval.store.folder import DocumentScore
-from vlm_pruner_eval.sweep.clusters import Clusters, connected
 from vlm_pruner_eval.sweep.grid import RATELESS, UNPRUNED
-from vlm_pruner_eval.sweep.scores import wilson_interval
+from vlm_pruner_eval.sweep.metrics.clusters import Clusters, connected
+from vlm_pruner_eval.sweep.metrics.scores import wilson_interval
 
 OCR, RECOGNITION, ATTRIBUTE, SPATIAL, COUNTING = CAPABILITIES = ("OCR", "recognition", "attribute", "spatial", "counting")
 CONTROLS = frozenset({"pool", "downsample"})

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from vlm_pruner_eval.redact import of_error
-from vlm_pruner_eval.sweep.clusters import PAIR_KEYS, RESAMPLES, Clusters
-from vlm_pruner_eval.sweep.counts import Form, forms
+from vlm_pruner_eval.sweep.metrics.clusters import PAIR_KEYS, RESAMPLES, Clusters
+from vlm_pruner_eval.sweep.metrics.counts import Form, forms
 
 _MANY_ITEMS = 2000  # above this, only the main metric is resampled
 _PATIENCE_S = 120.0  # for calling one metric's aggregation on all resamples

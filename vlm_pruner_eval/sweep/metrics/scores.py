@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from vlm_pruner_eval.sweep.aggregations import Aggregation
-from vlm_pruner_eval.sweep.clusters import Clusters, find_clusters, has_pairs
-from vlm_pruner_eval.sweep.counts import Form
-from vlm_pruner_eval.sweep.document_scores import document_scores
-from vlm_pruner_eval.sweep.resampling import Metric, draw
+from vlm_pruner_eval.sweep.metrics.aggregations import Aggregation
+from vlm_pruner_eval.sweep.metrics.clusters import Clusters, find_clusters, has_pairs
+from vlm_pruner_eval.sweep.metrics.counts import Form
+from vlm_pruner_eval.sweep.metrics.document_scores import document_scores
+from vlm_pruner_eval.sweep.metrics.resampling import Metric, draw
 from vlm_pruner_eval.sweep.turns import has_turns
 
 CONFIDENCE = 95.0

@@ -11,7 +11,7 @@ from typing import Any
 
 from vlm_pruner_eval.durable import stopped
 from vlm_pruner_eval.redact import of_error, without_secrets
-from vlm_pruner_eval.sweep.clusters import pair_key
+from vlm_pruner_eval.sweep.metrics.clusters import pair_key
 
 
 class Aggregation:

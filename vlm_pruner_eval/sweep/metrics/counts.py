@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_pruner_eval.sweep.clusters import PAIR_KEYS
+from vlm_pruner_eval.sweep.metrics.clusters import PAIR_KEYS
 
 # What the tasks' own items call a score, and a parsed answer beside the one that would be right.
 _SCORE_FIELDS = ("score", "right")

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from vlm_pruner_eval.sweep.counts import compared, held_score, is_number, shares
-from vlm_pruner_eval.sweep.resampling import silently, takes_args
+from vlm_pruner_eval.sweep.metrics.counts import compared, held_score, is_number, shares
+from vlm_pruner_eval.sweep.metrics.resampling import silently, takes_args
 from vlm_pruner_eval.sweep.turns import has_turns, turn_scores
 
 _ROUNDED = 1e-5  # aggregations round to five digits at most

@@ -1,0 +1,1 @@
+"""Scores through each task's own aggregation, and the cluster bootstrap of them."""
