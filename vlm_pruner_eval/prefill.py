@@ -109,37 +109,44 @@ class Prefill:
         refuse_read_positions(cut, read, self.labels, is_visual, [row.sample_id for row in self.rows])
 
     def _select_all(self, stage: Stage, hidden: Tensor, before: Cut | None, probe: Probe | None) -> list[tuple[int, Tensor, Tensor]]:
-        """Run the method on every scope; returns (row, slots, new states) where it merged."""
-        merged = []
+        """Run the method on all scopes at once; returns (row, slots, new states) where it merged."""
+        # what there is to choose from
+        asked: list[tuple[_RowView, Alive]] = []
+        tokens = []
         for b, row in enumerate(self.rows):
             view = _RowView(self, b, row, hidden, before, probe)
             for s, alive in enumerate(row.scopes):
-                states = self._select(stage, view, s, alive)
-                if states is not None:
-                    merged.append((b, view.slots(alive.scope.positions[alive.local]), states))
+                alive.asked = min(len(alive.local), self.family.keep(self.pruner, stage, len(alive.scope.positions), s))
+                if alive.asked < len(alive.local):
+                    asked.append((view, alive))
+                    tokens.append(view.tokens(alive, f"{row.sample_id}/{s}"))
+        if not asked:
+            return []
+        # the choice
+        span = Span(hidden.device)
+        selections = self.pruner.select_batch(tokens, [alive.asked for _, alive in asked])
+        span.stop()
+        # what it means for each row
+        merged = []
+        for (view, alive), given, selection in zip(asked, tokens, selections, strict=True):
+            order = self._check(selection, given, alive.asked) if self._replaced else selection.host_order
+            view.row.spans.append((span, 1 / len(asked)))
+            view.row.quirks |= selection.quirks
+            alive.order = alive.local[order]
+            alive.local = alive.order.sort().values
+            if selection.hidden_states is not None:
+                merged.append((view.b, view.slots(alive.scope.positions[alive.local]), selection.hidden_states))
         return merged
 
-    def _select(self, stage: Stage, view: _RowView, s: int, alive: Alive) -> Tensor | None:
-        """Run the method on one scope; returns new states [n, D] of what is left, or None."""
-        row, n_now = view.row, len(alive.local)
-        alive.asked = min(n_now, self.family.keep(self.pruner, stage, len(alive.scope.positions), s))
-        if alive.asked == n_now:
-            return None
-        sample_id = f"{row.sample_id}/{s}"
-        tokens = view.tokens(alive, sample_id)
-        span = Span(tokens.hidden_states.device)
-        selection = self.pruner.select(tokens, alive.asked)
-        row.spans.append(span.stop())
-        replaced = type(self.pruner).select is not Pruner.select
-        order = self._check(selection, tokens, alive.asked, sample_id) if replaced else selection.host_order
-        row.quirks |= selection.quirks
-        alive.order = alive.local[order]
-        alive.local = alive.order.sort().values
-        return selection.hidden_states
+    @property
+    def _replaced(self) -> bool:
+        """True of a method that has a `select` of its own, which checks nothing."""
+        own = type(self.pruner)
+        return own.select is not Pruner.select or own.select_batch is not Pruner.select_batch
 
-    def _check(self, selection: Selection, tokens: VisualTokens, asked: int, sample_id: str) -> Tensor:
+    def _check(self, selection: Selection, tokens: VisualTokens, asked: int) -> Tensor:
         """The order [R] of a method that replaced `select`, and its check with it, in the memory of the host."""
-        where = f"method {self.pruner.name}, sample {sample_id!r}"
+        where = f"method {self.pruner.name}, sample {tokens.sample_id!r}"
         if not isinstance(selection, Selection):
             raise PruningError(f"{where}: select returned {type(selection).__name__}, expected a Selection.")
         return check_selection(selection, tokens, asked, where=where, exact=self._exact)
@@ -221,7 +228,7 @@ class Prefill:
             kv_lengths=[length - (width - n) for length, width, n in zip(self.measured, widths, valid, strict=True)],
             visual_lengths=[len(positions) for positions in held],
             quirks=frozenset(row.quirks),
-            selection_ms=sum(span.ms for span in row.spans),
+            selection_ms=sum(span.ms * share for span, share in row.spans),
             sample_id=row.sample_id,
             scope=self.pruner.scope,
             layouts=row.layouts,
