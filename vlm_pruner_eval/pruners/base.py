@@ -187,6 +187,8 @@ class Pruner:
 
         An error is about one of them, and names it; the others have no answer then.
         """
+        if not tokens:
+            return []
         wanted = [None] * len(tokens) if keeps is None else [*keeps]
         if len(wanted) != len(tokens):
             raise PruningError(

@@ -95,7 +95,7 @@ class VLMPruner(Pruner):
         asked = [tensor for given in tokens for tensor in self._compared(given)]
         arrived = deque(tokens[0].on_host(*asked))
         del asked
-        return [self._grown(given, keep, *(arrived.popleft() for _ in range(4))) for given, keep in zip(tokens, keeps, strict=True)]
+        return [self._grown(given, keep, arrived) for given, keep in zip(tokens, keeps, strict=True)]
 
     def _compared(self, tokens: VisualTokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Cosines [V, V], coordinates, pivots, and if plain sampling would have repeated one."""
@@ -106,8 +106,9 @@ class VLMPruner(Pruner):
     def _features(self, tokens: VisualTokens) -> Tensor:
         return unit_rows(most_variable(tokens.hidden_states, self.channels))
 
-    def _grown(self, tokens: VisualTokens, keep: int, similarity: Tensor, coords: Tensor, start: Tensor, repeated: Tensor) -> Selection:
-        """The choice for one image, from what is on the CPU."""
+    def _grown(self, tokens: VisualTokens, keep: int, arrived: deque[Tensor]) -> Selection:
+        """The choice for one image; takes what `_compared` returned, on the CPU, off the front of `arrived`."""
+        similarity, coords, start, repeated = (arrived.popleft() for _ in range(4))
         growth = Growth(
             threshold=float(self.threshold),
             step=float(self.threshold_step),
