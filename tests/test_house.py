@@ -28,7 +28,7 @@ ALLOWED = {
     "types": {"errors", "device_copy"},
     "ledger": {"budget"},
     "timing": set(),
-    "kernels": set(),
+    "kernels": {"kernels"},
     "pruners": {"pruners", "kernels", "budget", "errors", "device_copy", "redact", "types"},
     "vlms": {"vlms", "pruners", "budget", "errors", "hf_compat", "device_copy", "types"},
     "probe": {"errors", "hf_compat"},

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vlm_pruner_eval.kernels import launching_on
+
 _LAST = tl.constexpr(2**63 - 1)  # key of what is no candidate
 
 
@@ -50,9 +52,10 @@ def grow(
     lanes, block = triton.next_power_of_2(width), min(block, width)
     sizes = {"LANES": lanes, "BLOCK": triton.next_power_of_2(block)}
     launch = {"num_warps": min(16, max(4, lanes // 128)), "enable_fp_fusion": False}
-    _grow[(n_images,)](
-        similarity, coords, counts, rules, order, found, ranked, running, width, columns, block, STOP=stop, **sizes, **launch
-    )
+    with launching_on(device):
+        _grow[(n_images,)](
+            similarity, coords, counts, rules, order, found, ranked, running, width, columns, block, STOP=stop, **sizes, **launch
+        )
     return order, found
 
 

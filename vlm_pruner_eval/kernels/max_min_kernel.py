@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vlm_pruner_eval.kernels import launching_on
+
 
 def max_min(distance: Tensor, first: Tensor, counts: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """Choose `counts[b, 1]` of the first `counts[b, 0]` tokens of each image.
@@ -31,7 +33,7 @@ def max_min(distance: Tensor, first: Tensor, counts: Tensor, columns: int) -> tu
     repeats = torch.zeros(n_images, dtype=torch.int32, device=distance.device)
     lanes = triton.next_power_of_2(width)
     launch = {"num_warps": min(16, max(4, lanes // 128)), "enable_fp_fusion": False}
-    if columns:
+    with launching_on(distance.device):
         _max_min[(n_images,)](distance, first, counts, order, repeats, width, columns, LANES=lanes, **launch)
     return order, repeats
 

@@ -126,20 +126,20 @@ def merge_batch(
     rank = own.argsort(1).argsort(1)
     bag = torch.cat([rank.gather(1, receiver), rank], 1).scatter(1, own, rank)[:, :width]
     kept = torch.zeros(n_images, width + most, dtype=torch.bool, device=there).scatter(1, own, True)[:, :width].flatten()
-    # bags of all images in a row; what is no token of an image goes to a bag behind its own
-    idle = (torch.arange(width, device=there) >= lengths[:, None]) | (sizes == 0)[:, None]
-    bag = (torch.where(idle, most, bag) + (most + 1) * torch.arange(n_images, device=there)[:, None]).flatten()
+    # bags of all images in a row; what is no token of an image weighs 0, and is dealt out, since a bag is summed one by one
+    lane = torch.arange(width, device=there)
+    idle = (lane >= lengths[:, None]) | (sizes == 0)[:, None]
+    bag = (torch.where(idle, lane % most, bag) + most * torch.arange(n_images, device=there)[:, None]).flatten()
     weight = weight.double().flatten().masked_fill(kept | idle.flatten(), 0)
     bags, tokens = bag.sort(stable=True)
-    starts = torch.searchsorted(bags, torch.arange(n_images * (most + 1), device=there))
+    starts = torch.searchsorted(bags, torch.arange(n_images * most, device=there))
 
     def summed(values: Tensor) -> Tensor:
         return embedding_bag(tokens, values[:, None], starts, mode="sum")[:, 0]  # in ascending order, as bincount on a CPU
 
     coefficients, cancelled, magnitude = _coefficients(weight, bag, kept, summed, self_weight=self_weight, plain_sum=plain_sum)
     merged = embedding_bag(tokens, states.flatten(0, 1), starts, mode="sum", per_sample_weights=coefficients[tokens].float())
-    by_image = (n_images, most + 1)
-    return merged.view(*by_image, -1)[:, :most], cancelled.view(by_image).any(1), magnitude.view(by_image).amax(1)
+    return merged.view(n_images, most, -1), cancelled.view(n_images, most).any(1), magnitude.view(n_images, most).amax(1)
 
 
 def _coefficients(

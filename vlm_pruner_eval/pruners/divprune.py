@@ -9,7 +9,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from vlm_pruner_eval import kernels
 from vlm_pruner_eval.pruners.base import Pruner, unit_rows
@@ -86,19 +85,17 @@ def by_kernel(states: Sequence[Tensor], keeps: Sequence[int]) -> list[tuple[Tens
     """What `by_steps` returns, for several images at once on a GPU."""
     from vlm_pruner_eval.kernels.max_min_kernel import max_min
 
-    lengths = [*map(len, states)]
+    counts = sent([*zip(map(len, states), keeps, strict=True)], torch.int64, states[0].device)
     distance = products([unit_rows(one) for one in states]).neg_().add_(1).float()
-    counts = sent([*zip(lengths, keeps, strict=True)], torch.int64, distance.device)
-    nearest = torch.stack(
-        [pad(second_smallest(one[:n, :n]), (0, len(one) - n), value=-math.inf) for one, n in zip(distance, lengths, strict=True)]
-    )
+    outside = torch.arange(distance.shape[1], device=distance.device) >= counts[:, :1]
+    nearest = second_smallest(distance.masked_fill_(outside[:, None], math.inf)).masked_fill_(outside, -math.inf)
     order, repeats = max_min(distance, nearest.argmax(1), counts, max(keeps))
     return [(one[:keep], repeated) for one, keep, repeated in zip(order, keeps, repeats, strict=True)]
 
 
 def second_smallest(distance: Tensor) -> Tensor:
-    """Of each row [V] of distances [V, V] the second smallest: the smallest is that of the token to itself."""
-    return distance.topk(min(2, len(distance)), dim=1, largest=False).values[:, -1]
+    """Of each row [V] of distances [..., V, V] the second smallest: the smallest is that of the token to itself."""
+    return distance.topk(min(2, distance.shape[-1]), largest=False).values[..., -1]
 
 
 def would_repeat(distance: Tensor, order: Tensor) -> Tensor:
