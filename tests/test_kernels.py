@@ -316,7 +316,7 @@ def test_bad_tokens_of_one_image_are_refused_by_its_name(method: str):
         pruner_named(method).select_batch(given, [draw.keep for draw in DRAWN])
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
 @pytest.mark.usefixtures("forced")
 def test_a_weight_that_no_threshold_is_above_is_a_sentence():
     tokens = DRAWN[0].tokens()

@@ -122,7 +122,7 @@ def checked(
         As `check_selection`, and new states that hold NaN or infinity.
     """
     # what can be said without numbers, and what has to be looked at
-    answers, unproven = [], {}
+    states, unproven = [], {}
     for i, (selection, given, keep) in enumerate(zip(selections, tokens, keeps, strict=True)):
         check_form(selection, given, keep, where=where[i], exact=exact)
         merged = selection.hidden_states
@@ -130,18 +130,18 @@ def checked(
             merged = merged.to(given.hidden_states.dtype)
             if merged.numel() and not inspection.bounds(i, selection.amplification, merged.dtype):
                 unproven[i] = evidence(merged)
-        answers.append(dataclasses.replace(selection, hidden_states=merged))
+        states.append(merged)
     # the numbers
-    arrived = inspection.on_host(*(answer.order for answer in answers), *unproven.values())
+    arrived = inspection.on_host(*(selection.order for selection in selections), *unproven.values())
     inspection.finish()
-    orders, found = arrived[: len(answers)], dict(zip(unproven, arrived[len(answers) :], strict=True))
-    for i, (answer, order) in enumerate(zip(answers, orders, strict=True)):
+    orders, found = arrived[: len(selections)], dict(zip(unproven, arrived[len(selections) :], strict=True))
+    answers = []
+    for i, (selection, order, merged) in enumerate(zip(selections, orders, states, strict=True)):
         check_indices(order, tokens[i].n_visual, where=where[i])
-        merged = answer.hidden_states
         if merged is not None and i in found and not tells_finite(found[i]) and not bool(torch.isfinite(merged).all()):
             raise PruningError(f"{where[i]}: the merged states hold NaN or infinity in {merged.dtype}.")
-        there = answer.order.to(tokens[i].hidden_states.device, non_blocking=True)
-        answers[i] = dataclasses.replace(answer, order=there, host_order=order)
+        there = selection.order.to(tokens[i].hidden_states.device, non_blocking=True)
+        answers.append(dataclasses.replace(selection, order=there, host_order=order, hidden_states=merged))
     return answers
 
 
