@@ -15,6 +15,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by Triton when it is imported: kernels then run on the CPU
+
 import transformers
 from hypothesis import HealthCheck, settings
 from tiny_models import FAMILIES, build

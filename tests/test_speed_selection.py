@@ -50,6 +50,15 @@ def test_ratios_are_of_the_times_beside_them(result: dict):
         assert row["peak_bytes"] >= row["answer_bytes"] >= 8 * row["n_kept"]
 
 
+def test_a_batch_of_images_is_timed_beside_one():
+    """As on a GPU."""
+    images = [selection.image_tokens(36, 64, CPU, seed=seed) for seed in range(3)]
+    assert not torch.equal(images[0].hidden_states, images[1].hidden_states)
+    line, (row,) = selection._bench_size([get_pruner("vlmpruner", pruning_rate=0.5)], images, 1)
+    assert row["batch"] == 3
+    assert row["batch_yardstick_ratio"] == pytest.approx(3 * line["ms"] / row["select_batch"]["ms"])
+
+
 def test_times_are_medians_of_rounds():
     found = summary([[1.0, 2.0, 9.0], [4.0, 4.0, 4.0], [3.0, 3.0, 30.0]])
     spread = {"iqr_ms": 1.0, "best_ms": 1.0, "noise": pytest.approx(2 / 3)}

@@ -1,4 +1,4 @@
-"""How often the host waits for the device: once a `select`, and once more a prefill; and that no check is lost over it."""
+"""How often the host waits for the device: once a batch of choices, and once more a prefill; and that no check is lost over it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from standin_device import DEVICE, CountSyncs, OnDevice, held
 from tiny_models import N_LAYERS, build, prompts
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from toy_pruners import IN_MODEL, KeyNorm, NoCheck, TwoStages
 
-from vlm_pruner_eval import Pruner, PruningError, Selection, VisualTokens, get_pruner, prune
+from vlm_pruner_eval import Pruner, PruningError, Selection, VisualTokens, get_pruner, kernels, prune
 from vlm_pruner_eval.device_copy import to_host
 from vlm_pruner_eval.pruners.fastv import FastV
 from vlm_pruner_eval.speed.bench_selection import image_tokens
@@ -60,6 +61,36 @@ def test_select_waits_once(method: str, quirks: bool, dtype: torch.dtype):
         assert got.quirks == expected.quirks and (got.hidden_states is None) == (expected.hidden_states is None)
         if expected.hidden_states is not None:
             assert got.hidden_states.device == DEVICE and torch.equal(held(got.hidden_states), expected.hidden_states)
+
+
+def by_stand_in(function: Callable) -> Callable:
+    """Run a kernel's launcher on the CPU, where tests have Triton interpret kernels, for tensors of the stand-in."""
+
+    def run(*args: object, **kwargs: object) -> object:
+        return tree_map(OnDevice, function(*map(held, args), **kwargs))
+
+    return run
+
+
+@pytest.mark.parametrize("by_kernels", [False, True], ids=["loops", "kernels"])
+@pytest.mark.parametrize("method", [*IN_MODEL, "keynorm"])
+def test_a_batch_waits_once(method: str, by_kernels: bool, monkeypatch: pytest.MonkeyPatch):
+    """Images of different sizes; a method from outside has its tokens checked before."""
+    if by_kernels:
+        pytest.importorskip("triton", reason="kernels need Triton")
+        from vlm_pruner_eval.kernels import bss_kernel, max_min_kernel
+
+        monkeypatch.setattr(kernels, "usable", lambda device, n_visual=1: device == DEVICE)
+        monkeypatch.setattr(bss_kernel, "grow", by_stand_in(bss_kernel.grow))
+        monkeypatch.setattr(max_min_kernel, "max_min", by_stand_in(max_min_kernel.max_min))
+    pruner = KeyNorm(pruning_rate=0.5) if method == "keynorm" else get_pruner(method, pruning_rate=0.5)
+    here, keeps = [tokens(), image_tokens(36, 300, CPU), image_tokens(1, 300, CPU)], [13, 0, 1]
+    found, seen = counted(lambda: pruner.select_batch([*map(on_device, here)], keeps))
+    assert waits(seen) == 1 + (method == "keynorm"), seen.syncs
+    for got, expected in zip(found, [pruner.select(*one) for one in zip(here, keeps, strict=True)], strict=True):
+        assert got.order.device == DEVICE and torch.equal(got.host_order, expected.order) and got.quirks == expected.quirks
+        if expected.hidden_states is not None:
+            torch.testing.assert_close(held(got.hidden_states), expected.hidden_states)
 
 
 def test_a_method_from_outside_has_its_tokens_checked_before_its_choice():
@@ -247,7 +278,7 @@ ON_IMAGES = ("vlmpruner", "twostages", "pool")  # both images in one row; the ot
 
 @pytest.mark.usefixtures("_autocast_on_the_stand_in")
 @pytest.mark.parametrize("method", [*IN_MODEL, "twostages", "first"])
-def test_a_prefill_waits_once_and_once_for_each_choice(tiny_model, method: str):
+def test_a_prefill_waits_once_and_once_for_each_stage(tiny_model, method: str):
     """Beyond what the model waits for by itself; logits and records as on a CPU."""
     inputs, model = prompts("llava", TWO_IMAGES if method in ON_IMAGES else TWO_ROWS), tiny_model("llava")
     own = {"twostages": TwoStages, "first": First}
@@ -258,7 +289,8 @@ def test_a_prefill_waits_once_and_once_for_each_choice(tiny_model, method: str):
     plain = waits(prefill(there, inputs)[1])
     with prune(there, pruner) as ledger_there:
         logits, found = prefill(there, inputs)
-    assert waits(found) - plain == 1 + N_IMAGES * len(pruner.stages(N_LAYERS)), found.syncs
+    choices = N_IMAGES if method == "first" else 1  # which has a select of its own
+    assert waits(found) - plain == 1 + choices * len(pruner.stages(N_LAYERS)), found.syncs
     assert torch.allclose(logits, expected, atol=1e-5)
     timeless = [[dataclasses.replace(record, selection_ms=None) for record in told.records] for told in (ledger, ledger_there)]
     assert timeless[0] == timeless[1]

@@ -52,6 +52,8 @@ class Row:
         guess of assisted decoding, and methods don't see it.
     layouts
         One per image.
+    spans
+        Times of the choices for the whole batch, and the share of each that one scope of this row has in it.
     """
 
     sample_id: str
@@ -63,7 +65,7 @@ class Row:
     layouts: list[list[int]]
     scopes: list[Alive]
     quirks: set[str] = field(default_factory=set)
-    spans: list[Span] = field(default_factory=list)
+    spans: list[tuple[Span, float]] = field(default_factory=list)
 
     @property
     def is_exact(self) -> bool:

@@ -7,6 +7,7 @@ methods' answers are waited for.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -110,33 +111,44 @@ class Prefill:
         refuse_read_positions(cut, read, self.labels, is_visual, [row.sample_id for row in self.rows])
 
     def _select_all(self, layer: int, hidden: Tensor, before: Cut | None, probe: Probe | None) -> list[tuple[int, Tensor, Tensor]]:
-        """Run the method on every scope; returns (row, slots, new states) where it merged."""
+        """Run each method on its rows; returns (row, slots, new states) where it merged."""
         merged = []
-        for b, row in enumerate(self.rows):
-            view = _RowView(self, b, row, hidden, before, probe)
-            for s, alive in enumerate(row.scopes if layer in row.stages else ()):
-                states = self._select(row.stages[layer], view, s, alive)
-                if states is not None:
-                    merged.append((b, view.slots(alive.scope.positions[alive.local]), states))
+        for _, rows in itertools.groupby(enumerate(self.rows), key=lambda item: id(item[1].pruner)):
+            views = [_RowView(self, b, row, hidden, before, probe) for b, row in rows]
+            if layer in views[0].row.stages:
+                merged += self._select(layer, views)
         return merged
 
-    def _select(self, stage: Stage, view: _RowView, s: int, alive: Alive) -> Tensor | None:
-        """Run the method on one scope; returns new states [n, D] of what is left, or None."""
-        row, n_now = view.row, len(alive.local)
-        alive.asked = min(n_now, self.family.keep(row.pruner, stage, len(alive.scope.positions), s))
-        if alive.asked == n_now:
-            return None
-        sample_id = f"{row.sample_id}/{s}"
-        tokens = view.tokens(alive, sample_id)
-        span = Span(tokens.hidden_states.device)
-        selection = row.pruner.select(tokens, alive.asked)
-        row.spans.append(span.stop())
-        replaced = type(row.pruner).select is not Pruner.select
-        order = _checked_order(row, selection, tokens, alive.asked) if replaced else selection.host_order
-        row.quirks |= selection.quirks
-        alive.order = alive.local[order]
-        alive.local = alive.order.sort().values
-        return selection.hidden_states
+    def _select(self, layer: int, views: Sequence[_RowView]) -> list[tuple[int, Tensor, Tensor]]:
+        """Run the method of these rows on all their scopes at once."""
+        # what there is to choose from
+        pruner = views[0].row.pruner
+        asked: list[tuple[_RowView, Alive]] = []
+        tokens = []
+        for view in views:
+            for s, alive in enumerate(view.row.scopes):
+                n_scope = len(alive.scope.positions)
+                alive.asked = min(len(alive.local), self.family.keep(pruner, view.row.stages[layer], n_scope, s))
+                if alive.asked < len(alive.local):
+                    asked.append((view, alive))
+                    tokens.append(view.tokens(alive, f"{view.row.sample_id}/{s}"))
+        if not asked:
+            return []
+        # the choice
+        span = Span(views[0].hidden.device)
+        selections = pruner.select_batch(tokens, [alive.asked for _, alive in asked])
+        span.stop()
+        # what it means for each row
+        merged = []
+        for (view, alive), given, selection in zip(asked, tokens, selections, strict=True):
+            order = _checked_order(view.row, selection, given, alive.asked) if _replaces_select(pruner) else selection.host_order
+            view.row.spans.append((span, 1 / len(asked)))
+            view.row.quirks |= selection.quirks
+            alive.order = alive.local[order]
+            alive.local = alive.order.sort().values
+            if selection.hidden_states is not None:
+                merged.append((view.b, view.slots(alive.scope.positions[alive.local]), selection.hidden_states))
+        return merged
 
     # ---- proving
     def lengths(self, state: CutState) -> list[int]:
@@ -206,7 +218,7 @@ class Prefill:
             kv_lengths=[length - (width - n) for length, width, n in zip(self.measured, widths, valid, strict=True)],
             visual_lengths=[len(positions) for positions in held],
             quirks=frozenset(row.quirks),
-            selection_ms=sum(span.ms for span in row.spans),
+            selection_ms=sum(span.ms * share for span, share in row.spans),
             sample_id=row.sample_id,
             scope=row.pruner.scope,
             layouts=row.layouts,
@@ -287,6 +299,12 @@ class _RowView:
         slots = self.slots(present[present <= self.row.end])
         last = self.row.end if self.before is None else int(self.before.slots_of(self.b, torch.tensor([self.row.end])))
         return self.probe.attention_row(self._probed, last, slots)
+
+
+def _replaces_select(pruner: Pruner) -> bool:
+    """Return True for a method that has a `select` of its own, which checks nothing."""
+    own = type(pruner)
+    return own.select is not Pruner.select or own.select_batch is not Pruner.select_batch
 
 
 def _checked_order(row: Row, selection: Selection, tokens: VisualTokens, asked: int) -> Tensor:

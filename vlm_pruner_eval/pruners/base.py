@@ -7,6 +7,7 @@ import inspect
 import sys
 import traceback
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral
@@ -15,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vlm_pruner_eval import kernels
 from vlm_pruner_eval.budget import Rate, keep_share, parse_rate, share_for_layer_average
 from vlm_pruner_eval.errors import ConfigError, PruningError
 from vlm_pruner_eval.pruners.token_checks import Inspection, checked
@@ -64,6 +66,7 @@ class Pruner:
     fixed_layer: ClassVar[int | None] = None
     before_model: ClassVar[bool] = False  # acts on the images, so there is nothing for the hook to cut
     without_effect: ClassVar[frozenset[str]] = frozenset()  # parameters that are accepted, so that grids need no exception, and do nothing
+    _by_batch: ClassVar[bool] = False  # the choice is written in `choose_batch`
     checks_late: ClassVar[bool] = False  # `choose` bears NaN and infinity (no error, no endless loop) until its first `tokens.on_host`
 
     pruning_rate: Rate
@@ -76,8 +79,11 @@ class Pruner:
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        if "choose" in cls.__dict__ and "checks_late" not in cls.__dict__:
+        chooses = {"choose", "choose_batch"} & cls.__dict__.keys()
+        if chooses and "checks_late" not in cls.__dict__:
             cls.checks_late = False  # said of a parent's choose, not of this one
+        if chooses:
+            cls._by_batch = "choose_batch" in chooses
 
     def __post_init__(self) -> None:
         problems = [*self._rate_problems(), *self._type_problems()]
@@ -92,8 +98,19 @@ class Pruner:
 
         `tokens` come in the arithmetic dtype of `selection_dtype`, and have been checked for NaN and infinity; with `checks_late`,
         on a device, only when `tokens.on_host` has copied something. Indices may be on the device or in the memory of the host.
+        Built-in methods write `choose_batch` instead where several images at once are faster on a GPU.
         """
-        raise NotImplementedError(f"{type(self).__name__}.choose is not written yet.")
+        if type(self).choose_batch is Pruner.choose_batch:
+            raise NotImplementedError(f"{type(self).__name__}.choose is not written yet.")
+        (chosen,) = self.choose_batch([tokens], [keep])
+        return chosen
+
+    def choose_batch(self, tokens: Sequence[VisualTokens], keeps: Sequence[int]) -> Sequence[Tensor | Selection]:
+        """Choose for several images at once, written in place of `choose` where that is faster on a GPU.
+
+        `tokens` are on one device and share one `on_host`: called once, for all images, it is all that synchronises.
+        """
+        return [self.choose(given, keep) for given, keep in zip(tokens, keeps, strict=True)]
 
     def problems(self) -> list[str]:
         """What is wrong with the values of the parameters; a subclass extends the list."""
@@ -163,44 +180,77 @@ class Pruner:
         PruningError
             Missing fields, NaN or infinity in what the method reads, or an answer that breaks the contract.
         """
-        if keep is None:
-            keep = self.default_keep(tokens.n_visual)
-        if isinstance(keep, bool) or not isinstance(keep, Integral) or not 0 <= keep <= tokens.n_visual:
+        return self._selected([tokens], [keep])[0]
+
+    def select_batch(self, tokens: Sequence[VisualTokens], keeps: Sequence[int | None] | None = None) -> list[Selection]:
+        """Choose tokens of several scopes as `select` does one by one; on a GPU all answers come with one synchronisation.
+
+        An error is about one of them, and names it; the others have no answer then.
+        """
+        if not tokens:
+            return []
+        wanted = [None] * len(tokens) if keeps is None else [*keeps]
+        if len(wanted) != len(tokens):
             raise PruningError(
-                f"{self._where(tokens)}: asked to keep {keep!r} of {tokens.n_visual} tokens, "
-                f"expected a whole number from 0 to {tokens.n_visual}."
+                f"method {self.name!r}: got {len(wanted)} numbers of tokens to keep for {len(tokens)} images, expected one each."
             )
-        keep, where = int(keep), self._where(tokens)
-        inspection = Inspection(self._checked_rows(tokens), where)
-        if not self.checks_late:
-            inspection.finish()
-        exact = not (self.official_quirks and self.quirks_change_count)
-        try:
-            answer = self._chosen(tokens, keep, inspection)
-            selection = answer if isinstance(answer, Selection) else Selection(answer)
-            return checked(selection, tokens, keep, inspection, where=where, exact=exact)
-        except PruningError:
-            inspection.finish()  # if NaN in the input is the reason, it is what must be said
-            raise
+        if type(self).select is not Pruner.select:  # replaced, and with it the way to choose
+            return [self.select(given, keep) for given, keep in zip(tokens, wanted, strict=True)]
+        return self._selected(tokens, wanted)
 
     def default_keep(self, n_visual: int) -> int:
         """``keep_count(n_visual, pruning_rate)``."""
         return keep_share(n_visual, 1 - parse_rate(self.pruning_rate))
 
     # ---- private
-    def _where(self, tokens: VisualTokens) -> str:
-        return f"method {self.name or type(self).__name__!r}, layer {self.layer}, sample {tokens.sample_id!r}"
+    def _where(self, *tokens: VisualTokens) -> str:
+        names = _joined([repr(given.sample_id) for given in tokens])
+        return f"method {self.name or type(self).__name__!r}, layer {self.layer}, sample {names}"
 
-    def _chosen(self, tokens: VisualTokens, keep: int, inspection: Inspection) -> Tensor | Selection:
-        """What `choose` answers; whatever it raises names the method and the sample, since a run meets thousands."""
+    def _count(self, tokens: VisualTokens, keep: int | None) -> int:
+        """How many tokens to keep when `keep` are asked for."""
+        if keep is None:
+            return self.default_keep(tokens.n_visual)
+        if isinstance(keep, bool) or not isinstance(keep, Integral) or not 0 <= keep <= tokens.n_visual:
+            raise PruningError(
+                f"{self._where(tokens)}: asked to keep {keep!r} of {tokens.n_visual} tokens, "
+                f"expected a whole number from 0 to {tokens.n_visual}."
+            )
+        return int(keep)
+
+    def _selected(self, tokens: Sequence[VisualTokens], wanted: Sequence[int | None]) -> list[Selection]:
+        """Answers for images on one device; on a CPU, where a batch would only take memory, one by one."""
+        devices = {given.hidden_states.device for given in tokens}
+        if len(tokens) > 1 and (len(devices) > 1 or not _gains(*devices)):
+            return [self._selected([given], [keep])[0] for given, keep in zip(tokens, wanted, strict=True)]
+        keeps = [self._count(given, keep) for given, keep in zip(tokens, wanted, strict=True)]
+        where = [self._where(given) for given in tokens]
+        inspection = Inspection([self._checked_rows(given) for given in tokens], where)
+        if not self.checks_late:
+            inspection.finish()
+        exact = not (self.official_quirks and self.quirks_change_count)
         try:
-            return self.choose(self._in_arithmetic_dtype(tokens, inspection), keep)
+            answers = self._chosen(tokens, keeps, inspection)
+            selections = [answer if isinstance(answer, Selection) else Selection(answer) for answer in answers]
+            return checked(selections, tokens, keeps, inspection, where=where, exact=exact)
+        except PruningError:
+            inspection.finish()  # if NaN in the input is the reason, it is what must be said
+            raise
+
+    def _chosen(self, tokens: Sequence[VisualTokens], keeps: Sequence[int], inspection: Inspection) -> Sequence[Tensor | Selection]:
+        """Answers of `choose` or `choose_batch`; whatever these raise names the method and the sample, since a run meets thousands."""
+        if len(tokens) > 1 and not self._by_batch:
+            return [self._chosen([given], [keep], inspection)[0] for given, keep in zip(tokens, keeps, strict=True)]
+        try:
+            given = [self._in_arithmetic_dtype(one, inspection) for one in tokens]
+            return self.choose_batch(given, keeps) if self._by_batch else [self.choose(given[0], keeps[0])]
         except PruningError:
             raise
         except Exception as error:
             raise PruningError(
-                f"{self._where(tokens)}: choose raised {type(error).__name__}: {error} ({self._place(error)}). Expected {keep} of "
-                f"{tokens.n_visual} local indices; mend the method or leave the sample out."
+                f"{self._where(*tokens)}: {'choose_batch' if len(tokens) > 1 else 'choose'} raised {type(error).__name__}: {error} "
+                f"({self._place(error)}). Expected {_joined(keeps)} of {_joined([one.n_visual for one in tokens])} local indices; "
+                "mend the method or leave the sample out."
             ) from error
 
     def _place(self, error: Exception) -> str:
@@ -269,6 +319,15 @@ def _is_a(value: Any, wanted: object) -> bool:
     if wanted is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MOST
     return isinstance(value, wanted) if isinstance(wanted, type) else True
+
+
+def _gains(device: torch.device) -> bool:
+    """Return True if choosing for several images at once is faster on `device` than one by one."""
+    return device.type != "cpu" or kernels.usable(device)
+
+
+def _joined(parts: Sequence[object]) -> str:
+    return ", ".join(map(str, parts))
 
 
 def unit_rows(rows: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlm_pruner_eval.budget import Rate
 from vlm_pruner_eval.pruners.base import Pruner
-from vlm_pruner_eval.types import Selection, Stage, VisualTokens
+from vlm_pruner_eval.types import Stage, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,9 @@ class Blind(Pruner):
         """Always 0."""
         return 0
 
-    def select(self, tokens: VisualTokens, keep: int | None = None) -> Selection:
-        """An empty selection, whatever `keep` says."""
-        return super().select(tokens, 0)
+    def _count(self, tokens: VisualTokens, keep: int | None) -> int:
+        """Always 0, whatever `keep` says."""
+        return 0
 
     def choose(self, tokens: VisualTokens, keep: int) -> Tensor:
         """No index."""

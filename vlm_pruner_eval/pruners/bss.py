@@ -34,10 +34,7 @@ class BssScores:
     def __init__(self, similarity: Tensor, coords: Tensor, grid: tuple[int, int], weight: float):
         n_visual = len(similarity)
         self._similarity = similarity
-        frame, self._row, self._col = coords.T.float().contiguous().unbind()
-        newline = self._row < 0
-        alone = -1.0 - torch.arange(n_visual)  # a frame of its own: no distance to anything else
-        self._frame = torch.where(newline, alone, frame)
+        self._frame, self._row, self._col = places(coords)
         self._one_frame = bool((self._frame == self._frame[0]).all())
         self.weight = weight
         self._per_cell = weight / math.hypot(*grid)
@@ -70,6 +67,18 @@ class BssScores:
         candidates = (~self._chosen).nonzero().flatten()
         scores, rank = self.of(candidates).sort(stable=True)
         return candidates[rank], scores[0].item()
+
+
+def places(coords: Tensor) -> Tensor:
+    """Frame, row and column [3, V] float32 of coordinates [V, 3]; a newline token has a frame of its own: no distance to anything else."""
+    frame, row, col = coords.T.float().contiguous().unbind()
+    alone = -1.0 - torch.arange(len(coords), device=coords.device)
+    return torch.stack([torch.where(row < 0, alone, frame), row, col])
+
+
+def no_threshold_above(lowest: float, weight: float) -> PruningError:
+    """The error of a growth that can't go on: the best score of a candidate is not finite."""
+    return PruningError(f"vlmpruner: the best score of a candidate is {lowest}; lower spatial_weight (got {weight}).")
 
 
 class Growth:
@@ -115,7 +124,7 @@ class Growth:
             if self._stop_on_stall:
                 break
             if not math.isfinite(lowest):
-                raise PruningError(f"vlmpruner: the best score of a candidate is {lowest}; lower spatial_weight (got {scores.weight}).")
+                raise no_threshold_above(lowest, scores.weight)
             threshold = self._loosened(threshold, lowest)
         return torch.cat(parts), stalled
 

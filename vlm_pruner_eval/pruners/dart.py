@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -51,12 +52,17 @@ class DART(Pruner):
             found.append(f"text_pivots: got {self.text_pivots}, expected a whole number, 0 or more.")
         return found
 
-    def choose(self, tokens: VisualTokens, keep: int) -> Selection:
+    def choose_batch(self, tokens: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
         """Image pivots, then each pivot's least similar tokens.
 
         The pivots take turns on the host whatever the device is: the order of the turns may depend on where the pivots stand, and
         the device would be waited for once for that and once more for the answer.
         """
+        arrived = tokens[0].on_host(*(tensor for given in tokens for tensor in self._compared(given)))
+        return [self._by_turns(*one) for one in zip(arrived[::3], arrived[1::3], arrived[2::3], keeps, strict=True)]
+
+    def _compared(self, tokens: VisualTokens) -> tuple[Tensor, Tensor, Tensor]:
+        """Cosines [P, V] of the pivots, the image's pivots, and the positions [P] of all."""
         image = largest_keys(tokens.keys, self.image_pivots)
         states, positions = tokens.normed_hidden_states[image], tokens.positions[image]
         text = tokens.text
@@ -64,10 +70,12 @@ class DART(Pruner):
             after = largest_keys(text.keys, self.text_pivots)
             states = torch.cat([states, text.normed_hidden_states[after]])
             positions = torch.cat([positions, text.positions[after]])
+        return cosines(states, tokens.normed_hidden_states), image, positions
+
+    def _by_turns(self, cosine: Tensor, image: Tensor, positions: Tensor, keep: int) -> Selection:
         share = keep // len(positions)
-        cosine, image, positions = tokens.on_host(cosines(states, tokens.normed_hidden_states), image, positions)
         set_order = as_a_set(positions.tolist())
-        released = min(tokens.n_visual, len(image) + len(positions) * share)
+        released = min(cosine.shape[1], len(image) + len(positions) * share)
         fired = {"count": released != keep, "set_order": set_order != [*range(len(positions))]}
         walk, count = (set_order, released) if self.official_quirks else ([*range(len(positions))], keep)
         order = least_similar(cosine[walk], image[:count], share, count)

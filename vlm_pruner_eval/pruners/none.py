@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlm_pruner_eval.budget import Rate
 from vlm_pruner_eval.pruners.base import Pruner
-from vlm_pruner_eval.types import Selection, Stage, VisualTokens
+from vlm_pruner_eval.types import Stage, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +37,9 @@ class NoPruning(Pruner):
         """All of them."""
         return n_visual
 
-    def select(self, tokens: VisualTokens, keep: int | None = None) -> Selection:
-        """Every token in its own order, whatever `keep` says."""
-        return super().select(tokens, tokens.n_visual)
+    def _count(self, tokens: VisualTokens, keep: int | None) -> int:
+        """All of them, whatever `keep` says."""
+        return tokens.n_visual
 
     def choose(self, tokens: VisualTokens, keep: int) -> Tensor:
         """All local indices."""

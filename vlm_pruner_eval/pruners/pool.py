@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -36,9 +36,13 @@ class Pool(Pruner):
 
     layer: int = 0
 
-    def choose(self, tokens: VisualTokens, keep: int) -> Selection:
+    def choose_batch(self, tokens: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
         """The token nearest to the centre of each cell, and the means [R, D]."""
-        (coords,), states = tokens.on_host(tokens.coords), tokens.hidden_states
+        coords = tokens[0].on_host(*(given.coords for given in tokens))
+        return [self._pooled(*one) for one in zip(tokens, coords, keeps, strict=True)]
+
+    def _pooled(self, tokens: VisualTokens, coords: Tensor, keep: int) -> Selection:
+        states = tokens.hidden_states
         cell = cell_of(coords, keep, sample_id=tokens.sample_id)
         centre, weights = _centres(coords, cell, keep), torch.zeros(keep, len(cell), dtype=states.dtype)
         member = (cell >= 0).nonzero()[:, 0]

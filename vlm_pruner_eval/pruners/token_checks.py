@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,16 +21,16 @@ SUMMED_IN = torch.float32  # weighted sums of states are, whatever their dtype
 
 
 class Inspection:
-    """What one call of `select` reads, and whether the host knows yet that it is finite.
+    """What one call of `select_batch` reads, and whether the host knows yet that it is finite.
 
     On a CPU it is known at once, on a device from the first copy to the host on.
 
     Parameters
     ----------
-    named : mapping of str to Tensor
-        Floating-point tensors of any shape, by the names that they have in sentences.
+    named : sequence of mappings of str to Tensor
+        For each image floating-point tensors of any shape, by the names that they have in sentences.
     where
-        How sentences begin.
+        How sentences about each image begin.
 
     Raises
     ------
@@ -38,10 +38,11 @@ class Inspection:
         NaN or infinity, here or in the call that brings the first copy.
     """
 
-    def __init__(self, named: Mapping[str, Tensor], where: str):
-        self._named, self._where = {name: value for name, value in named.items() if value.numel()}, where
-        self._largest: float | None = None
-        self._unread = [evidence(value) for value in self._named.values()]
+    def __init__(self, named: Sequence[Mapping[str, Tensor]], where: Sequence[str]):
+        self._where = where
+        self._named = [(i, name, value) for i, mapping in enumerate(named) for name, value in mapping.items() if value.numel()]
+        self._largest: list[float | None] = [None] * len(named)
+        self._unread = [evidence(value) for _, _, value in self._named]
         if all(value.device.type == "cpu" for value in self._unread):
             self.finish()
 
@@ -57,31 +58,32 @@ class Inspection:
         """Check the input now, if it is not checked yet."""
         self._judge(to_host(*self._unread))
 
-    def bounds(self, amplification: float | None, dtype: torch.dtype) -> bool:
-        """Tell if states of `dtype` that are `amplification` times the input's at most are sure to be finite.
+    def bounds(self, image: int, amplification: float | None, dtype: torch.dtype) -> bool:
+        """Tell if states of `dtype` that are `amplification` times those of `image` at most are sure to be finite.
 
-        False also where the size of the input's states is not known on the host.
+        False also where the size of the image's states is not known on the host.
         """
-        if amplification is None or self._largest is None:
+        largest = self._largest[image]
+        if amplification is None or largest is None:
             return False
         highest: float = min(torch.finfo(dtype).max, torch.finfo(SUMMED_IN).max)
-        return amplification * self._largest < highest / 2  # half: sums are rounded
+        return amplification * largest < highest / 2  # half: sums are rounded
 
     def _judge(self, found: list[Tensor]) -> None:
         if not self._unread:
             return
         self._unread = []
-        for (name, value), numbers in zip(self._named.items(), found, strict=True):
+        for (image, name, value), numbers in zip(self._named, found, strict=True):
             if not tells_finite(numbers):
-                self._look(name, value)
+                self._look(image, name, value)
             elif name == "hidden_states" and value.device.type != "cpu":
-                self._largest = numbers.abs().max().item()
+                self._largest[image] = numbers.abs().max().item()
 
-    def _look(self, name: str, value: Tensor) -> None:
+    def _look(self, image: int, name: str, value: Tensor) -> None:
         bad = (~torch.isfinite(value)).flatten(1).any(1) if value.dim() > 1 else ~torch.isfinite(value)
         if bool(bad.any()):
             raise PruningError(
-                f"{self._where}: {name} holds NaN or infinity in {int(bad.sum())} of {len(bad)} tokens "
+                f"{self._where[image]}: {name} holds NaN or infinity in {int(bad.sum())} of {len(bad)} tokens "
                 f"(first: token {int(bad.nonzero()[0])}); run the unpruned model in float32 or bfloat16 to find "
                 "the layer that overflows."
             )
@@ -103,26 +105,44 @@ def tells_finite(found: Tensor) -> bool:
     return all(map(math.isfinite, found.view(-1).tolist()))  # a tenth of the time that torch takes for numbers so few
 
 
-def checked(selection: Selection, tokens: VisualTokens, keep: int, inspection: Inspection, *, where: str, exact: bool) -> Selection:
-    """A method's answer, if it is right: on the device of `tokens`, with the order in the memory of the host too.
+def checked(
+    selections: Sequence[Selection],
+    tokens: Sequence[VisualTokens],
+    keeps: Sequence[int],
+    inspection: Inspection,
+    *,
+    where: Sequence[str],
+    exact: bool,
+) -> list[Selection]:
+    """A method's answers, if they are right: each on the device of its tokens, with the order in the memory of the host too.
 
     Raises
     ------
     PruningError
         As `check_selection`, and new states that hold NaN or infinity.
     """
-    check_form(selection, tokens, keep, where=where, exact=exact)
-    merged, unproven = selection.hidden_states, []
-    if merged is not None:
-        merged = merged.to(tokens.hidden_states.dtype)
-        unproven = [evidence(merged)] if merged.numel() and not inspection.bounds(selection.amplification, merged.dtype) else []
-    order, *found = inspection.on_host(selection.order, *unproven)
+    # what can be said without numbers, and what has to be looked at
+    states, unproven = [], {}
+    for i, (selection, given, keep) in enumerate(zip(selections, tokens, keeps, strict=True)):
+        check_form(selection, given, keep, where=where[i], exact=exact)
+        merged = selection.hidden_states
+        if merged is not None:
+            merged = merged.to(given.hidden_states.dtype)
+            if merged.numel() and not inspection.bounds(i, selection.amplification, merged.dtype):
+                unproven[i] = evidence(merged)
+        states.append(merged)
+    # the numbers
+    arrived = inspection.on_host(*(selection.order for selection in selections), *unproven.values())
     inspection.finish()
-    check_indices(order, tokens.n_visual, where=where)
-    if merged is not None and found and not tells_finite(found[0]) and not bool(torch.isfinite(merged).all()):
-        raise PruningError(f"{where}: the merged states hold NaN or infinity in {merged.dtype}.")
-    there = selection.order.to(tokens.hidden_states.device, non_blocking=True)
-    return dataclasses.replace(selection, order=there, host_order=order, hidden_states=merged)
+    orders, found = arrived[: len(selections)], dict(zip(unproven, arrived[len(selections) :], strict=True))
+    answers = []
+    for i, (selection, order, merged) in enumerate(zip(selections, orders, states, strict=True)):
+        check_indices(order, tokens[i].n_visual, where=where[i])
+        if merged is not None and i in found and not tells_finite(found[i]) and not bool(torch.isfinite(merged).all()):
+            raise PruningError(f"{where[i]}: the merged states hold NaN or infinity in {merged.dtype}.")
+        there = selection.order.to(tokens[i].hidden_states.device, non_blocking=True)
+        answers.append(dataclasses.replace(selection, order=there, host_order=order, hidden_states=merged))
+    return answers
 
 
 def check_selection(selection: Selection, tokens: VisualTokens, keep: int, *, where: str, exact: bool) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,9 +32,14 @@ class Uniform(Pruner):
     checks_late: ClassVar[bool] = True
 
     def choose(self, tokens: VisualTokens, keep: int) -> Tensor:
+        """As `choose_batch` for one image."""
+        (chosen,) = self.choose_batch([tokens], [keep])
+        return chosen
+
+    def choose_batch(self, tokens: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Tensor]:
         """Local indices [R] by ascending rank on the lattice."""
-        (coords,) = tokens.on_host(tokens.coords)
-        return lattice_rank(coords).sort(stable=True).indices[:keep]
+        coords = tokens[0].on_host(*(given.coords for given in tokens))
+        return [lattice_rank(one).sort(stable=True).indices[:keep] for one, keep in zip(coords, keeps, strict=True)]
 
 
 def lattice_rank(coords: Tensor) -> Tensor:

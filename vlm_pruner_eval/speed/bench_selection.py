@@ -25,6 +25,7 @@ SIZES = (576, 1280, 2304, 2880)
 RATES = (0.667, 0.889)
 WIDTH, CHANNELS, HEADS, N_TEXT = 4096, 256, 32, 40
 WITHOUT_RULE = frozenset({"none", "blind"})  # they keep all or nothing
+BATCH = 8  # images that a GPU chooses for at once
 _MOST = 100_000  # visual tokens, whose states take 1.6 GB
 _YARDSTICK_REPEATS = 3  # it takes seconds
 _YARDSTICK_COPIES = 4  # of [V, V, C] that the broadcast needs at a time, at most
@@ -35,11 +36,11 @@ def methods_with_a_rule() -> list[str]:
     return [name for name in list_pruners() if name not in WITHOUT_RULE and not pruner_class(name).before_model]
 
 
-def image_tokens(n_visual: int, width: int, device: torch.device) -> VisualTokens:
+def image_tokens(n_visual: int, width: int, device: torch.device, *, seed: int = 0) -> VisualTokens:
     """Tokens [V, width] as of a photo: neighbours alike, a mean in common, so that the growth takes several passes."""
     rows = max(r for r in range(1, math.isqrt(n_visual) + 1) if n_visual % r == 0)
     grid = (rows, n_visual // rows)
-    normal = partial(torch.randn, generator=torch.Generator().manual_seed(n_visual))
+    normal = partial(torch.randn, generator=torch.Generator().manual_seed(n_visual + seed))
     waves = torch.cos(row_major(*grid)[:, 1:].float() @ (0.3 * normal(2, 8)) + normal(8))
     states = waves @ normal(8, width) + normal(width) + normal(n_visual, width)
     head_dim = max(1, width // HEADS)
@@ -75,7 +76,7 @@ def bench_selection(
     rates: Sequence[float] = RATES,
     width: int = WIDTH,
 ) -> dict[str, Any]:
-    """Time and measure every method at every size and rate on every device here, in float32.
+    """Time and measure every method at every size and rate on every device here, in float32; on a GPU also for a batch of images.
 
     Parameters
     ----------
@@ -116,7 +117,9 @@ def bench_selection(
         for n_visual in sizes:
             measuring.tell(f"{device}: {n_visual} tokens")
             pruners = [get_pruner(name, pruning_rate=rate) for name in names for rate in rates]
-            yardstick, rows = _bench_size(pruners, image_tokens(n_visual, width, device), repeats)
+            n_images = BATCH if device.type == "cuda" else 1
+            images = [image_tokens(n_visual, width, device, seed=seed) for seed in range(n_images)]
+            yardstick, rows = _bench_size(pruners, images, repeats)
             head = {"device": str(device), "n_visual": n_visual}
             result["yardstick"].append(head | yardstick)
             result["rows"] += [head | row for row in rows]
@@ -139,14 +142,21 @@ def _checked(methods: Sequence[str], sizes: Sequence[int], repeats: int) -> list
 
 
 @torch.inference_mode()
-def _bench_size(pruners: Sequence[Pruner], tokens: VisualTokens, repeats: int) -> tuple[Line, list[Line]]:
-    """Summary of the yardstick at one size, and a row for every pruner; each round goes over all of them."""
+def _bench_size(pruners: Sequence[Pruner], images: Sequence[VisualTokens], repeats: int) -> tuple[Line, list[Line]]:
+    """Summary of the yardstick at one size, and a row for every pruner; each round goes over all of them.
+
+    The first of `images` alone, and all of them as a batch if there are several.
+    """
+    tokens = images[0]
     features = tokens.hidden_states[:, :CHANNELS].contiguous()
     skipped = _why_skipped(features)
     calls: list[dict[str, Callable[[], Any]]] = []
     for pruner in pruners:
         keep = pruner.default_keep(tokens.n_visual)
-        calls.append({name: partial(getattr(pruner, name), tokens, keep) for name in ("select", "choose")})
+        timed = {name: partial(getattr(pruner, name), tokens, keep) for name in ("select", "choose")}
+        if len(images) > 1:
+            timed["select_batch"] = partial(pruner.select_batch, images, [keep] * len(images))
+        calls.append(timed)
     # times, a list a round
     yardstick_ms = []
     rounds: list[dict[str, list[list[float]]]] = [{name: [] for name in timed} for timed in calls]
@@ -162,9 +172,16 @@ def _bench_size(pruners: Sequence[Pruner], tokens: VisualTokens, repeats: int) -
     rows = []
     for pruner, timed, found in zip(pruners, calls, rounds, strict=True):
         times = {name: summary(values) for name, values in found.items()}
-        ratio = None if line["ms"] is None else line["ms"] / times["select"]["ms"]
-        rows.append(_row(pruner, tokens, timed["select"], {**times, "yardstick_ratio": ratio}))
+        ratios = {"yardstick_ratio": _ratio(line, times["select"])}
+        if len(images) > 1:
+            ratios |= {"batch": len(images), "batch_yardstick_ratio": _ratio(line, times["select_batch"], len(images))}
+        rows.append(_row(pruner, tokens, timed["select"], {**times, **ratios}))
     return line, rows
+
+
+def _ratio(yardstick: Line, time: Line, n_images: int = 1) -> float | None:
+    """How many times as long the yardstick takes for `n_images` as a method."""
+    return None if yardstick["ms"] is None else n_images * yardstick["ms"] / time["ms"]
 
 
 def _times(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:

@@ -9,7 +9,8 @@ import pandas as pd
 # benchmark -> list in its result -> fields of a line, dots between levels
 COLUMNS = {
     "selection": {
-        "rows": "device n_visual method pruning_rate n_kept select.ms select.noise yardstick_ratio peak_bytes",
+        "rows": "device n_visual method pruning_rate n_kept select.ms select.noise yardstick_ratio select_batch.ms "
+        "batch_yardstick_ratio peak_bytes",
         "yardstick": "device n_visual ms noise skipped",
     },
     "prefill": {
