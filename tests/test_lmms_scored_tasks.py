@@ -227,12 +227,12 @@ def test_a_sweep_scores_minivlm_by_likelihood(manager: TaskManager, tmp_path: Pa
 
 
 def test_choices_that_all_fail_unpruned_stop_the_sweep(manager: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlm_pruner_eval.lmms import scoring
+    from vlm_pruner_eval.lmms import model as lmms_model
 
     def broken(*args: Any) -> Any:
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(scoring, "score", broken)
+    monkeypatch.setattr(lmms_model, "score", broken)
     sentence = r"4 of 4 samples failed \(first: exist_choice, document 0: RuntimeError: the device is gone"
     with pytest.raises(StoppedError, match=sentence):
         sweep(tmp_path, manager, methods=["blind"], limit=2)

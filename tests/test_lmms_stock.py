@@ -207,7 +207,7 @@ def test_the_stock_qwen3_vl_adds_a_system_turn_that_the_checkpoint_has_not(
     Everywhere else in this file our side has `system_prompt`, which makes the same turn.
     """
     stock, ours = sides
-    monkeypatch.setattr(ours.model, "settings", dataclasses.replace(ours.model.settings, system_prompt=None))
+    monkeypatch.setattr(ours.model.prompts, "_settings", dataclasses.replace(ours.model.settings, system_prompt=None))
     docs = [documents()[NO_IMAGE]]
     assert stock.ask(docs) != ours.ask(docs)
     theirs, own = (side.model.tokenizer.decode(side.calls[0]["input_ids"][0]) for side in sides)
