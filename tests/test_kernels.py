@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import test_golden_vlmpruner as golden
@@ -375,6 +378,16 @@ def test_kernels_need_a_gpu_and_triton(monkeypatch: pytest.MonkeyPatch):
     assert not kernels.usable(torch.device("cuda"))
     monkeypatch.undo()
     kernels._has_triton.cache_clear()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton has compilers for Linux only")
+def test_kernels_compile_for_a_gpu(tmp_path: Path):
+    """Without one at hand; a fused multiply-add would round otherwise than the plain loop."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(Path(__file__).parent / "compiled_kernels.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["_grow", "0", "_max_min", "0"]
 
 
 CUTS = {(5,): [1], (100, 100, 100): [2, 3], (10,) * 9: [9], (900, 10, 10): [1, 3], (10, 900): [1, 2]}
