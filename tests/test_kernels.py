@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import test_golden_vlmpruner as golden
@@ -24,17 +27,19 @@ from vlm_pruner_eval.pruners.base import unit_rows
 from vlm_pruner_eval.pruners.bss import BssScores, Growth, places
 from vlm_pruner_eval.pruners.divprune import by_kernel, by_steps
 from vlm_pruner_eval.pruners.padding import groups, padded, products
+from vlm_pruner_eval.pruners.uniform import Uniform
 from vlm_pruner_eval.pruners.vlm_pruner import farthest_of_batch, farthest_points
 from vlm_pruner_eval.speed.bench_selection import image_tokens
 
 pytest.importorskip("triton", reason="kernels need Triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="tensors are on the CPU, where Triton has to interpret kernels")
 FEW = settings(max_examples=20)
 
 
 @pytest.fixture
 def forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take kernels on the CPU too, where tests have Triton interpret them."""
+    """Take kernels on the CPU too, if tests have Triton interpret them there."""
     monkeypatch.setattr(kernels, "usable", lambda device, n_visual=1: True)
 
 
@@ -295,12 +300,14 @@ def test_a_batch_by_kernels_is_what_the_plain_loops_choose(method: str, quirks: 
 
 
 @pytest.mark.parametrize("case", [case for case in golden.CASES if case["id"] in GOLDEN], ids=lambda case: case["id"])
+@interpreted
 @pytest.mark.usefixtures("forced")
 def test_what_the_release_answered(case: dict):
     golden.test_case(case, quirks=case["id"] == "case_29")
 
 
 @pytest.mark.parametrize("name", golden.EXPECTED)
+@interpreted
 @pytest.mark.usefixtures("forced")
 def test_what_the_release_answered_in_corners(name: str, corner_files):  # noqa: F811
     for quirks in (False, True):
@@ -343,6 +350,18 @@ def test_a_batch_is_the_images_one_by_one(method: str):
     assert pruner.select_batch([]) == []
 
 
+def test_a_choice_of_its_own_is_made_in_a_batch_too():
+    """In place of the `choose_batch` of the method that it is made from."""
+
+    class Backwards(Uniform):
+        def choose(self, tokens: VisualTokens, keep: int) -> Tensor:
+            return super().choose(tokens, keep).flip(0)
+
+    given = [draw.tokens() for draw in DRAWN]
+    for one, plainly in zip(Backwards(pruning_rate=0.5).select_batch(given), Uniform(pruning_rate=0.5).select_batch(given), strict=True):
+        assert one.order.tolist() == plainly.order.tolist()[::-1]
+
+
 def test_counts_that_do_not_fit_the_batch():
     with pytest.raises(PruningError, match="got 1 numbers of tokens to keep for 2 images"):
         pruner_named("fastv").select_batch([DRAWN[0].tokens()] * 2, [3])
@@ -359,6 +378,16 @@ def test_kernels_need_a_gpu_and_triton(monkeypatch: pytest.MonkeyPatch):
     assert not kernels.usable(torch.device("cuda"))
     monkeypatch.undo()
     kernels._has_triton.cache_clear()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton has compilers for Linux only")
+def test_kernels_compile_for_a_gpu(tmp_path: Path):
+    """Without one at hand; a fused multiply-add would round otherwise than the plain loop."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(Path(__file__).parent / "compiled_kernels.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["_grow", "0", "_max_min", "0"]
 
 
 CUTS = {(5,): [1], (100, 100, 100): [2, 3], (10,) * 9: [9], (900, 10, 10): [1, 3], (10, 900): [1, 2]}
