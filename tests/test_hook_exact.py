@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy_pruners import KeyNorm, StateNorm, Stride, TwoStages
 from transformers import DynamicCache
 
-from vlm_pruner_eval import hf_compat, hook, prune
+from vlm_pruner_eval import hf_compat, layer_arguments, prune
 from vlm_pruner_eval.hf_compat import cache_of, with_cache
 from vlm_pruner_eval.pruners import get_pruner
 
@@ -329,7 +329,7 @@ def test_half_precision(tiny_model, family, dtype):
 def test_these_tests_would_notice(tiny_model, monkeypatch, family, mistake):
     """Three plausible mistakes of the hook move the logits of a batch far beyond the tolerance."""
     if mistake == "renumbered positions":
-        monkeypatch.setattr(hook, "take", lambda x, index: x[..., : index.shape[1], :].expand(*x.shape[:-3], len(index), -1, -1))
+        monkeypatch.setattr(layer_arguments, "take", lambda x, index: x[..., : index.shape[1], :].expand(*x.shape[:-3], len(index), -1, -1))
     else:
         right = hf_compat.causal_mask
 

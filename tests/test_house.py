@@ -40,7 +40,8 @@ ALLOWED = {
     "batch_rows": {"errors", "pruners", "timing", "types", "vlms"},
     "refusals": {"cut", "errors", "hf_compat", "pruners", "types", "vlms"},
     "prefill": {"batch_rows", "cut", "errors", "ledger", "probe", "pruners", "refusals", "timing", "types", "vlms"},
-    "hook": {"cut", "eager", "errors", "guard", "hf_compat", "device_copy", "installed", "ledger"}
+    "layer_arguments": {"cut"},
+    "hook": {"cut", "eager", "layer_arguments", "errors", "guard", "hf_compat", "device_copy", "installed", "ledger"}
     | {"prefill", "probe", "pruners", "refusals", "unwrap", "vlms"},
     "prefix": {"cut", "errors", "hf_compat", "hook", "probe", "pruners", "vlms"},
     "embedded": {"embedded", "errors", "versions"},
@@ -69,6 +70,7 @@ ALLOWED = {
     "speed": {
         "speed",
         "stdout",
+        "prefix",
         "embedded",
         "budget",
         "cost",

@@ -11,8 +11,7 @@ from test_prefix import AT_TWO, count_prefills, depth, read, samples
 from tiny_models import FAMILIES, N_LAYERS, generate, prompts, step_logits
 
 from vlm_pruner_eval import ConfigError, Pruner, PruningError, get_pruner, prune
-from vlm_pruner_eval.lmms.inputs import repeated
-from vlm_pruner_eval.prefix import SharedPrefix
+from vlm_pruner_eval.prefix import SharedPrefix, repeated
 
 METHODS = ("vlmpruner", "fastv", "dart", "divprune", "random", "uniform", "pool", "blind")
 CLOSE = 1e-4  # other paddings, other sums

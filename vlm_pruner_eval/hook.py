@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from vlm_pruner_eval import hf_compat
-from vlm_pruner_eval.cut import Context, Cut, CutState, LayerLength, recall, remember, take
+from vlm_pruner_eval.cut import Context, CutState, recall, remember
 from vlm_pruner_eval.device_copy import to_host
 from vlm_pruner_eval.eager import EagerExecution
 from vlm_pruner_eval.errors import ConfigError, PruningError
 from vlm_pruner_eval.guard import Guard, NotCopied
 from vlm_pruner_eval.installed import Hooks
+from vlm_pruner_eval.layer_arguments import LayerArguments
 from vlm_pruner_eval.ledger import Ledger
 from vlm_pruner_eval.prefill import Prefill
 from vlm_pruner_eval.probe import Probe, probe_for
@@ -60,8 +62,8 @@ def prune(model: nn.Module, pruner: Pruner | Sequence[Pruner], *, sample_ids: Se
         A Hugging Face VLM of a known family (see `vlm_pruner_eval.vlms`), or a wrapper that holds one (an adapter, a compiled or a
         data-parallel module). Compiled code runs eagerly inside the context, with a RuntimeWarning.
     pruner
-        Built by `get_pruner`, or an instance of your own Pruner subclass. Of a list of n, the batch must hold the same prompts n times:
-        all of them for the first method, then all for the second. They cut at the same layers and treat positions alike.
+        Built by `get_pruner`, or an instance of your own Pruner subclass. A list of n takes the same prompts n times, all for the first
+        method, then all for the second; they cut at the same layers and treat positions alike.
     sample_ids
         One name per row of the batch, for error messages and for seeded methods; default a digest of the prompt's ids.
 
@@ -90,12 +92,7 @@ def installed_probes(core: nn.Module) -> Mapping[int, Probe]:
 class PruningHook(NotCopied):
     """The context manager behind `prune`."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        pruner: Pruner | Sequence[Pruner],
-        sample_ids: Sequence[str] | None = None,
-    ):
+    def __init__(self, model: nn.Module, pruner: Pruner | Sequence[Pruner], sample_ids: Sequence[str] | None = None):
         pruners = list(pruner) if isinstance(pruner, (list, tuple)) else [pruner]
         for one in pruners:
             refuse_no_pruner(one)
@@ -118,6 +115,8 @@ class PruningHook(NotCopied):
         self._is_encoding = False
         self._prefill: Prefill | None = None
         self._n_prompt: int | None = None
+        self._arguments = LayerArguments(self.text)
+        self._followed: list[RemovableHandle] = []
         self._forget_forward()
 
     # ---- installation
@@ -144,8 +143,8 @@ class PruningHook(NotCopied):
         add(self.core.register_forward_pre_hook(self._before_core, with_kwargs=True))
         add(self.core.register_forward_hook(self._after_core, always_call=True))
         add(self.text.register_forward_pre_hook(self._before_text, with_kwargs=True))
-        for i, layer in enumerate(self.layers[self.first :], start=self.first):
-            add(layer.register_forward_pre_hook(functools.partial(self._before_layer, i), with_kwargs=True))
+        for i in self.stages:
+            add(self._hooked(i))
         if self.stages:
             add(self.text.norm.register_forward_hook(self._after_norm))
         add(self.text.register_forward_hook(self._after_text))
@@ -159,6 +158,14 @@ class PruningHook(NotCopied):
             self._hooks.replace(self.head, "generate", self._generate)
         for owner, attribute, wrapper in self.family.patches(self.core):
             self._hooks.replace(owner, attribute, functools.partial(self._with_cut, wrapper))
+
+    def _hooked(self, i: int) -> RemovableHandle:
+        return self.layers[i].register_forward_pre_hook(functools.partial(self._before_layer, i), with_kwargs=True)
+
+    def _follow_all(self) -> None:
+        """For the rest of this forward, tell each layer what it must know; otherwise only layers where a cut begins are told."""
+        if not self._followed:
+            self._followed = [self._hooked(i) for i in range(self.first, len(self.layers)) if i not in self.stages]
 
     def __exit__(self, exc_type: type | None, *rest: object) -> None:
         with self._guard.turn():  # a thread that still generates comes to its end first
@@ -208,6 +215,13 @@ class PruningHook(NotCopied):
 
     def _forget_forward(self) -> None:
         self._input_ids = self._mask = self._state = self._patch = None
+        self._end_layers()
+
+    def _end_layers(self) -> None:
+        self._arguments.give_back()
+        for handle in self._followed:
+            handle.remove()
+        self._followed.clear()
 
     def _before_head(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._labels = kwargs.get("labels")
@@ -243,6 +257,8 @@ class PruningHook(NotCopied):
         refuse_late_images(n_new, holds_images)
         refuse_foreign_cache(self._state, self.text, self.first, self._mask, n_new, cache.get_seq_length())
         self._state.context = self._context
+        if any(cut.layer not in self.stages for cut in self._state.cuts):  # of a prompt that another method has cut
+            self._follow_all()
 
     def _begin(self, embeds: Tensor, cache: Any) -> None:
         """Read a prompt from its first token on."""
@@ -284,28 +300,18 @@ class PruningHook(NotCopied):
         if cut is None:
             return None
         if self._patch is None or self._patch[0] is not cut:
+            self._arguments.give_back()  # what was cut for an earlier stage, which its probe has seen
             for name in ("attention_mask", "position_embeddings"):
                 hf_compat.argument(kwargs, name, i)
-            self._patch = cut, self._arguments(cut, i, hidden, kwargs, cache)
+            is_prefill = self._prefill is not None
+            found = self._arguments.behind(cut, i, hidden, kwargs, cache, is_prefill=is_prefill, prompt_mask=self._mask)
+            self._patch = cut, found
+            if not self._arguments.hand_on(found, kwargs, cache):
+                self._follow_all()
         patched = kwargs | {name: value for name, value in self._patch[1].items() if name in kwargs}
         if not args:
             return args, patched | {"hidden_states": hidden}
         return ((hidden, *args[1:]), patched) if hidden is not before else (args, patched)
-
-    def _arguments(self, cut: Cut, i: int, hidden: Tensor, kwargs: dict, cache: object) -> dict[str, object]:
-        """What a layer behind `cut` must be told instead of what the model tells all its layers."""
-        view = LayerLength(cache, i) if self._prefill is None else LayerLength(None, i)
-        found = {
-            "position_ids": None,  # read by flash attention only, which at batch 1 would take gaps for packed sequences
-            "attention_mask": cut.mask(self.text, hidden, view, self._mask),
-            "cache_position": torch.arange(view.length, view.length + hidden.shape[1], device=hidden.device),
-        }
-        if cut.contiguous:
-            positions = cut.position_ids(view.length, hidden.shape[1])
-            found["position_embeddings"] = self.text.rotary_emb(hidden, positions.to(hidden.device, non_blocking=True))
-        elif self._prefill is not None:
-            found["position_embeddings"] = tuple(take(x, cut.on(x.device)[0]) for x in kwargs["position_embeddings"])
-        return found
 
     def _with_cut(self, wrapper: Callable, original: Callable, *args: object, **kwargs: object) -> object:
         return wrapper(original, self._patch[0] if self._patch else None, *args, **kwargs)
@@ -324,6 +330,7 @@ class PruningHook(NotCopied):
         return full
 
     def _after_text(self, module: nn.Module, args: tuple, output: object) -> None:
+        self._end_layers()
         self._check_hooks()
         self._guard.n_seen += 1
         if self._prefill is None:

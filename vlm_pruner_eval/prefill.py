@@ -184,7 +184,7 @@ class Prefill:
         for i, length in enumerate(self.measured):
             cut = state.at(i)
             expected = cut.width if cut else self.length
-            entered = self.seen.get(i, None if i >= first else expected)
+            entered = self.seen.get(i, expected if i < first or self.cache is not None else None)
             if length != expected or entered != expected:
                 raise PruningError(
                     f"prune: decoder layer {i} holds {length} tokens after prefill (its input had {self.seen.get(i, 'not been seen')}), "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +36,38 @@ def first_cut(pruner: Pruner, n_layers: int) -> int:
     """Decoder layers that see the whole prompt: K of the first stage, or all of them where nothing is cut."""
     stages = pruner.stages(n_layers)
     return stages[0].layer if stages else n_layers
+
+
+def rows_together(pruners: Mapping[str, Pruner], n_layers: int, *, mrope: bool, most: int) -> list[list[str]]:
+    """Group methods that read a batch in one forward, by name: the one that sees most layers alone, as the others need what it leaves.
+
+    Those of one group cut at the same layers and treat positions alike, at most `most` of them. Of these the ones that keep most come
+    first, so that rows of like length meet.
+    """
+    stages = {name: pruner.stages(n_layers) for name, pruner in pruners.items()}
+    first, *others = sorted(pruners, key=lambda name: -first_cut(pruners[name], n_layers))
+    kinds: dict[tuple, list[str]] = {}
+    for name in others:
+        kind = (tuple(stage.layer for stage in stages[name]), pruners[name].position_policy(mrope))
+        kinds.setdefault(kind, []).append(name)
+    groups = [[first]]
+    for kind in kinds.values():
+        kind.sort(key=lambda name: -min((stage.share for stage in stages[name]), default=1))
+        groups += [kind[i : i + most] for i in range(0, len(kind), most)]
+    return groups
+
+
+def repeated(inputs: Mapping[str, Any], times: int) -> dict[str, Any]:
+    """Return the rows of a batch `times` times, all of them and then all again, for `SharedPrefix.reading`: pixels stay as they are."""
+    found: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if name.startswith("pixel_values"):
+            found[name] = value
+        elif isinstance(value, Tensor):
+            found[name] = _repeated(value, times)
+        else:
+            found[name] = value * times if isinstance(value, list) else value
+    return found
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import BatchFeature, ProcessorMixin
@@ -130,19 +130,6 @@ def move_inputs(inputs: BatchFeature, device: torch.device, dtype: torch.dtype) 
         if name in inputs:
             inputs[name] = inputs[name].to(dtype)
     return inputs
-
-
-def repeated(inputs: Mapping[str, Any], times: int) -> dict[str, Any]:
-    """Return the rows of a batch `times` times, all of them and then all of them again; pixels stay as they are, see `prefix`."""
-    found: dict[str, Any] = {}
-    for name, value in inputs.items():
-        if name.startswith("pixel_values"):
-            found[name] = value
-        elif isinstance(value, torch.Tensor):
-            found[name] = value.repeat(times, *[1] * (value.dim() - 1))
-        else:
-            found[name] = value * times if isinstance(value, list) else value
-    return found
 
 
 def _unframed(text: str, processor: ProcessorMixin) -> str:

@@ -34,13 +34,14 @@ from vlm_pruner_eval.lmms.answering import Answering, is_out_of_memory
 from vlm_pruner_eval.lmms.checkpoint import load_checkpoint
 from vlm_pruner_eval.lmms.device import pick_device
 from vlm_pruner_eval.lmms.downsampling import as_planned, hooked, sized
-from vlm_pruner_eval.lmms.inputs import Prepared, bound_pixels, build_inputs, move_inputs, repeated
+from vlm_pruner_eval.lmms.inputs import Prepared, bound_pixels, build_inputs, move_inputs
 from vlm_pruner_eval.lmms.log import Reading, end_ids
 from vlm_pruner_eval.lmms.loglikelihood import PREFILL, Target, by_prompt, continuation_ids, request_of, score
 from vlm_pruner_eval.lmms.planning import WINDOW_BATCHES, Defaults, Generation
 from vlm_pruner_eval.lmms.prefetch import Attempt, Prefetch, default_workers
 from vlm_pruner_eval.lmms.prompts import Prompt, PromptMaker, Request
 from vlm_pruner_eval.lmms.run_context import RunContext
+from vlm_pruner_eval.prefix import repeated
 from vlm_pruner_eval.pruners import Pruner
 from vlm_pruner_eval.store.answers import Answer, Batch, Done
 from vlm_pruner_eval.timing import time_forwards
@@ -317,9 +318,9 @@ class PrunedModel(Answering):
         return Prepared(batch, sample_ids, inputs, plans, n_prompt, n_visual, n_positions)
 
     def read(self, batch: Prepared, options: Generation, *, n_more: int = 0, pruners: Sequence[Pruner] = ()) -> Reading:
-        """Generate under pruning, and hold what was measured against the prompts; `n_more` tokens must fit behind each of them.
+        """Generate under pruning, by `pruners` in one call behind a shared prefix; hold what was measured against the prompts.
 
-        With `pruners` the prompts are read once for each of them, in one call, behind a shared prefix.
+        `n_more` tokens must fit behind each of them.
         """
         chosen = pruners or [self.hooked]
         inputs = move_inputs(batch.inputs, self.device, self.dtype)
@@ -335,10 +336,7 @@ class PrunedModel(Answering):
         return Reading(output, width, batch.n_prompt, records, times.prefill_ms, times.decode_ms, times.peak_bytes)
 
     def answer(self, batch: Prepared, options: Generation, pruners: Sequence[Pruner] = ()) -> list[Answer]:
-        """Answer a batch by one call of the model's `generate` under pruning; whatever that raises is not caught.
-
-        With `pruners` all answers of the first, then all of the second, and so on.
-        """
+        """Answer a batch by one call of `generate`, whose errors are not caught; all prompts by the first of `pruners`, and so on."""
         reading = self.read(batch, options, pruners=pruners)
         with self.processing:
             return reading.answers(batch.prompts * max(1, len(pruners)), options, self.tokenizer, end_ids(self.model.generation_config))

@@ -30,7 +30,7 @@ from vlm_pruner_eval.lmms.planning import Generation, generation
 from vlm_pruner_eval.lmms.prompts import Prompt, Request
 from vlm_pruner_eval.lmms.run_context import Source
 from vlm_pruner_eval.lmms.settings import build_pruner
-from vlm_pruner_eval.prefix import SharedPrefix, first_cut
+from vlm_pruner_eval.prefix import SharedPrefix, first_cut, rows_together
 from vlm_pruner_eval.pruners import Pruner
 from vlm_pruner_eval.pruners.none import NoPruning
 from vlm_pruner_eval.store.answers import Answer, AnswerLog, Batch, BatchSize, Compute, Done
@@ -191,7 +191,7 @@ class SharedRuns:
             _warn(self.model.failures, batch, "all runs", error)
             return found
         with SharedPrefix(self.model.model, list(depths.values())) as prefix:
-            waiting = deque(self._groups(runs, depths, len(batch)))
+            waiting = deque(self._groups(runs, layers, len(batch)))
             while waiting:
                 group = waiting.popleft()
                 try:
@@ -203,25 +203,11 @@ class SharedRuns:
                         _warn(self.model.failures, batch, group[0][0], error)
         return found
 
-    def _groups(self, runs: Sequence[tuple[str, _Run]], depths: Mapping[str, int], n_prompts: int) -> list[Group]:
-        """Runs that read a batch together: the one that sees most layers alone, as the others need what it leaves; then those of one kind.
-
-        Of a kind are methods that cut at the same layers and treat positions alike. Those that keep most come first, so that rows of
-        like length meet.
-        """
-        layers = len(self.model.model.model.language_model.layers)
-        first, *others = sorted(runs, key=lambda item: -depths[item[0]])
-        kinds: dict[tuple, Group] = {}
-        for key, run in others:
-            stages = run.pruner.stages(layers)
-            kind = (*(stage.layer for stage in stages), run.pruner.position_policy(self.model.family.mrope))
-            kinds.setdefault(kind, []).append((key, run))
-        size = max(1, self.rows // n_prompts)
-        groups = [[first]]
-        for kind in kinds.values():
-            kind.sort(key=lambda item: -min((stage.share for stage in item[1].pruner.stages(layers)), default=1))
-            groups += [kind[i : i + size] for i in range(0, len(kind), size)]
-        return groups
+    def _groups(self, runs: Sequence[tuple[str, _Run]], layers: int, n_prompts: int) -> list[Group]:
+        by_key = dict(runs)
+        most = max(1, self.rows // n_prompts)
+        pruners = {key: run.pruner for key, run in runs}
+        return [[(key, by_key[key]) for key in group] for group in rows_together(pruners, layers, mrope=self.model.family.mrope, most=most)]
 
     def _answered(
         self, group: Group, inputs: Prepared, options: Generation, reading: AbstractContextManager[None]

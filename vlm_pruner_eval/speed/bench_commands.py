@@ -115,6 +115,31 @@ def profile(
 
 @app.command()
 @sentences
+def grid(
+    geometry: GeometryName = "mini",
+    methods: Annotated[str, typer.Option(help="Methods: a,b,c; default: all that prune inside the model.")] = "",
+    rates: Annotated[str, typer.Option(help="Pruning rates.")] = "2/3,7/9,8/9",
+    documents: Annotated[int, typer.Option(help="Batches of prompts.", min=1)] = 4,
+    batch_size: Annotated[int, typer.Option(help="Documents of a batch.", min=1)] = 1,
+    rows: Annotated[int, typer.Option(help="Most rows of a batch of several methods.", min=1)] = 64,
+    text_tokens: TextTokens = 64,
+    new_tokens: NewTokens = 8,
+    dtype: Dtype = None,
+    device: Device = None,
+    threads: Threads = 1,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time of a grid of methods over the same documents: one generate for each, beside one for all that cut alike."""
+    from vlm_pruner_eval.speed.bench_grid import METHODS, bench_grid
+    from vlm_pruner_eval.speed.bench_setup import Setup
+
+    setup = Setup(geometry=geometry, n_text=text_tokens, n_new=new_tokens, batch_sizes=[batch_size], dtype=dtype, device=device)
+    _measure(lambda: bench_grid(setup, _words(methods) or METHODS, _words(rates), documents, rows), threads, out, as_json)
+
+
+@app.command()
+@sentences
 def shared(
     config: Annotated[Path, typer.Option(help="The sweep file with the grid.")] = Path("configs/quickstart.yaml"),
     limit: Annotated[int, typer.Option(help="Questions per task.")] = 20,

@@ -21,9 +21,10 @@ COLUMNS = {
         "overhead": "batch hook same_tokens prefill decode prefill_cpu decode_cpu",
     },
     "profile": {"rows": ""},
+    "grid": {"rounds": "separate_ms together_ms"},
     "shared": {"rounds": "separate.wall_s separate.cpu_s shared.wall_s shared.cpu_s"},
 }
-FACTS = ("geometry", "image", "n_text", "layer", "config", "runs", "samples", "ratio", "different", "failed")
+FACTS = ("geometry", "image", "n_text", "layer", "config", "runs", "samples", "documents", "rows", "ratio", "different", "failed")
 
 
 def print_result(result: dict[str, Any]) -> None:
