@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig
 
 from vlm_pruner_eval.budget import parse_rate
 from vlm_pruner_eval.errors import PruningError
 from vlm_pruner_eval.ledger import SampleRecord
-from vlm_pruner_eval.lmms.inputs import Prepared
 from vlm_pruner_eval.pruners import Pruner
 from vlm_pruner_eval.store.answers import Answer
+
+if TYPE_CHECKING:
+    from vlm_pruner_eval.lmms.inputs import Prepared  # which needs lmms-eval
 
 HOPELESS_AFTER = 16
 
