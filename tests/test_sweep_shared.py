@@ -251,6 +251,14 @@ def test_likelihoods_are_scored_by_every_run_itself(tmp_path: Path, manager: Any
         assert generated.shared_prefix is True and generated.times.prefill_ms is None
 
 
+def test_how_many_rows_decode_together() -> None:
+    paper = {"model": make().model.model_dump(exclude_none=True) | {"protocol": "paper"}}
+    assert [make().rows_together(device) for device in ("cuda", "cpu", "mps")] == [64, 8, 8]
+    assert [make(**paper, **rows).rows_together("cuda") for rows in ({}, {"shared_rows": 5})] == [1, 5]
+    with pytest.raises(ConfigError, match=r"shared_rows: got 0 .int., expected the most rows of a batch"):
+        make(shared_rows=0)
+
+
 def test_the_key_and_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert make().share_prefix is False
     assert [run.run_id for run in expand(make(**SHARED))] == [run.run_id for run in expand(make())], "answers do not depend on it"

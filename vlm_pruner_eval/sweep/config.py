@@ -21,7 +21,7 @@ _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
 _DRAWS_LETTERS = ("mmbench_en_dev", "mmbench_en_dev_lite", "mmbench_en", "mmbench")
 _MOST = 2**31 - 1  # of a whole number that counts something
 _LONGEST_NAME = 100  # of a folder
-SHARED_ROWS = 64  # of a 7B model, 250 tokens each: 8 GB of cache
+SHARED_ROWS = {"cuda": 64, "cpu": 8}  # 64 rows of a 7B model, 250 tokens each: 8 GB of cache; a CPU gains nothing beyond 8
 _MOST_SEED = 2**32 - 1  # numpy takes no larger one
 
 
@@ -151,15 +151,15 @@ class SweepConfig(BaseModel):
     seed: int = Field(0, ge=0, le=_MOST_SEED, description="a whole number, 0 or more")
     share_prefix: bool = Field(False, description="true or false: whether runs read every batch together, which leaves no times to report")
     shared_rows: Count | None = Field(
-        None, description="the most batch rows that runs sharing a prefix decode together, 1 or more, or null: 64, under protocol=paper 1"
+        None,
+        description="the most rows of a batch of several runs, 1 or more, or null: 64 on a GPU, 8 without, 1 under protocol=paper",
     )
     gallery: int = Field(24, ge=0, le=_MOST, description="a whole number of documents per task whose pictures are kept, 0 for none")
     output: FolderInside | None = Field(None, description="a folder for the results, or null")
 
-    @property
-    def rows_together(self) -> int:
-        """`shared_rows`; the paper's protocol fixes the batches, so that its runs are not joined unless asked."""
-        default = 1 if self.model.protocol.startswith("paper") else SHARED_ROWS
+    def rows_together(self, device: str) -> int:
+        """`shared_rows` on a kind of device; the paper's protocol fixes the batches, so that its runs are not joined unless asked."""
+        default = 1 if self.model.protocol.startswith("paper") else SHARED_ROWS.get(device, SHARED_ROWS["cpu"])
         return self.shared_rows or default
 
     @property

@@ -80,7 +80,8 @@ def sharing(session: Session, units: Sequence[WorkUnit]) -> Iterator[Session]:
     chosen = {name: Configuration(unit.run.method, unit.run.pruning_rate, unit.run.params) for name, unit in by_run.items()}
     with ExitStack() as stack:
         logs = {name: stack.enter_context(session.log(unit)) for name, unit in by_run.items()}
-        shared = SharedRuns(session.model, chosen, logs, session.config.rows_together)
+        rows = session.config.rows_together(session.model.device.type)
+        shared = SharedRuns(session.model, chosen, logs, rows)
         yield replace(session, sources={name: shared.source(name) for name in by_run})
 
 
