@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from vlm_pruner_eval import hf_compat, hook, selftest, versions
+from vlm_pruner_eval import hf_compat, layer_arguments, selftest, versions
 from vlm_pruner_eval.errors import PruningError, StoppedError
 
 
@@ -24,7 +24,7 @@ def test_a_hook_that_prunes_wrongly_fails_it(monkeypatch: pytest.MonkeyPatch, mi
     if mistake == "unmasked fillers":
         monkeypatch.setattr(hf_compat, "causal_mask", lambda config, hidden, mask, cache: right(config, hidden, None, cache))
     elif mistake == "renumbered positions":
-        monkeypatch.setattr(hook, "take", lambda x, index: x[..., : index.shape[1], :].expand(len(index), -1, -1))
+        monkeypatch.setattr(layer_arguments, "take", lambda x, index: x[..., : index.shape[1], :].expand(len(index), -1, -1))
     else:
         monkeypatch.setattr("vlm_pruner_eval.prefill.Prefill.enter_layer", lambda self, i, hidden, state: hidden)
     with pytest.raises(StoppedError, match="self-test of hook failed") as error:

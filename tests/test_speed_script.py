@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,12 @@ echo "$*" >> "{log}"
 """
 
 
-def asked(folder: Path, absent: str, then: str = "echo {}") -> tuple[int, list[list[str]]]:
+def asked(folder: Path, absent: str, then: str = "echo {}", parts: Sequence[str] = ()) -> tuple[int, list[list[str]]]:
     """Exit code and commands."""
     python, log = folder / "python", folder / "asked"
     python.write_text(PYTHON.replace("{absent}", absent).replace("{log}", str(log)).replace("{then}", then))
     python.chmod(0o755)
-    command = ["bash", str(ROOT / "scripts" / "bench.sh"), str(folder / "out")]
+    command = ["bash", str(ROOT / "scripts" / "bench.sh"), str(folder / "out"), *parts]
     environment = os.environ | {"BENCH_PYTHON": str(python)}
     done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60, check=False)
     lines = log.read_text().splitlines() if log.exists() else []
@@ -45,7 +46,7 @@ def test_without_a_gpu(tmp_path: Path) -> None:
     assert code == 0
     assert names(commands) == [
         "selection_cpu",
-        *("prefill_mini_cpu", "profile_mini_cpu", "prefill_100m_cpu", "profile_100m_cpu", "profile_llava-1.5-7b_cpu"),
+        *("prefill_mini_cpu", "profile_mini_cpu", "prefill_100m_cpu", "profile_100m_cpu", "grid_mini_cpu", "profile_llava-1.5-7b_cpu"),
         "shared_prefix_cpu",
     ]
 
@@ -54,7 +55,15 @@ def test_with_a_gpu_but_without_lmms_eval(tmp_path: Path) -> None:
     code, commands = asked(tmp_path, absent="lmms_eval")
     assert code == 0
     models = ("llava-1.5-7b", "llava-1.5-13b", "llava-next-7b", "qwen2-vl-7b")
-    assert names(commands) == ["selection_gpu", *(f"{what}_{model}_gpu" for model in models for what in ("prefill", "profile"))]
+    of_models = [f"{what}_{model}_gpu" for model in models for what in ("prefill", "profile")]
+    assert names(commands) == ["selection_gpu", *of_models, "grid_llava-1.5-7b_gpu"]
+
+
+def test_parts_are_asked_for_by_name(tmp_path: Path) -> None:
+    code, commands = asked(tmp_path, "cuda", parts=["grid", "selection"])
+    assert (code, names(commands)) == (0, ["selection_cpu", "grid_mini_cpu"])
+    (tmp_path / "asked").unlink()
+    assert asked(tmp_path, "cuda", parts=["selektion"]) == (2, [])
 
 
 @pytest.mark.parametrize("absent", ["cuda", "lmms_eval"])

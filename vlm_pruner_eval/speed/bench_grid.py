@@ -74,7 +74,7 @@ def bench_grid(
         "runs": len(pruners),
         "documents": documents,
         "batch_size": size,
-        "rows": rows,
+        "most_rows": rows,
         "groups": [len(group) * size for group in groups],
         "ratio": median(each["together_ms"] / each["separate_ms"] for each in rounds),
         "different": sum(int((one != other).any(1).sum()) for one, other in pairs),

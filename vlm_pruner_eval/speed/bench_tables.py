@@ -24,7 +24,7 @@ COLUMNS = {
     "grid": {"rounds": "separate_ms together_ms"},
     "shared": {"rounds": "separate.wall_s separate.cpu_s shared.wall_s shared.cpu_s"},
 }
-FACTS = ("geometry", "image", "n_text", "layer", "config", "runs", "samples", "documents", "rows", "ratio", "different", "failed")
+FACTS = ("geometry", "image", "n_text", "layer", "config", "runs", "samples", "documents", "most_rows", "ratio", "different", "failed")
 
 
 def print_result(result: dict[str, Any]) -> None:
