@@ -41,9 +41,20 @@ FEW = settings(max_examples=20)
 
 
 @pytest.fixture
-def forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take kernels on the CPU too, if tests have Triton interpret them there."""
+def forced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Take kernels on the CPU too, if tests have Triton interpret them there; images of each launch of the growth."""
+    from vlm_pruner_eval.kernels import bss_kernel
+
+    launches: list[int] = []
+    grow = bss_kernel.grow
+
+    def counted(similarity: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        launches.append(len(similarity))
+        return grow(similarity, *args, **kwargs)
+
     monkeypatch.setattr(kernels, "usable", lambda device, n_visual=1: True)
+    monkeypatch.setattr(bss_kernel, "grow", counted)
+    return launches
 
 
 # ---- the growth
@@ -309,17 +320,22 @@ def test_a_batch_by_kernels_is_what_the_plain_loops_choose(method: str, quirks: 
 
 @pytest.mark.parametrize("case", [case for case in golden.CASES if case["id"] in GOLDEN], ids=lambda case: case["id"])
 @interpreted
-@pytest.mark.usefixtures("forced")
-def test_what_the_release_answered(case: dict):
+def test_what_the_release_answered(case: dict, forced: list[int]):
     golden.test_case(case, quirks=case["id"] == "case_29")
+    assert forced, "the plain loop answered"
+
+
+# before anything is chosen
+REFUSED = {"nan_hidden_row", "nan_hidden_elem", "nan_key", "batch_zero", "pivots_zero", "length_past_end", "length_zero", "qwen_zero_hw"}
 
 
 @pytest.mark.parametrize("name", some(golden.EXPECTED, 3))
 @interpreted
-@pytest.mark.usefixtures("forced")
-def test_what_the_release_answered_in_corners(name: str, corner_files):  # noqa: F811
+def test_what_the_release_answered_in_corners(name: str, corner_files, forced: list[int]):  # noqa: F811
     for quirks in (False, True):
+        forced.clear()
         golden.test_corner(name, quirks, corner_files)
+        assert bool(forced) == (name not in REFUSED), "the plain loop answered, or what is refused was launched"
 
 
 @pytest.mark.usefixtures("forced")

@@ -1,4 +1,4 @@
-"""How many tokens a rate means. The only place that turns a rate into a count."""
+"""Counts of tokens that a rate means. The only place that turns a rate into a count."""
 
 from __future__ import annotations
 

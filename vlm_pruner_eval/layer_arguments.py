@@ -11,7 +11,7 @@ from vlm_pruner_eval.cut import Cut, LayerLength, take
 
 
 class LayerArguments:
-    """What layers behind a cut must be told, and the tensors through which all of them can be told at once.
+    """Masks and positions of the layers behind a cut, and the tensors through which all of them can be told at once.
 
     A model gives each layer the same objects, so replacing the data of these tells every later layer, without a hook on it. Where
     they need a mask that the model has not made, there is no such object.

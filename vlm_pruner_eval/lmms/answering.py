@@ -152,7 +152,7 @@ class Answering(lmms):
             self._shrink(sentence)
 
     def _noted(self, compute: Compute, asked: Sequence[Request], done: Done) -> Iterator[Batch]:
-        """What `compute` gives; tells its batches from those that a source found."""
+        """Yield the batches of `compute`; tells its batches from those that a source found."""
         for self._computed in compute(asked, done):
             yield self._computed
 

@@ -79,7 +79,7 @@ def requests_of(instances: Sequence[Instance]) -> list[Request]:
 
 @dataclass(frozen=True)
 class Chat:
-    """What a task asks about a document, before anything is rendered: messages, their images, videos and audio, and continuations."""
+    """Question of a task about a document, before it is rendered: messages, their images, videos and audio, and continuations."""
 
     messages: ChatMessages
     media: Mapping[str, list]

@@ -38,7 +38,7 @@ from vlm_pruner_eval.store.answers import Answer, AnswerLog, Batch, BatchSize, C
 
 @dataclass(frozen=True)
 class Configuration:
-    """What `PrunedModel.configure` is called with."""
+    """Arguments of `PrunedModel.configure`."""
 
     method: str
     pruning_rate: Rate | None

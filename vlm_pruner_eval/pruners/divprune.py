@@ -82,7 +82,7 @@ def by_steps(states: Tensor, keep: int) -> tuple[Tensor, Tensor]:
 
 
 def by_kernel(states: Sequence[Tensor], keeps: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """What `by_steps` returns, for several images at once on a GPU."""
+    """Return what `by_steps` does, for several images at once on a GPU."""
     from vlm_pruner_eval.kernels.max_min_kernel import max_min
 
     counts = sent([*zip(map(len, states), keeps, strict=True)], torch.int64, states[0].device)

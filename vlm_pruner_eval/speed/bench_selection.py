@@ -180,7 +180,7 @@ def _bench_size(pruners: Sequence[Pruner], images: Sequence[VisualTokens], repea
 
 
 def _ratio(yardstick: Line, time: Line, n_images: int = 1) -> float | None:
-    """How many times as long the yardstick takes for `n_images` as a method."""
+    """Ratio of the yardstick's time for `n_images` to a method's."""
     return None if yardstick["ms"] is None else n_images * yardstick["ms"] / time["ms"]
 
 
