@@ -75,16 +75,17 @@ def run_status(status: Status, run: Run) -> str | None:
 def groups(units: Sequence[WorkUnit], *, shared: bool) -> list[list[WorkUnit]]:
     """Split units into groups that are answered together; every unit is in one of them.
 
-    Without a shared prefix every unit is a group. With one, the units of a task are: the unpruned run and the first pruned method
-    at the largest rate, whose scores are there long before all others, then the rest. If the unpruned run is not among `units`,
-    or fewer than two would be left for the second group, all of the task are one group.
+    Without a shared prefix every unit is a group. With one, the units of a task are. Those of the first task make two groups: the
+    unpruned run and the first pruned method at the largest rate, whose scores show early if something is wrong, then the rest. If the
+    unpruned run is not among `units`, or fewer than two would be left for the second group, they are one group, too.
     """
-    if not shared:
+    if not shared or not units:
         return [[unit] for unit in units]
     by_task: dict[str, list[WorkUnit]] = {}
     for unit in units:
         by_task.setdefault(unit.task, []).append(unit)
-    return [group for of_task in by_task.values() for group in _split(of_task)]
+    first, *others = by_task.values()
+    return [*_split(first), *others]
 
 
 def _split(units: list[WorkUnit]) -> list[list[WorkUnit]]:
