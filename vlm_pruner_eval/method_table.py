@@ -28,14 +28,21 @@ def method_table() -> dict[str, Parameters]:
 
 
 def _built_in() -> Iterator[tuple[str, Parameters]]:
-    shared = _fields(next(node for node in _classes(_FOLDER / "base.py") if node.name == _BASE))
-    for path in _FOLDER.glob("*.py"):
-        for node in _classes(path):
-            if not any(isinstance(base, ast.Name) and base.id == _BASE for base in node.bases):
-                continue
-            constants = _constants(node)
-            known = shared | _fields(node)
+    nodes = {node.name: node for path in _FOLDER.glob("*.py") for node in _classes(path)}
+    for node in nodes.values():
+        line = [*_lineage(node, nodes)]
+        constants = {name: value for one in line for name, value in _constants(one).items()}
+        if line[0].name == _BASE and constants.get("name"):
+            known = {name: value for one in line for name, value in _fields(one).items()}
             yield str(constants["name"]), {name: value for name, value in known.items() if name not in constants.get("without_effect", ())}
+
+
+def _lineage(node: ast.ClassDef, nodes: dict[str, ast.ClassDef]) -> Iterator[ast.ClassDef]:
+    """A class behind its bases, as far as these are in the folder."""
+    for base in node.bases:
+        if isinstance(base, ast.Name) and base.id in nodes:
+            yield from _lineage(nodes[base.id], nodes)
+    yield node
 
 
 def _classes(path: Path) -> list[ast.ClassDef]:

@@ -19,14 +19,15 @@ from torch import Tensor
 from vlm_pruner_eval import kernels
 from vlm_pruner_eval.budget import Rate, keep_share, parse_rate, share_for_layer_average
 from vlm_pruner_eval.errors import ConfigError, PruningError
+from vlm_pruner_eval.pruners.fields import PARTS, PLAIN, read, replaced
 from vlm_pruner_eval.pruners.token_checks import Inspection, checked
 from vlm_pruner_eval.redact import short
-from vlm_pruner_eval.types import Selection, Stage, TextTokens, VisualTokens
+from vlm_pruner_eval.types import Selection, Stage, VisualTokens
 
-OPTIONAL_FIELDS = frozenset({"keys", "attention", "normed_hidden_states", "positions", "text"})
+OPTIONAL_FIELDS = PLAIN | PARTS.keys()
 ALWAYS_THERE = ("hidden_states", "coords", "grid", "sample_id")
 _MOST = 2**63 - 1
-FROM_PREVIOUS_LAYER = frozenset({"keys", "attention"})
+FROM_PREVIOUS_LAYER = frozenset({"keys", "attention", "text_attention"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,8 @@ class Pruner:
     budget
         "kept": the rate says how many tokens are kept from layer K on; "layer_average": how many on average over layers.
     scope
-        "per_image": every image or video has a budget of its own; "per_sample": one budget over all images of a prompt.
+        "per_image": every image or video has a budget of its own; "per_sample": one budget over all images of a prompt; "per_view":
+        every view of an image (base view and tiles) or frame of a video has one, and newline tokens are dropped.
     official_quirks
         Reproduce the misbehaviours of the authors' release that shaped printed numbers (see README, "Quirks").
 
@@ -63,6 +65,7 @@ class Pruner:
     name: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
     quirks_change_count: ClassVar[bool] = False
+    joint_views: ClassVar[bool] = False  # the views of an image are given to one call of `choose_batch`
     fixed_layer: ClassVar[int | None] = None
     before_model: ClassVar[bool] = False  # acts on the images, so there is nothing for the hook to cut
     without_effect: ClassVar[frozenset[str]] = frozenset()  # parameters that are accepted, so that grids need no exception, and do nothing
@@ -126,7 +129,7 @@ class Pruner:
             "positions": self.position_choices(),
             "selection_dtype": ("float32", "model"),
             "budget": ("kept", "layer_average"),
-            "scope": ("per_image", "per_sample"),
+            "scope": ("per_image", "per_sample", "per_view"),
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
@@ -138,6 +141,14 @@ class Pruner:
                 "there and are not named."
             )
         return found
+
+    def tower_layers(self) -> tuple[int, ...]:
+        """Layers of the vision tower whose attention or keys `needs` names, 0-based, or counted from the end by negative numbers."""
+        return ()
+
+    def decides_count(self) -> bool:
+        """Tell if the method may keep another number of tokens than it is asked for; records hold what was kept."""
+        return self.official_quirks and self.quirks_change_count
 
     def position_choices(self) -> tuple[str, ...]:
         """Values that `positions` may take."""
@@ -221,14 +232,14 @@ class Pruner:
     def _selected(self, tokens: Sequence[VisualTokens], wanted: Sequence[int | None]) -> list[Selection]:
         """Answers for images on one device; on a CPU, where a batch would only take memory, one by one."""
         devices = {given.hidden_states.device for given in tokens}
-        if len(tokens) > 1 and (len(devices) > 1 or not _gains(*devices)):
-            return [self._selected([given], [keep])[0] for given, keep in zip(tokens, wanted, strict=True)]
+        if len(tokens) > 1 and (len(devices) > 1 or not _gains(*devices)) and len(parts := self._parts(tokens)) > 1:
+            return [found for part in parts for found in self._selected(tokens[part], wanted[part])]
         keeps = [self._count(given, keep) for given, keep in zip(tokens, wanted, strict=True)]
         where = [self._where(given) for given in tokens]
-        inspection = Inspection([self._checked_rows(given) for given in tokens], where)
+        inspection = Inspection([self._read(given) for given in tokens], where)
         if not self.checks_late:
             inspection.finish()
-        exact = not (self.official_quirks and self.quirks_change_count)
+        exact = not self.decides_count()
         try:
             answers = self._chosen(tokens, keeps, inspection)
             selections = [answer if isinstance(answer, Selection) else Selection(answer) for answer in answers]
@@ -236,6 +247,11 @@ class Pruner:
         except PruningError:
             inspection.finish()  # if NaN in the input is the reason, it is what must be said
             raise
+
+    def _parts(self, tokens: Sequence[VisualTokens]) -> list[slice]:
+        """Runs of tokens that are chosen from together: the views of an image if the method looks at them jointly, else each by itself."""
+        starts = [i for i, given in enumerate(tokens) if i == 0 or not self.joint_views or given.image != tokens[i - 1].image]
+        return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True)]
 
     def _chosen(self, tokens: Sequence[VisualTokens], keeps: Sequence[int], inspection: Inspection) -> Sequence[Tensor | Selection]:
         """Answers of `choose` or `choose_batch`; whatever these raise names the method and the sample, since a run meets thousands."""
@@ -264,32 +280,12 @@ class Pruner:
         return given if self.selection_dtype == "model" else torch.float32
 
     def _read(self, tokens: VisualTokens) -> dict[str, Tensor]:
-        """The floating-point tensors that this method reads, by field name ("text.keys" for nested ones)."""
-        named: dict[str, Tensor | None] = {"hidden_states": tokens.hidden_states}
-        for field in sorted(self.needs):
-            value = getattr(tokens, field)
-            if value is None:
-                raise PruningError(f"{self._where(tokens)}: needs {field!r}, got None; fill VisualTokens.{field}.")
-            if isinstance(value, TextTokens):
-                named |= {f"text.{f.name}": getattr(value, f.name) for f in dataclasses.fields(value)}
-            else:
-                named[field] = value
-        return {name: value for name, value in named.items() if value is not None and value.is_floating_point()}
-
-    def _checked_rows(self, tokens: VisualTokens) -> dict[str, Tensor]:
-        """What `_read` answers, where there is one row for every token."""
-        named = self._read(tokens)
-        for name, value in named.items():
-            if not name.startswith("text.") and value.shape[0] != tokens.n_visual:
-                raise PruningError(f"{self._where(tokens)}: {name} has shape {tuple(value.shape)}, expected {tokens.n_visual} rows.")
-        return named
+        """The floating-point tensors that this method reads, by name."""
+        return read(tokens, self.needs, self.tower_layers(), self._where(tokens))
 
     def _in_arithmetic_dtype(self, tokens: VisualTokens, inspection: Inspection) -> VisualTokens:
         cast = {name: value.to(self._dtype(value.dtype)) for name, value in self._read(tokens).items()}
-        nested = {name[5:]: cast.pop(name) for name in list(cast) if name.startswith("text.")}
-        if nested:
-            cast["text"] = dataclasses.replace(tokens.text, **nested)
-        return dataclasses.replace(tokens, on_host=inspection.on_host, **cast)
+        return replaced(tokens, cast, on_host=inspection.on_host)
 
     def _rate_problems(self) -> list[str]:
         try:

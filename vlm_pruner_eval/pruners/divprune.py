@@ -11,43 +11,25 @@ import torch
 from torch import Tensor
 
 from vlm_pruner_eval import kernels
-from vlm_pruner_eval.pruners.base import Pruner, unit_rows
+from vlm_pruner_eval.pruners.at_embeddings import EmbeddingPruner
+from vlm_pruner_eval.pruners.base import unit_rows
 from vlm_pruner_eval.pruners.padding import groups, products, sent
 from vlm_pruner_eval.types import Selection, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class DivPrune(Pruner):
+class DivPrune(EmbeddingPruner):
     """Greedy max-min diversity on the embeddings after the projector, before the language model; no text is looked at.
 
     Distance is 1 - cosine. Quirk of the release (vbdi/divprune 799e2d9), counted in both modes and repeated in neither:
     "repeats" (fewer distinct tokens than asked, so one token is chosen over and over). `official_quirks` computes in the
     model's dtype as the release does, which in half precision changes a fifth of the choice or more.
 
-    Parameters
-    ----------
-    positions
-        "auto" (default): contiguous as released, except under mRoPE, where kept tokens keep their position rows.
-
     Paper: arXiv 2503.02175 (CVPR 2025), algorithm 1.
     """
 
     name: ClassVar[str] = "divprune"
-    fixed_layer: ClassVar[int | None] = 0
     checks_late: ClassVar[bool] = True
-
-    layer: int = 0
-    positions: str = "auto"
-
-    def position_choices(self) -> tuple[str, ...]:
-        """The base's and "auto"."""
-        return ("auto", *super().position_choices())
-
-    def position_policy(self, mrope: bool) -> str:
-        """What is given, where "auto" means contiguous, and original under mRoPE."""
-        if self.positions != "auto":
-            return self.positions
-        return "original" if mrope else "contiguous"
 
     def _dtype(self, given: torch.dtype) -> torch.dtype:
         return given if self.official_quirks else super()._dtype(given)
