@@ -17,7 +17,7 @@ def next_scope(tiles: tuple[int, int] = (2, 2)) -> Scope:
     base = Layout.of_frames(SIDE, SIDE).coords
     grid = Layout.of_frames(rows, cols).coords + torch.tensor([1, 0, 0])
     coords = torch.cat([base, grid])
-    return Scope(torch.arange(len(coords)), Layout(coords, (rows, cols)))
+    return Scope(torch.arange(len(coords)), Layout(coords, (rows, cols), tiles))
 
 
 def next_order(keep: Tensor, tiles: tuple[int, int] = (2, 2)) -> Tensor:

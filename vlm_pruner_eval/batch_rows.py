@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from vlm_pruner_eval.errors import PruningError
 from vlm_pruner_eval.pruners.base import Pruner
 from vlm_pruner_eval.timing import Span
 from vlm_pruner_eval.types import Stage
-from vlm_pruner_eval.vlms.family import Scope
+from vlm_pruner_eval.vlms.parts.layout import Layout, Scope
 from vlm_pruner_eval.vlms.parts.scopes import joined
+from vlm_pruner_eval.vlms.parts.views import views_of
 
 
 @dataclass
@@ -29,12 +31,29 @@ class Alive:
         The same in selection order.
     asked
         Tokens that the stage that ran last was to keep; None as long as none has run.
+    n_stages
+        Stages that have run.
+    merged : Tensor [m] int64
+        Those of `local` that hold no token of the image any more, but a sum of several or a CLS token.
+    memory
+        What the method left for its next stage.
+    is_between
+        True of newline tokens that are in no view: they go when the first view is cut.
     """
 
     scope: Scope
     local: Tensor
     order: Tensor
     asked: int | None
+    n_stages: int = 0
+    merged: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    memory: dict[str, Any] = field(default_factory=dict)
+    is_between: bool = False
+
+    def drop(self) -> None:
+        """Keep none of the tokens."""
+        self.local = self.order = self.local[:0]
+        self.asked = 0
 
 
 @dataclass
@@ -70,7 +89,7 @@ class Row:
     @property
     def is_exact(self) -> bool:
         """True if the method keeps as many tokens as it is asked for."""
-        return not (self.pruner.official_quirks and self.pruner.quirks_change_count)
+        return not self.pruner.decides_count()
 
     @property
     def n_asked(self) -> int:
@@ -96,6 +115,7 @@ def batch_rows(
     *,
     methods: Sequence[tuple[Pruner, Sequence[Stage]]],
     n_prompt: int,
+    side: int | None = None,
 ) -> list[Row]:
     """Return the rows of a prompt batch before any stage.
 
@@ -113,6 +133,8 @@ def batch_rows(
         Pruners with their stages; of several, the batch holds the same prompts once for each.
     n_prompt
         Length of the prompt, at most L.
+    side
+        Tokens along a tile of the vision tower, for methods with a budget a view.
 
     Raises
     ------
@@ -135,7 +157,9 @@ def batch_rows(
         else:
             sample_id = sample_ids[b // (len(input_ids) // len(sample_ids))]
         pruner, stages = methods[b // (len(input_ids) // len(methods))]
-        budgets = [joined(found)] if pruner.scope == "per_sample" and len(found) > 1 else found
+        budgets = [_untouched(scope) for scope in ([joined(found)] if pruner.scope == "per_sample" and len(found) > 1 else found)]
+        if pruner.scope == "per_view":
+            budgets = [alive for scope in found for alive in _views(scope, side)]
         layouts = [list(scope.layout.shape) for scope in found]
         rows.append(
             Row(
@@ -146,12 +170,20 @@ def batch_rows(
                 is_text.nonzero()[:, 0],
                 int(asked[-1]) if len(asked) else -1,
                 layouts,
-                [_untouched(scope) for scope in budgets],
+                budgets,
             )
         )
     return rows
 
 
-def _untouched(scope: Scope) -> Alive:
+def _untouched(scope: Scope, *, is_between: bool = False) -> Alive:
     everything = torch.arange(len(scope.positions), device=scope.positions.device)
-    return Alive(scope, everything, everything, None)
+    return Alive(scope, everything, everything, None, is_between=is_between)
+
+
+def _views(scope: Scope, side: int | None) -> list[Alive]:
+    """The views of an image, and behind them its newline tokens."""
+    between = (scope.layout.coords[:, 1] < 0).nonzero()[:, 0]
+    newlines = Scope(scope.positions[between], Layout(scope.layout.coords[between], scope.layout.grid))
+    views = [_untouched(view) for view in views_of(scope, side=side)]
+    return [*views, _untouched(newlines, is_between=True)] if len(between) else views

@@ -7,7 +7,6 @@ masks and KV caches follow. Everything is undone on exit. Facts about Hugging Fa
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from vlm_pruner_eval import hf_compat
 from vlm_pruner_eval.cut import Context, CutState, recall, remember
 from vlm_pruner_eval.device_copy import to_host
 from vlm_pruner_eval.eager import EagerExecution
+from vlm_pruner_eval.encoding import Encoding
 from vlm_pruner_eval.errors import ConfigError, PruningError
 from vlm_pruner_eval.guard import Guard, NotCopied
 from vlm_pruner_eval.installed import Hooks
@@ -41,10 +41,10 @@ from vlm_pruner_eval.refusals import (
     refuse_strange_ids,
 )
 from vlm_pruner_eval.unwrap import uncompiled, unwrapped
+from vlm_pruner_eval.vision_probe import VisionProbe, looks_at_vision
 from vlm_pruner_eval.vlms import family_of
 
 _INSTALLED = "_vlm_pruner_eval_hook"
-REPEATED = "_vlm_pruner_eval_repeated"  # while prompts are read several times, see `prefix`: how often, and the call of the vision tower
 
 
 def prune(model: nn.Module, pruner: Pruner | Sequence[Pruner], *, sample_ids: Sequence[str] | None = None) -> PruningHook:
@@ -89,6 +89,12 @@ def installed_probes(core: nn.Module) -> Mapping[int, Probe]:
     return {} if hook is None else hook._probes
 
 
+def installed_vision(core: nn.Module) -> VisionProbe | None:
+    """The vision probe of the hook that is on a model now; None without one."""
+    hook = core.__dict__.get(_INSTALLED)
+    return None if hook is None else hook._vision
+
+
 class PruningHook(NotCopied):
     """The context manager behind `prune`."""
 
@@ -103,16 +109,15 @@ class PruningHook(NotCopied):
         self.core, self.text = hf_compat.decoder(self.head)
         self.layers = [uncompiled(layer) for layer in self.text.layers]
         self.methods = [(one, one.stages(len(self.layers))) for one in pruners]
-        if problems := problems_of(self.methods, self.text, mrope=self.family.mrope):
+        self.tower = self.family.tower(self.core)
+        if problems := problems_of(self.methods, self.text, mrope=self.family.mrope, tower=self.tower):
             raise ConfigError(problems)
         self.stages = [stage.layer for stage in self.methods[0][1]]  # layers, of all methods the same
         self.contiguous = pruners[0].position_policy(self.family.mrope) == "contiguous"
         self.first = self.stages[0] if self.stages else len(self.layers)
         self.ledger = Ledger()
-        self._layouts: dict[str, list] = {}
-        self._pixels: dict[str, object] = {}
         self._labels: Tensor | None = None
-        self._is_encoding = False
+        self._vision: VisionProbe | None = None
         self._prefill: Prefill | None = None
         self._n_prompt: int | None = None
         self._arguments = LayerArguments(self.text)
@@ -152,6 +157,10 @@ class PruningHook(NotCopied):
         self._probes = {layer: probe for layer in self.stages if (probe := probe_for(self.layers, layer, needs))}
         for probe in self._probes.values():
             add(*probe.handles)
+        if self.tower is not None and looks_at_vision(needs):
+            self._vision = VisionProbe(self.tower, needs, itertools.chain(*(pruner.tower_layers() for pruner, _ in self.methods)))
+            add(*self._vision.handles)
+        self._encoding = Encoding(self.family, self.core, self._vision)
         for kind in self.family.kinds:
             self._hooks.replace(self.core, f"get_{kind}_features", functools.partial(self._see_features, kind))
         if hasattr(self.head, "generate"):
@@ -199,19 +208,7 @@ class PruningHook(NotCopied):
 
     def _see_features(self, kind: str, original: Callable, *args: object, **kwargs: object) -> object:
         self._guard.check_thread()
-        if self._is_encoding:  # Qwen3-VL's get_video_features calls get_image_features, which has seen the images already
-            return original(*args, **kwargs)
-        bound = inspect.signature(original).bind(*args, **kwargs).arguments
-        call = bound | bound.get("kwargs", {})
-        repeats, once = self.core.__dict__.get(REPEATED, (1, lambda kind, call: call))
-        self._layouts[kind] = self.family.layouts(self.core, kind, once(kind, call)) * repeats
-        if hf_compat.REPEATS_IMAGES_SINGLY:
-            self._pixels[kind] = call.get(f"pixel_values_{kind}s", call.get("pixel_values"))
-        self._is_encoding = True
-        try:
-            return original(*args, **kwargs)
-        finally:
-            self._is_encoding = False
+        return self._encoding.run(kind, original, *args, **kwargs)
 
     def _forget_forward(self) -> None:
         self._input_ids = self._mask = self._state = self._patch = None
@@ -268,9 +265,9 @@ class PruningHook(NotCopied):
         self._state = CutState(embeds.shape[1], context=self._context)
         mask = torch.ones_like(self._input_ids) if self._mask is None else self._mask
         input_ids, attended, *labels = to_host(self._input_ids, mask.bool(), *([] if self._labels is None else [self._labels]))
-        scopes = self.family.scopes(self.core.config, input_ids, self._layouts)
-        refuse_repeated_singly(self.family, self.core.config, input_ids, self._pixels, self._layouts)
-        self._pixels.clear()
+        scopes = self.family.scopes(self.core.config, input_ids, self._encoding.layouts)
+        refuse_repeated_singly(self.family, self.core.config, input_ids, self._encoding.pixels, self._encoding.layouts)
+        self._encoding.pixels.clear()
         self._prefill = Prefill(
             methods=self.methods,
             family=self.family,
@@ -283,6 +280,9 @@ class PruningHook(NotCopied):
             contiguous=self.contiguous,
             labels=labels[0] if labels else None,
             n_prompt=self._n_prompt,
+            embeds=embeds,
+            vision=self._vision,
+            side=getattr(self.tower, "side", None),
         )
         self._prefill.cache = cache
 
@@ -292,7 +292,8 @@ class PruningHook(NotCopied):
             return None
         cache = hf_compat.cache_argument(kwargs, i)
         if self._prefill is not None:
-            hidden = self._prefill.enter_layer(i, hidden, self._state)
+            rope = hf_compat.argument(kwargs, "position_embeddings", i) if self._patch is None else self._patch[1]["position_embeddings"]
+            hidden = self._prefill.enter_layer(i, hidden, self._state, rope)
             if cache is not None:
                 self._prefill.cache = cache
                 remember(cache, self._state)
@@ -340,6 +341,6 @@ class PruningHook(NotCopied):
             prefill.cache = hf_compat.cache_of(output)
         prefill.verify(self._state)
         if prefill.cache is not None:  # without a cache every step is a prefill of the same images
-            self._layouts.clear()
+            self._encoding.forget()
         prefill.cache = None  # measured; records that nobody has read yet must not keep it alive
         self.ledger.add(functools.partial(prefill.records, self._state))

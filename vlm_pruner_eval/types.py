@@ -137,7 +137,7 @@ class VisualTokens:
     own_attention : Tensor [V]
         As `attention`, of layer K on its own input.
     text_attention : callable
-        ``rows [r] int64 -> Tensor [r, V]``: softmax attention at layer K-1, averaged over heads, of the text tokens after the image
+        ``rows [r] int64 or None -> Tensor [r, V]``: softmax attention at layer K-1, averaged over heads, of the text tokens after the image
         with these numbers; None: of all of them.
     ids : Tensor [V] int64
         Numbers that the tokens had before the first stage; default 0 .. V-1.

@@ -190,7 +190,7 @@ class SharedRuns:
         except Exception as error:  # whatever it is, every run meets it again by itself, and records it
             _warn(self.model.failures, batch, "all runs", error)
             return found
-        with SharedPrefix(self.model.model, list(depths.values())) as prefix:
+        with SharedPrefix(self.model.model, list(depths.values()), [run.pruner for _, run in runs]) as prefix:
             waiting = deque(self._groups(runs, layers, len(batch)))
             while waiting:
                 group = waiting.popleft()

@@ -146,6 +146,10 @@ class Pruner:
         """Layers of the vision tower whose attention or keys `needs` names, 0-based, or counted from the end by negative numbers."""
         return ()
 
+    def needs_at(self, stage: int) -> frozenset[str]:
+        """Those of `needs` that the stage with this number reads, 0 the first."""
+        return self.needs
+
     def decides_count(self) -> bool:
         """Tell if the method may keep another number of tokens than it is asked for; records hold what was kept."""
         return self.official_quirks and self.quirks_change_count
@@ -281,7 +285,7 @@ class Pruner:
 
     def _read(self, tokens: VisualTokens) -> dict[str, Tensor]:
         """The floating-point tensors that this method reads, by name."""
-        return read(tokens, self.needs, self.tower_layers(), self._where(tokens))
+        return read(tokens, self.needs_at(tokens.stage), self.tower_layers(), self._where(tokens))
 
     def _in_arithmetic_dtype(self, tokens: VisualTokens, inspection: Inspection) -> VisualTokens:
         cast = {name: value.to(self._dtype(value.dtype)) for name, value in self._read(tokens).items()}
