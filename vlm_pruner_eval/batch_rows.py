@@ -50,10 +50,11 @@ class Alive:
     memory: dict[str, Any] = field(default_factory=dict)
     is_between: bool = False
 
-    def drop(self) -> None:
-        """Keep none of the tokens."""
-        self.local = self.order = self.local[:0]
-        self.asked = 0
+    def follow(self, *, is_cut: bool) -> None:
+        """Drop newline tokens if a view of the row is cut."""
+        if is_cut:
+            self.local = self.order = self.local[:0]
+        self.asked = len(self.local)
 
 
 @dataclass

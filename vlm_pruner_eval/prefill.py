@@ -148,8 +148,8 @@ class Prefill:
                     tokens.append(view.tokens(alive, f"{view.row.sample_id}/{s}"))
                 alive.n_stages += 1
             for alive in view.row.scopes:
-                if alive.is_between and len(asked) > n_before:
-                    alive.drop()
+                if alive.is_between:
+                    alive.follow(is_cut=len(asked) > n_before)
         if not asked:
             return []
         # the choice
