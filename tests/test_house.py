@@ -38,12 +38,16 @@ ALLOWED = {
     "guard": {"errors"},
     "installed": {"errors", "guard"},
     "batch_rows": {"errors", "pruners", "timing", "types", "vlms"},
-    "refusals": {"cut", "errors", "hf_compat", "pruners", "types", "vlms"},
-    "prefill": {"batch_rows", "cut", "errors", "ledger", "probe", "pruners", "refusals", "timing", "types", "vlms"},
+    "vision_probe": {"errors", "types", "vlms"},
+    "encoding": {"hf_compat", "vision_probe", "vlms"},
+    "refusals": {"cut", "errors", "hf_compat", "pruners", "types", "vision_probe", "vlms"},
+    "row_view": {"batch_rows", "cut", "probe", "types", "vision_probe", "vlms"},
+    "prefill": {"batch_rows", "cut", "device_copy", "errors", "ledger", "probe", "pruners", "refusals", "row_view", "timing", "types"}
+    | {"vision_probe", "vlms"},
     "layer_arguments": {"cut"},
-    "hook": {"cut", "eager", "layer_arguments", "errors", "guard", "hf_compat", "device_copy", "installed", "ledger"}
-    | {"prefill", "probe", "pruners", "refusals", "unwrap", "vlms"},
-    "prefix": {"cut", "errors", "hf_compat", "hook", "probe", "pruners", "vlms"},
+    "hook": {"cut", "eager", "encoding", "layer_arguments", "errors", "guard", "hf_compat", "device_copy", "installed", "ledger"}
+    | {"prefill", "probe", "pruners", "refusals", "unwrap", "vision_probe", "vlms"},
+    "prefix": {"cut", "encoding", "errors", "hf_compat", "hook", "probe", "pruners", "vision_probe", "vlms"},
     "embedded": {"embedded", "errors", "versions"},
     "bench": {"embedded"},
     "lmms": {

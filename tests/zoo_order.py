@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vlm_pruner_eval.vlms.parts.layout import Layout, Scope
-from vlm_pruner_eval.vlms.parts.views import views_of
+from vlm_pruner_eval.vlms.parts.image_views import views_of
 
 SIDE = 24
 

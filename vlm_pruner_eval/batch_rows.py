@@ -16,7 +16,7 @@ from vlm_pruner_eval.timing import Span
 from vlm_pruner_eval.types import Stage
 from vlm_pruner_eval.vlms.parts.layout import Layout, Scope
 from vlm_pruner_eval.vlms.parts.scopes import joined
-from vlm_pruner_eval.vlms.parts.views import views_of
+from vlm_pruner_eval.vlms.parts.image_views import views_of
 
 
 @dataclass
