@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlm_pruner_eval.vlms.parts.layout import Layout, Scope
 from vlm_pruner_eval.vlms.parts.image_views import views_of
+from vlm_pruner_eval.vlms.parts.layout import Layout, Scope
 
 SIDE = 24
 

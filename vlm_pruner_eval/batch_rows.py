@@ -14,9 +14,9 @@ from vlm_pruner_eval.errors import PruningError
 from vlm_pruner_eval.pruners.base import Pruner
 from vlm_pruner_eval.timing import Span
 from vlm_pruner_eval.types import Stage
+from vlm_pruner_eval.vlms.parts.image_views import views_of
 from vlm_pruner_eval.vlms.parts.layout import Layout, Scope
 from vlm_pruner_eval.vlms.parts.scopes import joined
-from vlm_pruner_eval.vlms.parts.image_views import views_of
 
 
 @dataclass
@@ -72,6 +72,8 @@ class Row:
         guess of assisted decoding, and methods don't see it.
     layouts
         One per image.
+    question
+        Of a person, without template, if it is known.
     spans
         Times of the choices for the whole batch, and the share of each that one scope of this row has in it.
     """
@@ -84,6 +86,7 @@ class Row:
     end: int
     layouts: list[list[int]]
     scopes: list[Alive]
+    question: str | None = None
     quirks: set[str] = field(default_factory=set)
     spans: list[tuple[Span, float]] = field(default_factory=list)
 
@@ -117,6 +120,7 @@ def batch_rows(
     methods: Sequence[tuple[Pruner, Sequence[Stage]]],
     n_prompt: int,
     side: int | None = None,
+    questions: Sequence[str] | None = None,
 ) -> list[Row]:
     """Return the rows of a prompt batch before any stage.
 
@@ -136,6 +140,8 @@ def batch_rows(
         Length of the prompt, at most L.
     side
         Tokens along a tile of the vision tower, for methods with a budget a view.
+    questions
+        One per prompt, as `sample_ids`.
 
     Raises
     ------
@@ -144,8 +150,9 @@ def batch_rows(
     """
     if len(input_ids) % len(methods):
         raise PruningError(f"prune: got {len(methods)} methods for a batch of {len(input_ids)} rows, expected the same prompts for each.")
-    if sample_ids is not None and (not sample_ids or len(input_ids) % len(sample_ids)):
-        raise PruningError(f"prune: got {len(sample_ids)} sample_ids for a batch of {len(input_ids)} rows, expected one per prompt.")
+    for name, given in (("sample_ids", sample_ids), ("questions", questions)):
+        if given is not None and (not given or len(input_ids) % len(given)):
+            raise PruningError(f"prune: got {len(given)} {name} for a batch of {len(input_ids)} rows, expected one per prompt.")
     rows = []
     for b, found in enumerate(scopes):
         present = attended[b].nonzero()[:, 0]
@@ -172,6 +179,7 @@ def batch_rows(
                 int(asked[-1]) if len(asked) else -1,
                 layouts,
                 budgets,
+                question=None if questions is None else questions[b // (len(input_ids) // len(questions))],
             )
         )
     return rows

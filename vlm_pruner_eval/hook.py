@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -23,11 +23,11 @@ from vlm_pruner_eval.eager import EagerExecution
 from vlm_pruner_eval.encoding import Encoding
 from vlm_pruner_eval.errors import ConfigError, PruningError
 from vlm_pruner_eval.guard import Guard, NotCopied
-from vlm_pruner_eval.installed import Hooks
+from vlm_pruner_eval.installed import INSTALLED, Hooks
 from vlm_pruner_eval.layer_arguments import LayerArguments
 from vlm_pruner_eval.ledger import Ledger
 from vlm_pruner_eval.prefill import Prefill
-from vlm_pruner_eval.probe import Probe, probe_for
+from vlm_pruner_eval.probe import probe_for
 from vlm_pruner_eval.pruners.base import Pruner
 from vlm_pruner_eval.refusals import (
     problems_of,
@@ -35,6 +35,7 @@ from vlm_pruner_eval.refusals import (
     refuse_foreign_cache,
     refuse_late_images,
     refuse_no_pruner,
+    refuse_no_questions,
     refuse_prepared,
     refuse_repeated_singly,
     refuse_strange_cache,
@@ -44,10 +45,14 @@ from vlm_pruner_eval.unwrap import uncompiled, unwrapped
 from vlm_pruner_eval.vision_probe import VisionProbe, looks_at_vision
 from vlm_pruner_eval.vlms import family_of
 
-_INSTALLED = "_vlm_pruner_eval_hook"
 
-
-def prune(model: nn.Module, pruner: Pruner | Sequence[Pruner], *, sample_ids: Sequence[str] | None = None) -> PruningHook:
+def prune(
+    model: nn.Module,
+    pruner: Pruner | Sequence[Pruner],
+    *,
+    sample_ids: Sequence[str] | None = None,
+    questions: Sequence[str] | None = None,
+) -> PruningHook:
     """Prune visual tokens of every prompt that `model` reads inside the context.
 
     ::
@@ -66,6 +71,8 @@ def prune(model: nn.Module, pruner: Pruner | Sequence[Pruner], *, sample_ids: Se
         method, then all for the second; they cut at the same layers and treat positions alike.
     sample_ids
         One name per row of the batch, for error messages and for seeded methods; default a digest of the prompt's ids.
+    questions
+        One per row of the batch, for methods with a text tower of their own.
 
     Returns
     -------
@@ -80,32 +87,27 @@ def prune(model: nn.Module, pruner: Pruner | Sequence[Pruner], *, sample_ids: Se
         prefill, inputs_embeds without input_ids, a new image in a later turn, an image at the prompt's end); a forward in the middle
         of another thread's; a copy of the model. On exit: the model ran, and no prefill was recorded.
     """
-    return PruningHook(model, pruner, sample_ids)
-
-
-def installed_probes(core: nn.Module) -> Mapping[int, Probe]:
-    """The probes of the hook that is on a model now, by the layer of the stage that reads them; none without a hook."""
-    hook = core.__dict__.get(_INSTALLED)
-    return {} if hook is None else hook._probes
-
-
-def installed_vision(core: nn.Module) -> VisionProbe | None:
-    """The vision probe of the hook that is on a model now; None without one."""
-    hook = core.__dict__.get(_INSTALLED)
-    return None if hook is None else hook._vision
+    return PruningHook(model, pruner, sample_ids, questions)
 
 
 class PruningHook(NotCopied):
     """The context manager behind `prune`."""
 
-    def __init__(self, model: nn.Module, pruner: Pruner | Sequence[Pruner], sample_ids: Sequence[str] | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        pruner: Pruner | Sequence[Pruner],
+        sample_ids: Sequence[str] | None = None,
+        questions: Sequence[str] | None = None,
+    ):
         pruners = list(pruner) if isinstance(pruner, (list, tuple)) else [pruner]
         for one in pruners:
             refuse_no_pruner(one)
+        refuse_no_questions(pruners, questions)
         self.outer = model
         self.head = unwrapped(model)
         self.family = family_of(self.head)
-        self.sample_ids = sample_ids
+        self.sample_ids, self.questions = sample_ids, questions
         self.core, self.text = hf_compat.decoder(self.head)
         self.layers = [uncompiled(layer) for layer in self.text.layers]
         self.methods = [(one, one.stages(len(self.layers))) for one in pruners]
@@ -117,7 +119,7 @@ class PruningHook(NotCopied):
         self.first = self.stages[0] if self.stages else len(self.layers)
         self.ledger = Ledger()
         self._labels: Tensor | None = None
-        self._vision: VisionProbe | None = None
+        self.vision: VisionProbe | None = None
         self._prefill: Prefill | None = None
         self._n_prompt: int | None = None
         self._arguments = LayerArguments(self.text)
@@ -126,14 +128,14 @@ class PruningHook(NotCopied):
 
     # ---- installation
     def __enter__(self) -> Ledger:
-        if _INSTALLED in self.core.__dict__:
+        if INSTALLED in self.core.__dict__:
             raise PruningError("prune: this model is being pruned already; close the outer context first (nested use is refused).")
         self._guard = Guard()
         self._context = Context(self.text)
         with ExitStack() as undo:
             undo.enter_context(EagerExecution(self.head))
-            self.core.__dict__[_INSTALLED] = self
-            undo.callback(self.core.__dict__.pop, _INSTALLED, None)
+            self.core.__dict__[INSTALLED] = self
+            undo.callback(self.core.__dict__.pop, INSTALLED, None)
             self._hooks = undo.enter_context(Hooks())
             self._install()
             self._undo = undo.pop_all()
@@ -154,13 +156,13 @@ class PruningHook(NotCopied):
             add(self.text.norm.register_forward_hook(self._after_norm))
         add(self.text.register_forward_hook(self._after_text))
         needs = frozenset().union(*(pruner.needs for pruner, _ in self.methods))
-        self._probes = {layer: probe for layer in self.stages if (probe := probe_for(self.layers, layer, needs))}
-        for probe in self._probes.values():
+        self.probes = {layer: probe for layer in self.stages if (probe := probe_for(self.layers, layer, needs))}
+        for probe in self.probes.values():
             add(*probe.handles)
         if self.tower is not None and looks_at_vision(needs):
-            self._vision = VisionProbe(self.tower, needs, itertools.chain(*(pruner.tower_layers() for pruner, _ in self.methods)))
-            add(*self._vision.handles)
-        self._encoding = Encoding(self.family, self.core, self._vision)
+            self.vision = VisionProbe(self.tower, needs, itertools.chain(*(pruner.tower_layers() for pruner, _ in self.methods)))
+            add(*self.vision.handles)
+        self._encoding = Encoding(self.family, self.core, self.vision)
         for kind in self.family.kinds:
             self._hooks.replace(self.core, f"get_{kind}_features", functools.partial(self._see_features, kind))
         if hasattr(self.head, "generate"):
@@ -234,7 +236,7 @@ class PruningHook(NotCopied):
     def _before_text(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._check_hooks()
         self._mask, self._patch, self._prefill = kwargs.get("attention_mask"), None, None
-        for probe in self._probes.values():
+        for probe in self.probes.values():
             probe.clear()
         embeds = hf_compat.argument(kwargs, "inputs_embeds", "the language model")
         cache = hf_compat.cache_argument(kwargs, "the language model")
@@ -272,16 +274,17 @@ class PruningHook(NotCopied):
             methods=self.methods,
             family=self.family,
             text=self.text,
-            probes=self._probes,
+            probes=self.probes,
             input_ids=input_ids,
             attended=attended,
             scopes=scopes,
             sample_ids=self.sample_ids,
+            questions=self.questions,
             contiguous=self.contiguous,
             labels=labels[0] if labels else None,
             n_prompt=self._n_prompt,
             embeds=embeds,
-            vision=self._vision,
+            vision=self.vision,
             side=getattr(self.tower, "side", None),
         )
         self._prefill.cache = cache

@@ -51,6 +51,10 @@ class Prefill:
         Input of the language model.
     vision
         What the vision tower was seen to do, for methods that look at it.
+    questions
+        One per prompt, for methods with a text tower.
+    side
+        Tokens along a tile of the vision tower.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Prefill:
         n_prompt: int | None = None,
         embeds: Tensor | None = None,
         vision: VisionProbe | None = None,
+        questions: Sequence[str] | None = None,
         side: int | None = None,
     ):
         self.family, self.text, self.probes, self.contiguous = family, text, probes, contiguous
@@ -79,7 +84,8 @@ class Prefill:
         self.seen: dict[int, int] = {}
         self.ran: set[int] = set()  # layers of the stages that have run
         self.labels, self.embeds, self.vision = labels, embeds, vision
-        self.rows = batch_rows(input_ids, attended, scopes, sample_ids, methods=methods, n_prompt=n_prompt or self.length, side=side)
+        n_prompt = n_prompt or self.length
+        self.rows = batch_rows(input_ids, attended, scopes, sample_ids, methods=methods, n_prompt=n_prompt, side=side, questions=questions)
 
     # ---- cutting
     def enter_layer(self, i: int, hidden: Tensor, state: CutState, rope: Rope) -> Tensor:

@@ -23,7 +23,7 @@ from vlm_pruner_eval import hf_compat
 from vlm_pruner_eval.cut import LayerLength
 from vlm_pruner_eval.encoding import REPEATED
 from vlm_pruner_eval.errors import PruningError
-from vlm_pruner_eval.hook import installed_probes, installed_vision
+from vlm_pruner_eval.installed import installed_probes, installed_vision
 from vlm_pruner_eval.probe import Probe, Seen
 from vlm_pruner_eval.pruners.base import Pruner
 from vlm_pruner_eval.vision_probe import Encoded, VisionProbe, looks_at_vision

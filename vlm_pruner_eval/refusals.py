@@ -18,6 +18,16 @@ from vlm_pruner_eval.vlms.parts.scopes import SINGLY
 from vlm_pruner_eval.vlms.parts.towers import Tower
 
 
+def refuse_no_questions(pruners: Sequence[Pruner], questions: Sequence[str] | None) -> None:
+    """Raise a ConfigError for a method that compares tokens with a question which it was not told."""
+    asking = [pruner.name for pruner in pruners if "question.clip" in pruner.needs]
+    if asking and questions is None:
+        raise ConfigError(
+            f"prune: {', '.join(asking)} looks at the question, got no questions; pass questions=[...], one text a prompt, without the "
+            "system prompt and the template."
+        )
+
+
 def refuse_no_pruner(pruner: object) -> None:
     """Raise a ConfigError for what can't prune inside a model."""
     if not isinstance(pruner, Pruner):
@@ -50,6 +60,11 @@ def _problems_of_tower(pruner: Pruner, tower: Tower | None) -> Iterator[str]:
         return
     if tower is None:
         yield f"{pruner.name}: looks at the vision tower, but of this model's it is not known where its layers and tokens are."
+    elif "question.clip" in pruner.needs and (tower.projector is None or tower.adapted):
+        yield (
+            f"{pruner.name}: text_tower: got {pruner.text_tower!r}, but this model's vision tower is none of CLIP's, whose states its "
+            "projections take; pass text_tower=llm, the adapted stand-in."
+        )
     elif "vision.cls_query" in pruner.needs and not getattr(tower, "has_cls", False):
         yield f"{pruner.name}: reads the query of the CLS token, which this vision tower does not have; no stand-in is published."
 

@@ -61,7 +61,7 @@ class RowView:
             positions=self._there(positions - self.row.padding),
             text=self._text(end, needs) if "text" in needs else None,
             vision=self._of_tower(alive, hidden) if looks_at_vision(needs) else None,
-            question=self._question(positions, end) if "question.embeddings" in needs else None,
+            question=self._question(alive, positions, end, needs),
             own_attention=self._own_attention[slots] if "own_attention" in needs else None,
             text_attention=self._text_attention(slots, end) if "text_attention" in needs else None,
             ids=self._there(alive.local),
@@ -76,7 +76,15 @@ class RowView:
         of_all = self.vision.tokens(alive.scope.parts, hidden)
         return of_all if len(alive.local) == len(alive.scope.positions) else _of_tokens(of_all, self._there(alive.local))
 
-    def _question(self, positions: Tensor, end: int) -> QuestionTokens:
+    def _question(self, alive: Alive, positions: Tensor, end: int, needs: frozenset[str]) -> QuestionTokens | None:
+        if "question.clip" in needs:
+            from vlm_pruner_eval.clip_text import text_tower
+
+            tower = text_tower(self.row.pruner.text_tower)
+            states = self._of_tower(alive, self.hidden).states
+            return QuestionTokens(clip_image=tower.image(states), clip_text=tower.text(self.row.question).to(states.device))
+        if "question.embeddings" not in needs:
+            return None
         embeds = self.embeds[self.b]
         return QuestionTokens(embeds[positions.to(embeds.device)], embeds[self._text_positions(end).to(embeds.device)])
 

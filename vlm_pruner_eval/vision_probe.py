@@ -20,7 +20,13 @@ from vlm_pruner_eval.vlms.parts.towers import GridTower, Tower, projecting
 
 def looks_at_vision(needs: Iterable[str]) -> bool:
     """Tell if a method that reads these fields looks at the vision tower."""
-    return any(need.startswith("vision.") for need in needs)
+    return bool(_vision_fields(needs))
+
+
+def _vision_fields(needs: Iterable[str]) -> set[str]:
+    """Attributes of `VisionTokens` that are to be read; the embeddings of CLIP's own projection are made from states."""
+    fields = {need.partition(".")[2] for need in needs if need.startswith("vision.")}
+    return fields | {"states"} if "question.clip" in needs else fields
 
 
 @dataclass
@@ -55,7 +61,7 @@ class VisionProbe:
 
     def __init__(self, tower: Tower, needs: Iterable[str], layers: Iterable[int]):
         self.tower = tower
-        self._needs = {need.partition(".")[2] for need in needs if need.startswith("vision.")}
+        self._needs = _vision_fields({*needs})
         self._layers = sorted(set(layers))
         self._now = Encoded()
         self._shown: Encoded | None = None
