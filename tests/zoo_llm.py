@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from zoo_order import next_order
 
 from vlm_pruner_eval import Stage, VisualTokens, get_pruner
-from vlm_pruner_eval.types import QuestionTokens
+from vlm_pruner_eval.types import QuestionTokens, VisionTokens
 
 Arrays = dict[str, np.ndarray]
 N_PATCHES = 576
@@ -86,3 +88,44 @@ def sparsevlm(arrays: Arrays, meta: Mapping[str, Any]) -> Arrays:
         "kept_visual": (selection.order[~is_merged].sort().values + start).numpy(),
         "merged_tokens": selection.hidden_states[len(selection.order) - len(selection.merged) :].numpy(),
     }
+
+
+# ---- VScan
+def vscan(arrays: Arrays, meta: Mapping[str, Any]) -> Arrays:
+    given = tensors(arrays)
+    if meta["family"] != "llava":
+        views = [(given["image_embeds"], given["attention_local"][None], given["attention_global"][None])]
+        grid, keep = tuple(meta["grid"]), int(meta["ratio"] * meta["N"])
+    else:
+        views = [*zip(given["projected_features"], given["cls_attention_layer5"], given["cls_attention_layer_minus2"], strict=True)]
+        grid, keep = (24, 24), meta["tokens_asked"]
+    tokens = [
+        VisualTokens(states, grid=grid, vision=VisionTokens(cls_attention={5: local, -2: far}), image="image")
+        for states, local, far in views
+    ]
+    method = get_pruner("vscan", pruning_rate=0.5)
+    selections = method.select_batch(tokens, [keep] * len(tokens))
+    if any(selection.quirks for selection in selections):
+        method = get_pruner("vscan", pruning_rate=0.5, official_quirks=True)
+        selections = method.select_batch(tokens, [keep] * len(tokens))
+    local = torch.stack([method.local_choice(view, keep) for view in tokens])
+    kept = torch.stack([selection.keep for selection in selections])
+    states = torch.stack([selection.hidden_states for selection in selections])
+    if meta["family"] != "llava":
+        return {"local_order": local[0].int().numpy(), "keep": kept[0].numpy(), "merged_states": states[0].numpy()}
+    found = {"local": local.numpy(), "keep": kept.numpy(), "merged_states": states.numpy()}
+    return found | ({"llm_order": unpadded_order(kept, meta["note"]).numpy()} if "llm_order" in arrays else {})
+
+
+def unpadded_order(keep: Tensor, note: str) -> Tensor:
+    """Order of LLaVA-NeXT's kept patches as view * 576 + patch, of an image whose size the note says: no padding, -2 behind each row."""
+    width, height = map(int, re.search(r"(\d+)x(\d+)", note).groups())
+    order, side = next_order(keep), 48
+    base, tiles = order[order < N_PATCHES], order[order >= N_PATCHES]
+    view, patch = tiles // N_PATCHES - 1, tiles % N_PATCHES
+    row, col = view // 2 * 24 + patch // 24, view % 2 * 24 + patch % 24
+    top = max(0, (side - int(height * side / width)) // 2)
+    left = max(0, (side - int(width * side / height)) // 2)
+    inside = (col >= left) & (col < side - left)
+    rows = [torch.cat([tiles[inside & (row == r)], torch.tensor([-2])]) for r in range(top, side - top)]
+    return torch.cat([base, *rows])
