@@ -129,3 +129,55 @@ def unpadded_order(keep: Tensor, note: str) -> Tensor:
     inside = (col >= left) & (col < side - left)
     rows = [torch.cat([tiles[inside & (row == r)], torch.tensor([-2])]) for r in range(top, side - top)]
     return torch.cat([base, *rows])
+
+
+# ---- MustDrop
+def mustdrop(arrays: Arrays, meta: Mapping[str, Any]) -> Arrays:
+    return (dropped_inside if meta["stage"] == "llm" else merged_inside)(tensors(arrays), meta)
+
+
+def merged_inside(given: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Arrays:
+    method = get_pruner("mustdrop", pruning_rate="2/3", window_threshold=meta["threshold"])
+    states = given["layer0_states"]
+    groups = method.inside_tower(states, (24, 24))
+    merged = method.merged_inside(states, groups)
+    key_sets = []
+    for view, heads in zip(merged, given["cls_attention"], strict=True):
+        n_tokens = len(view) - 1
+        tokens = VisualTokens(
+            view[1:],
+            grid=(1, n_tokens),
+            vision=VisionTokens(cls_attention={-1: heads[:, 1:]}),
+            text_attention=lambda rows, n=n_tokens: torch.zeros(1, n),
+        )
+        method.select(tokens, n_tokens - 1)
+        key_sets.append(tokens.memory["key_set"])
+    return {"group_of_patch": groups.numpy(), "merged_states": merged.numpy(), "key_set": torch.stack(key_sets).numpy()}
+
+
+def dropped_inside(given: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Arrays:
+    method = get_pruner("mustdrop", pruning_rate="2/3", thresholds=f"{meta['global_thr']:.6f}/{meta['individual_thr']:.6f}")
+    memory, found = {"key_set": given["key_set"]}, {}
+    alive = torch.arange(meta["M"])
+    stages = method.stages(32)
+    for s, layer in enumerate(meta["layers"]):
+        assert stages[s].layer == layer + 1
+        attention = given[f"attention_{s}"].mean(0)
+        tokens = VisualTokens(
+            torch.zeros(len(alive), 1),
+            grid=(1, len(alive)),
+            text_attention=lambda rows, attention=attention: attention,
+            ids=alive,
+            n_original=meta["M"],
+            stage=s,
+            memory=memory,
+        )
+        keep = method.select(tokens, 0).keep
+        alive = alive[keep]
+        key = torch.isin(alive, memory["key_set"]).nonzero()[:, 0]
+        found |= {f"keep_{s}": keep.numpy(), f"alive_{s}": alive.numpy(), f"key_after_{s}": key.numpy()}
+    start, n_text = meta["image_start"], meta["text_tokens"]
+    final = torch.cat([torch.arange(start), alive + start, torch.arange(n_text) + start + meta["M"]])
+    short = method.cached_as_last(32)
+    lengths = [start + meta["M"] + n_text if layer < short.start else len(final) for layer in range(32)]
+    return found | {"cache_lengths_after": np.array(lengths), "cache_layer2_index": final.numpy()}

@@ -20,6 +20,12 @@ def group_sums(states: Tensor, group: Tensor, count: int) -> tuple[Tensor, Tenso
     return embedding_bag(rows, states.float(), starts[:-1], mode="sum"), sizes
 
 
+def group_size(group: Tensor) -> Tensor:
+    """Numbers [n] of tokens in the group of each token, itself included, for groups numbered in `group` [n]."""
+    numbers = group.sort().values
+    return torch.searchsorted(numbers, group, right=True) - torch.searchsorted(numbers, group)
+
+
 def rank_in_group(values: Tensor, group: Tensor) -> Tensor:
     """Ranks [n] of `values` [n] in descending order among those with the same number in `group` [n]; equal ones by their index."""
     by_value = values.sort(descending=True, stable=True).indices
