@@ -161,7 +161,7 @@ def dropped_inside(given: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Arra
     alive = torch.arange(meta["M"])
     stages = method.stages(32)
     for s, layer in enumerate(meta["layers"]):
-        assert stages[s].layer == layer + 1
+        assert stages[s + 1].layer == layer + 1  # behind that in front of the model
         attention = given[f"attention_{s}"].mean(0)
         tokens = VisualTokens(
             torch.zeros(len(alive), 1),
@@ -169,7 +169,7 @@ def dropped_inside(given: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Arra
             text_attention=lambda rows, attention=attention: attention,
             ids=alive,
             n_original=meta["M"],
-            stage=s,
+            stage=s + 1,
             memory=memory,
         )
         keep = method.select(tokens, 0).keep

@@ -45,7 +45,7 @@ class Encoding:
             self.pixels[kind] = call.get(f"pixel_values_{kind}s", call.get("pixel_values"))
         # the tower
         if self._vision is not None:
-            self._vision.begin()
+            self._vision.begin(layouts)
         self._is_running = True
         try:
             features = original(*args, **kwargs)

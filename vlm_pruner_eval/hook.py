@@ -160,8 +160,12 @@ class PruningHook(NotCopied):
         for probe in self.probes.values():
             add(*probe.handles)
         if self.tower is not None and looks_at_vision(needs):
-            self.vision = VisionProbe(self.tower, needs, itertools.chain(*(pruner.tower_layers() for pruner, _ in self.methods)))
+            pruners = [pruner for pruner, _ in self.methods]
+            inside = next((pruner for pruner in pruners if pruner.acts_in_tower), None)
+            self.vision = VisionProbe(self.tower, needs, itertools.chain(*(one.tower_layers() for one in pruners)), inside)
             add(*self.vision.handles)
+            if self.vision.merging is not None:
+                self._hooks.replace(self.core.vision_tower, "forward", self.vision.merging.run)
         self._encoding = Encoding(self.family, self.core, self.vision)
         for kind in self.family.kinds:
             self._hooks.replace(self.core, f"get_{kind}_features", functools.partial(self._see_features, kind))

@@ -48,6 +48,8 @@ def problems_of(
     found = [sentence for pruner, stages in methods for sentence in _problems_of_one(pruner, stages, text, mrope=mrope)]
     found += [sentence for pruner, _ in methods for sentence in _problems_of_tower(pruner, tower)]
     kinds = {(tuple(stage.layer for stage in stages), pruner.position_policy(mrope)) for pruner, stages in methods}
+    if len(methods) > 1 and any(pruner.acts_in_tower for pruner, _ in methods):
+        found.append("prune: got a method that acts inside the vision tower together with others, expected it alone in its batch.")
     if len(kinds) != 1:
         said = "; ".join(f"layers {list(layers)}, {positions} positions" for layers, positions in sorted(kinds)) or "none"
         found.append(f"prune: got methods of {len(kinds)} kinds for one batch ({said}), expected the same layers and positions of all.")
@@ -65,6 +67,8 @@ def _problems_of_tower(pruner: Pruner, tower: Tower | None) -> Iterator[str]:
             f"{pruner.name}: text_tower: got {pruner.text_tower!r}, but this model's vision tower is none of CLIP's, whose states its "
             "projections take; pass text_tower=llm, the adapted stand-in."
         )
+    elif pruner.acts_in_tower and (tower.projector is None or tower.adapted):
+        yield f"{pruner.name}: merges patches inside a CLIP tower; of this model's vision tower nothing is published."
     elif "vision.cls_query" in pruner.needs and not getattr(tower, "has_cls", False):
         yield f"{pruner.name}: reads the query of the CLS token, which this vision tower does not have; no stand-in is published."
 
@@ -79,8 +83,8 @@ def _problems_of_one(pruner: Pruner, stages: Sequence[Stage], text: nn.Module, *
             found.append(f"{name}: layer: got {layer}, expected 0 to {n - 1}: this model has {n} decoder layers.")
     if order != sorted(set(order)):
         found.append(f"{name}: stages: got layers {order}, expected them ascending without repeats.")
-    if order and order[0] == 0 and pruner.needs_at(0) & FROM_PREVIOUS_LAYER:
-        wanted = ", ".join(sorted(pruner.needs_at(0) & FROM_PREVIOUS_LAYER))
+    if order and order[0] == 0 and pruner.needs_now(0, {}) & FROM_PREVIOUS_LAYER:
+        wanted = ", ".join(sorted(pruner.needs_now(0, {}) & FROM_PREVIOUS_LAYER))
         found.append(f"{name}: layer: got 0, but {wanted} come from the layer before; use layer >= 1.")
     if mrope and pruner.position_policy(mrope) == "contiguous":
         found.append(f"{name}: positions=contiguous: this model has multi-dimensional rotary positions; use positions=original.")

@@ -44,7 +44,7 @@ class RowView:
 
     def tokens(self, alive: Alive, sample_id: str) -> VisualTokens:
         """The VisualTokens of one scope, with the fields that the method needs and no others."""
-        needs = self.row.pruner.needs_at(alive.n_stages)
+        needs = self.row.pruner.needs_now(alive.n_stages, alive.memory)
         positions = alive.scope.positions[alive.local]
         end = int(alive.scope.positions[-1])
         slots = self.slots(positions)

@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from vlm_pruner_eval.errors import PruningError
+from vlm_pruner_eval.pruners.base import Pruner
+from vlm_pruner_eval.tower_merging import TowerMerging
 from vlm_pruner_eval.types import VisionTokens
 from vlm_pruner_eval.vlms.parts.layout import Layout, Part
-from vlm_pruner_eval.vlms.parts.towers import GridTower, Tower, projecting
+from vlm_pruner_eval.vlms.parts.towers import Entered, GridTower, Tower, projecting
 
 
 def looks_at_vision(needs: Iterable[str]) -> bool:
@@ -41,11 +44,14 @@ class Encoded:
         Input of the projector.
     cls_states : Tensor [views, C] or None
         CLS tokens behind the layer that the projector reads.
+    merged
+        Of a method that acts inside the tower, for each image: what layers were called with, and the token that each patch became.
     """
 
     entered: dict[int, tuple[Tensor, Mapping[str, Any]]] = field(default_factory=dict)
     states: Tensor | None = None
     cls_states: Tensor | None = None
+    merged: list[tuple[Entered, Tensor]] = field(default_factory=list)
 
 
 class VisionProbe:
@@ -57,9 +63,11 @@ class VisionProbe:
         Fields of `VisionTokens`, as methods name them: "vision.keys".
     layers
         As methods name them, see `Tower.number`.
+    inside
+        The method that acts inside the tower, if there is one.
     """
 
-    def __init__(self, tower: Tower, needs: Iterable[str], layers: Iterable[int]):
+    def __init__(self, tower: Tower, needs: Iterable[str], layers: Iterable[int], inside: Pruner | None = None):
         self.tower = tower
         self._needs = _vision_fields({*needs})
         self._layers = sorted(set(layers))
@@ -67,7 +75,12 @@ class VisionProbe:
         self._shown: Encoded | None = None
         self._known: dict[str, tuple[Encoded, Sequence[Layout]]] = {}
         self._aligned: dict[tuple[object, ...], Any] = {}
-        self.handles = []
+        self.handles: list[RemovableHandle] = []
+        self.merging = None
+        if inside is not None:
+            assert isinstance(tower, GridTower)
+            self.merging = TowerMerging(tower, inside, lambda: self._now.entered)
+            self.handles += self.merging.handles
         for number in {tower.number(layer) for layer in self._layers}:
             self.handles.append(tower.blocks[number].register_forward_pre_hook(self._enter(number), with_kwargs=True))
         if "states" in self._needs and tower.projector is not None:
@@ -76,10 +89,12 @@ class VisionProbe:
                 self.handles.append(tower.blocks[tower.number(-2)].register_forward_hook(self._leave))
 
     # ---- while the tower runs
-    def begin(self) -> None:
-        """Images are going to be encoded."""
+    def begin(self, layouts: Sequence[Layout] = ()) -> None:
+        """Images of these layouts are going to be encoded."""
         self._now = Encoded()
         self._shown = None
+        if self.merging is not None:
+            self.merging.begin(layouts)
 
     def show(self, encoded: Encoded) -> None:
         """Take what another probe saw of these images, in place of a forward that is left out."""
@@ -88,6 +103,8 @@ class VisionProbe:
     def end(self, kind: str, layouts: Sequence[Layout]) -> Encoded:
         """Images or videos have been encoded; `layouts` are theirs, in order."""
         encoded = self._shown or self._now
+        if self.merging is not None:
+            encoded.merged = list(zip(self.merging.entered, self.merging.groups, strict=True))
         self._known[kind] = encoded, layouts
         self._aligned.clear()
         return encoded
@@ -117,6 +134,9 @@ class VisionProbe:
             found["cls_key"] = {layer: key for layer, (_, key) in rows.items()}
         if "states" in self._needs:
             found |= self._states(parts, hidden)
+        if self.merging is not None:
+            found["groups"] = self._joined("groups", None, parts, 0)
+            found["views"] = self._joined("views", None, parts, 0)
         return VisionTokens(**found)
 
     def _states(self, parts: Sequence[Part], hidden: Tensor) -> dict[str, Any]:
@@ -141,10 +161,25 @@ class VisionProbe:
         key = (name, layer, kind)
         if key not in self._aligned:
             encoded, layouts = self._known[kind]
+            if encoded.merged:
+                self._aligned[key] = self._of_merged(name, layer, encoded, layouts)
+                return self._aligned[key]
             read: Callable[..., list[Tensor]] = getattr(self.tower, name)
             given = (encoded.states,) if layer is None else (encoded.entered, self.tower.number(layer))
             self._aligned[key] = read(*given, layouts)
         return self._aligned[key]
+
+    def _of_merged(self, name: str, layer: int | None, encoded: Encoded, layouts: Sequence[Layout]) -> list[Tensor]:
+        """Values of images whose patches were merged: each patch has that of the token that it became."""
+        tower = self.tower
+        assert isinstance(tower, GridTower)
+        if name == "groups":
+            return [tower.aligned_groups(groups, layout) for (_, groups), layout in zip(encoded.merged, layouts, strict=True)]
+        if name == "views":
+            return [tower.views(layout).to(groups.device) for (_, groups), layout in zip(encoded.merged, layouts, strict=True)]
+        assert name == "cls_attention" and layer is not None
+        images = zip(encoded.merged, layouts, strict=True)
+        return [tower.cls_attention(entered, tower.number(layer), [layout], groups)[0] for (entered, groups), layout in images]
 
     def _cls_rows(self, part: Part, layer: int) -> tuple[Tensor, Tensor]:
         if not isinstance(self.tower, GridTower) or not self.tower.has_cls:

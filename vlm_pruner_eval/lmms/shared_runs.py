@@ -168,7 +168,8 @@ class SharedRuns:
 
     def _of_batch(self, batch: list[Prompt], options: Generation, prepared: Taker) -> Iterator[tuple[Request, dict[str, Answer]]]:
         alive = self._alive([prompt.request for prompt in batch])
-        found = self._together(batch, options, [run for run in alive if not run[1].pruner.before_model], prepared)
+        same_tower = [item for item in alive if not (item[1].pruner.before_model or item[1].pruner.acts_in_tower)]
+        found = self._together(batch, options, same_tower, prepared)
         for key, run in alive:
             if key not in found:
                 with self.model.using(run.method, run.pruner):

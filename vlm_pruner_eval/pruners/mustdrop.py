@@ -48,6 +48,7 @@ class MustDrop(StagedPruner):
     """
 
     name: ClassVar[str] = "mustdrop"
+    acts_in_tower: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"text_attention", "vision.cls_attention"})
     without_effect: ClassVar[frozenset[str]] = frozenset({"layer", "budget"})
 
@@ -83,13 +84,19 @@ class MustDrop(StagedPruner):
         return True
 
     def needs_now(self, stage: int, memory: Mapping[str, Any]) -> frozenset[str]:
-        """The tower's attention only as long as the key set is not known."""
-        return self.needs - {"vision.cls_attention"} if "key_set" in memory else self.needs
+        """The tower's attention at the first stage, in front of the model, which leaves the key set; that of text behind it."""
+        first, later = frozenset({"vision.cls_attention"}), frozenset({"text_attention"})
+        if "key_set" in memory:
+            return later
+        return first if stage == 0 else first | later
 
     def stages(self, n_layers: int) -> tuple[Stage, ...]:
-        """The four cuts, all with the rate's share, which is nominal; fewer in a model of fewer than five layers."""
+        """One in front of the model, where each merged window leaves one token, and the four cuts; fewer in a model of few layers.
+
+        All have the rate's share, which is nominal.
+        """
         share = 1 - parse_rate(self.pruning_rate)
-        return tuple(Stage(layer, share) for layer in scaled_layers(DEPTHS, n_layers))
+        return tuple(Stage(layer, share) for layer in (0, *scaled_layers(DEPTHS, n_layers)))
 
     def cached_as_last(self, n_layers: int) -> range:
         """Decoder layers whose caches hold, after prefill, only what the last stage left, though more tokens went through them.
@@ -97,12 +104,14 @@ class MustDrop(StagedPruner):
         Of the published model's 32 these are 2 to 14; layers 0 and 1 keep all tokens.
         """
         stages = self.stages(n_layers)
-        return range(stages[0].layer - 1, stages[-1].layer)
+        return range(stages[1].layer - 1, stages[-1].layer)
 
     def choose(self, tokens: VisualTokens, keep: int) -> Selection:
         """Every token that is in the key set or attended to enough, ascending."""
         if keep >= tokens.n_visual:
             return Selection(torch.arange(tokens.n_visual, device=tokens.ids.device))
+        if tokens.stage == 0 and tokens.vision.groups is not None:
+            return self._one_of_each(tokens)
         if "key_set" not in tokens.memory:
             tokens.memory["key_set"] = tokens.ids[key_tokens(tokens, float(self.key_share))]
         overall, individual = self._thresholds()
@@ -152,6 +161,24 @@ class MustDrop(StagedPruner):
         return torch.stack(merged)
 
     # ---- private
+    def _one_of_each(self, tokens: VisualTokens) -> Selection:
+        """One place for each token that patches became, whose rows stand in the tower's order; newline tokens go."""
+        # the first place of each, and the tokens in their order
+        groups, views = tokens.vision.groups, tokens.vision.views
+        places = torch.arange(tokens.n_visual, device=groups.device)
+        count = int(groups.max()) + 1
+        is_cell = groups >= 0
+        firsts = places.new_full((count,), tokens.n_visual)
+        firsts = firsts.scatter_reduce(0, groups[is_cell], places[is_cell], "amin")
+        firsts = firsts[firsts < tokens.n_visual]  # all patches of a token may be unpadded
+        sizes = groups[is_cell].bincount(minlength=count)[groups[firsts]]
+        # key tokens, by the places at which they will stand
+        attention = tokens.vision.cls_attention[-1].mean(0)[firsts]
+        view = views[firsts]
+        is_key = rank_in_group(attention, view) < (group_size(view).double() * float(self.key_share)).ceil()
+        tokens.memory["key_set"] = tokens.ids[firsts.sort().values[is_key]]
+        return Selection(firsts, tokens.hidden_states[firsts], merged=firsts[sizes > 1])
+
     def _nominal(self) -> int:
         """Tokens out of 576 that the rate leaves."""
         return keep_share(PUBLISHED_TOKENS, 1 - parse_rate(self.pruning_rate))

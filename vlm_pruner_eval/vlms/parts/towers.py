@@ -63,12 +63,20 @@ class GridTower(Tower):
     side: int = 24
     has_cls: bool = True
 
-    def cls_attention(self, entered: Entered, layer: int, layouts: Sequence[Layout]) -> list[Tensor]:
-        """Of each image Tensor [H, V]; without a CLS token [1, V], the attention that tokens receive."""
+    def cls_attention(self, entered: Entered, layer: int, layouts: Sequence[Layout], groups: Tensor | None = None) -> list[Tensor]:
+        """Of each image Tensor [H, V]; without a CLS token [1, V], the attention that tokens receive.
+
+        Parameters
+        ----------
+        groups : Tensor [views, N] or None
+            The token that each patch became before this layer.
+        """
         if not self.has_cls:
             return [values[None] for values in self.received_attention(entered, layer, layouts)]
         q, k, scale = self._projected(entered, layer, first=1)
         weights = (q @ k.transpose(-1, -2) * scale).softmax(-1, dtype=torch.float32)[:, :, 0, 1:]  # [views, H, N]
+        if groups is not None:
+            weights = weights.gather(2, groups[:, None].expand(-1, weights.shape[1], -1))
         return [found.T for found in self._aligned(weights.transpose(1, 2), layouts)]
 
     def received_attention(self, entered: Entered, layer: int, layouts: Sequence[Layout]) -> list[Tensor]:
@@ -93,6 +101,18 @@ class GridTower(Tower):
     def aligned_states(self, states: Tensor, layouts: Sequence[Layout]) -> list[Tensor]:
         """What the projector was given, [views, N, C], with a CLS token before it or not, as Tensor [V, C] of each image."""
         return self._aligned(states[:, states.shape[1] - self.side**2 :], layouts)
+
+    def aligned_groups(self, groups: Tensor, layout: Layout) -> Tensor:
+        """Numbers [views, N] of tokens that patches became as numbers [V] through all views; -1 of newlines."""
+        firsts = torch.cat([groups.new_zeros(1), groups.amax(1) + 1]).cumsum(0)[:-1]
+        through = (groups + firsts[:, None]).flatten()
+        patches = self._patches(layout, self.side, self.side).to(groups.device)
+        return torch.where(patches < 0, -1, through[patches])
+
+    def views(self, layout: Layout) -> Tensor:
+        """Number [V] of the view that each token is in; -1 of newlines."""
+        patches = self._patches(layout, self.side, self.side)
+        return torch.where(patches < 0, -1, patches // self.side**2)
 
     def n_views(self, layout: Layout) -> int:
         """Views that the tower saw of an image or video."""
