@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar
-
-from torch import Tensor
+from typing import ClassVar
 
 from vlm_pruner_eval.pruners.base import Pruner
-from vlm_pruner_eval.pruners.fields import read
 from vlm_pruner_eval.types import VisualTokens
 
 PUBLISHED_DEPTH = 32  # decoder layers of the models that the papers cut
@@ -61,10 +58,6 @@ class StagedPruner(Pruner):
         """Tokens that are left of `n_visual` behind the last stage in a model of 32 layers."""
         return self.keep_at(self.stages(PUBLISHED_DEPTH)[-1], n_visual)
 
-    def needs_now(self, stage: int, memory: Mapping[str, Any]) -> frozenset[str]:
-        """Fields out of `needs` that are looked at in `stage` (0-based), given what earlier stages left in the scope's `memory`."""
-        return self.needs
-
     # ---- private
     def _count(self, tokens: VisualTokens, keep: int | None) -> int:
         if keep is None:
@@ -72,9 +65,6 @@ class StagedPruner(Pruner):
             stage = stages[min(tokens.stage, len(stages) - 1)]
             keep = min(tokens.n_visual, self.keep_at(stage, tokens.n_original))
         return super()._count(tokens, keep)
-
-    def _read(self, tokens: VisualTokens) -> dict[str, Tensor]:
-        return read(tokens, self.needs_now(tokens.stage, tokens.memory), self.tower_layers(), self._where(tokens))
 
     def _where(self, *tokens: VisualTokens) -> str:
         stages = ", ".join(dict.fromkeys(str(given.stage) for given in tokens))

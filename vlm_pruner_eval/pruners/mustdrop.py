@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -82,9 +81,9 @@ class MustDrop(StagedPruner):
         """Always: thresholds decide."""
         return True
 
-    def needs_now(self, stage: int, memory: Mapping[str, Any]) -> frozenset[str]:
-        """The tower's attention only as long as the key set is not known."""
-        return self.needs - {"vision.cls_attention"} if "key_set" in memory else self.needs
+    def needs_at(self, stage: int) -> frozenset[str]:
+        """The tower's attention at the first stage, where the key set is chosen."""
+        return self.needs - {"vision.cls_attention"} if stage else self.needs
 
     def stages(self, n_layers: int) -> tuple[Stage, ...]:
         """The four cuts, all with the rate's share, which is nominal; fewer in a model of fewer than five layers."""
