@@ -167,6 +167,7 @@ def dropped_inside(given: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Arra
             torch.zeros(len(alive), 1),
             grid=(1, len(alive)),
             text_attention=lambda rows, attention=attention: attention,
+            vision=VisionTokens(cls_attention={-1: torch.zeros(1, len(alive))}),  # not looked at, as the key set is known
             ids=alive,
             n_original=meta["M"],
             stage=s + 1,
