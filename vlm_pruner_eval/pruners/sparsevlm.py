@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -71,9 +72,9 @@ class SparseVLM(StagedPruner):
         """Always: clusters come on top of the tokens asked for."""
         return True
 
-    def needs_at(self, stage: int) -> frozenset[str]:
-        """Embeddings at the first stage that cuts, where the raters are chosen: of the published lists that is stage 0."""
-        return self.needs - {"question.embeddings"} if stage and self.schedule == "published" else self.needs
+    def needs_now(self, stage: int, memory: Mapping[str, Any]) -> frozenset[str]:
+        """Embeddings only as long as the raters are not known."""
+        return self.needs - {"question.embeddings"} if "raters" in memory else self.needs
 
     def stages(self, n_layers: int) -> tuple[Stage, ...]:
         """The three cuts; fewer in a model of fewer than four layers."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ class VScan(StagedPruner):
         """The layers of local and of global attention."""
         return (self.local_layer, self.global_layer)
 
-    def needs_at(self, stage: int) -> frozenset[str]:
+    def needs_now(self, stage: int, memory: Mapping[str, Any]) -> frozenset[str]:
         """The tower's attention at the first stage, the language model's at the second."""
         return frozenset({"own_attention" if stage else "vision.cls_attention"})
 
