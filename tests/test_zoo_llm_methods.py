@@ -71,11 +71,11 @@ def test_layers_of_any_depth_are_distinct_and_ascending(name: str):
     for n_layers in range(2, 50):
         layers = [stage.layer for stage in method.stages(n_layers)]
         assert layers == sorted(set(layers)) and layers[-1] < n_layers
-        assert layers[0] == (0 if name == "vscan" else max(1, layers[0]))
+        assert (layers[0] == 0) == (name in ("vscan", "mustdrop"))
 
 
 def test_layers_of_the_published_depth():
-    expected = {"pdrop": [8, 16, 24], "sparsevlm": [3, 7, 16], "vscan": [0, 16], "mustdrop": [3, 7, 11, 15]}
+    expected = {"pdrop": [8, 16, 24], "sparsevlm": [3, 7, 16], "vscan": [0, 16], "mustdrop": [0, 3, 7, 11, 15]}
     assert {name: [stage.layer for stage in method_named(name).stages(32)] for name in METHODS} == expected
     assert scaled_layers([Fraction(1, 4), Fraction(1, 2), Fraction(3, 4)], 28) == [7, 14, 21]
     assert scaled_layers([Fraction(1, 4), Fraction(1, 2), Fraction(3, 4)], 3) == [1, 2]
