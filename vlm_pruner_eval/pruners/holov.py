@@ -1,0 +1,186 @@
+"""HoloV: share the budget out among crops of an image by their attention, and keep the best patches of each crop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlm_pruner_eval.pruners.at_embeddings import EmbeddingPruner
+from vlm_pruner_eval.pruners.tower_scores import PROJECTED, cls_row, descending
+from vlm_pruner_eval.types import Selection, VisualTokens
+
+ATTENTION_SCALE = 1000
+FLOOR = 1e-6
+PATCHES_PER_CROP = 1024 / 576  # times the pruning factor V / R: the number of crops in the port to Qwen2.5-VL
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoloV(EmbeddingPruner):
+    """The top of every crop by attention of the CLS token; no text is looked at.
+
+    An image's tokens are cut one after the other into crops of nearly one size. A crop's score is the mean over its patches of
+    1000 times the attention and `alpha` times the variance of the cosines to the rest of the crop, scaled to the mean of the former; so
+    features and `alpha` hardly change a crop's share of the budget. Rows stand crop by crop, in descending order of attention; a crop
+    that is kept whole, in its own order. With `positions` "original", where a row has the position of its place, they stand in prompt
+    order instead. Newline tokens are kept only where there are not enough patches.
+
+    Quirks of the release (obananas/HoloV 1d2e65e), counted in both modes and brought back by `official_quirks`: "overflow" (a crop is
+    given more than it holds, and the surplus becomes rows of zeros at the end; by default it goes to the crops of the next largest
+    shares) and "single_patch_crops" (a crop of one patch scores a thousandth where others have two).
+
+    Parameters
+    ----------
+    crops
+        Number of crops, at most one for each token; 0: ``16 / 9 * V / R`` as in the release's port to Qwen2.5-VL.
+    alpha
+        Weight of the variance, 0 or more.
+
+    Paper: arXiv 2510.02912 (NeurIPS 2025), section 3.
+    """
+
+    name: ClassVar[str] = "holov"
+    needs: ClassVar[frozenset[str]] = frozenset({"vision.cls_attention"})
+    checks_late: ClassVar[bool] = True
+
+    crops: int = 16
+    alpha: float = 0.09
+
+    def problems(self) -> list[str]:
+        """The base's, and the ranges of the number of crops and of the weight."""
+        found = super().problems()
+        if self.crops < 0:
+            found.append(f"crops: got {self.crops}, expected a whole number, 0 or more.")
+        if self.alpha < 0:
+            found.append(f"alpha: got {self.alpha}, expected a weight of 0 or more.")
+        return found
+
+    def tower_layers(self) -> tuple[int, ...]:
+        """The layer whose output the projector reads."""
+        return (PROJECTED,)
+
+    def choose(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Local indices [R] crop by crop, and the states in that order."""
+        # patches, and newline tokens where these are not enough
+        there = tokens.hidden_states.device
+        (rows,) = tokens.on_host(tokens.coords[:, 1])
+        patches, newlines = (at.to(there, non_blocking=True) for at in ((rows >= 0).nonzero()[:, 0], (rows < 0).nonzero()[:, 0]))
+        n_chosen = min(keep, len(patches))
+        newlines = newlines[: keep - n_chosen]
+        if n_chosen == 0:
+            return Selection(newlines)
+        # how many of each crop, and which
+        attention = cls_row(tokens)[patches]
+        crops = cut_into_crops(len(patches), self._n_crops(len(patches), n_chosen), there)
+        score = crop_scores(tokens.hidden_states[patches], attention, crops, self.alpha, single_as_released=self.official_quirks)
+        released, handed_on = quotas(score, crops, n_chosen)
+        count = released.minimum(crops.size) if self.official_quirks else handed_on
+        order = torch.cat([patches[in_crop_order(attention, crops, count, n_chosen)], newlines])
+        # rows in that order; in place of those that the release loses zeros
+        n_rows, is_over = tokens.on_host(count.sum(), (released > crops.size).any())
+        is_lost = torch.zeros(keep, dtype=torch.bool, device=there)
+        is_lost[int(n_rows) : n_chosen] = True
+        states = tokens.hidden_states[order].masked_fill(is_lost[:, None], 0)
+        if self.positions == "original":
+            states = states[order.argsort()]
+        fired = {"overflow": bool(is_over), "single_patch_crops": len(crops.size) < len(patches) < 2 * len(crops.size)}
+        quirks = frozenset(quirk for quirk, did in fired.items() if did)
+        return Selection(order, states, quirks, amplification=1.0, merged=order[int(n_rows) : n_chosen])
+
+    def _n_crops(self, n_patches: int, keep: int) -> int:
+        """Count the crops of so many patches of which `keep` are kept."""
+        return min(n_patches, self.crops or max(1, int(PATCHES_PER_CROP * n_patches / keep)))
+
+
+class Crops(NamedTuple):
+    """Patches cut into crops: tables of one row for each crop.
+
+    Attributes
+    ----------
+    patch : Tensor [P, n] int64
+        Patches of each crop; 0 behind the last of a shorter one.
+    is_there : Tensor [P, n] bool
+        False behind the last.
+    size : Tensor [P] int64
+        Patches of each crop.
+    """
+
+    patch: Tensor
+    is_there: Tensor
+    size: Tensor
+
+
+def cut_into_crops(n_patches: int, count: int, device: torch.device) -> Crops:
+    """Cut `n_patches` one after the other into `count` crops, 1 to n_patches; the first ones have one more.
+
+    Paper: arXiv 2510.02912, section 3 (crops).
+    """
+    number = torch.arange(count, device=device)
+    size = n_patches // count + (number < n_patches % count).long()
+    lane = torch.arange(-(-n_patches // count), device=device)
+    is_there = lane < size[:, None]
+    start = size.cumsum(0) - size
+    return Crops(torch.where(is_there, start[:, None] + lane, 0), is_there, size)
+
+
+def crop_scores(features: Tensor, attention: Tensor, crops: Crops, alpha: float, *, single_as_released: bool) -> Tensor:
+    """Scores [P] of the crops: means of 1000 times the attention and of the scaled variance of cosines.
+
+    Parameters
+    ----------
+    features : Tensor [n, C]
+        Embeddings after the projector.
+    attention : Tensor [n]
+        Of the CLS token.
+    single_as_released
+        A crop of one patch scores its attention, and not 1000 times that and its share of variance.
+
+    Paper: arXiv 2510.02912, section 3 (holistic scores), as released: the zero diagonal counts as a cosine.
+    """
+    there, size = crops.is_there, crops.size[:, None]
+    rest = (size - 1).clamp(min=1)
+    # cosines inside each crop, 0 to itself and to what is not there
+    unit = (features / (features.norm(dim=-1, keepdim=True) + FLOOR))[crops.patch] * there[..., None]
+    cosine = unit @ unit.transpose(1, 2)
+    cosine.diagonal(dim1=1, dim2=2).zero_()
+    mean = cosine.sum(2) / rest
+    variance = ((cosine - mean[..., None]).square() * there[:, None]).sum(2) / rest * there
+    # scores
+    attended = attention[crops.patch] * there * ATTENTION_SCALE
+    level = attended.sum(1) / crops.size
+    scale = level / (variance.sum(1) / crops.size + FLOOR)
+    scores = (attended + alpha * variance * scale[:, None]).sum(1) / crops.size
+    single = level / ATTENTION_SCALE if single_as_released else level * (1 + alpha)
+    return torch.where(crops.size == 1, single, scores)
+
+
+def quotas(score: Tensor, crops: Crops, keep: int) -> tuple[Tensor, Tensor]:
+    """Share `keep` patches out among the crops by their scores [P]: [P] int64 as released, and [P] with no more than each holds.
+
+    A crop's share is rounded down, and what is left goes one each to the largest shares; in the second answer to those that have
+    patches left, round after round, so that its sum is `keep`.
+
+    Paper: arXiv 2510.02912, section 3 (adaptive allocation).
+    """
+    share = score / (score.sum() + FLOOR)
+    quota = (share * keep).floor().long()
+    rank = descending(share).argsort()
+    released = quota + (rank < keep - quota.sum())
+    # every patch of a crop in the order in which its crop is given one: within the quota, then round by round
+    lane = torch.arange(crops.patch.shape[1], device=score.device)
+    turn = torch.where(lane < quota[:, None], -1, (lane - quota[:, None]) * len(score) + rank[:, None])
+    turn = turn.masked_fill(~crops.is_there, crops.patch.numel() + len(score))
+    crop = turn.flatten().sort(stable=True).indices[:keep] // crops.patch.shape[1]
+    return released, torch.zeros_like(quota).scatter_add_(0, crop, torch.ones_like(crop))
+
+
+def in_crop_order(attention: Tensor, crops: Crops, count: Tensor, keep: int) -> Tensor:
+    """Patches [keep]: of each crop the first `count` [P] by descending attention, or the whole crop; then others to make up the number."""
+    by_attention = attention[crops.patch].masked_fill(~crops.is_there, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    is_whole = (count >= crops.size)[:, None]
+    patch = torch.where(is_whole, crops.patch, crops.patch.gather(1, by_attention))
+    lane = torch.arange(crops.patch.shape[1], device=attention.device)
+    kind = torch.where(lane < count[:, None], 0, 1).masked_fill(~crops.is_there, 2)
+    return patch.flatten()[kind.flatten().sort(stable=True).indices[:keep]]
