@@ -411,7 +411,7 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path):
     command = [sys.executable, str(Path(__file__).parent / "compiled_kernels.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["_grow", "0", "_max_min", "0"]
+    assert done.stdout.split() == ["_grow", "0", "_max_min", "0", "_determinant", "0", "_coverage", "0"]
 
 
 CUTS = {(5,): [1], (100, 100, 100): [2, 3], (10,) * 9: [9], (900, 10, 10): [1, 3], (10, 900): [1, 2]}

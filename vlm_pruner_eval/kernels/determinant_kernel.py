@@ -11,7 +11,7 @@ from vlm_pruner_eval.kernels import launching_on
 def largest_determinant(similarity: Tensor, relevance: Tensor, counts: Tensor, noise: float, columns: int) -> tuple[Tensor, Tensor]:
     """Choose `counts[b, 1]` of the first `counts[b, 0]` tokens of each image, greedily by the determinant of ``diag(r) S diag(r)``.
 
-    Sums are in float64 and compared in float32.
+    Schur complements of S are in float64, and compared in float32 after they are multiplied with the squares of r.
 
     Parameters
     ----------
@@ -22,8 +22,7 @@ def largest_determinant(similarity: Tensor, relevance: Tensor, counts: Tensor, n
     counts : Tensor [B, 2] int64
         Tokens of each image, and how many to choose.
     noise
-        A step whose token is left with this share of its own entry, or less, is the end of the greedy choice; what is missing then
-        comes by descending relevance.
+        A best token whose Schur complement is this or less ends the greedy choice; what is missing comes by descending relevance.
     columns
         R, the most to choose of any image.
 
@@ -57,43 +56,41 @@ def _determinant(similarity, relevance, counts, share, factor, order, clear, wid
     order += image * columns
     n_visual = tl.load(counts + 2 * image)
     keep = tl.load(counts + 2 * image + 1)
+    limit = tl.load(share)
     lane = tl.arange(0, LANES)
-    open_ = lane < n_visual
-    here = open_
-    weight = tl.load(relevance + lane, mask=here, other=0.0).to(tl.float64)
-    own = tl.load(similarity + lane * (width + 1), mask=here, other=0.0).to(tl.float64) * weight * weight
-    limit = weight * weight * tl.load(share)
-    residual = own
+    here = lane < n_visual
+    open_ = here
+    by_relevance = tl.load(relevance + lane, mask=here, other=0.0)
+    weight = by_relevance.to(tl.float64) * by_relevance.to(tl.float64)
+    left = tl.load(similarity + lane * (width + 1), mask=here, other=0.0).to(tl.float64)  # Schur complements
     chosen = 0
-    going = keep > 0
+    going = chosen < keep
     # greedily
     while going:
-        token = _best(residual.to(tl.float32), open_)
-        gain = tl.sum(tl.where(lane == token, residual, 0.0), 0)
-        least = tl.sum(tl.where(lane == token, limit, 0.0), 0)
-        if gain <= least:
+        token = _first_best((left * weight).to(tl.float32), open_)
+        own = tl.sum(tl.where(lane == token, left, 0.0), 0)
+        if own <= limit:
             going = False
         else:
             row = tl.load(similarity + token * width + lane, mask=here, other=0.0).to(tl.float64)
-            row = row * weight * tl.load(relevance + token).to(tl.float64)
-            row = (row - _explained(factor, token, chosen, width, lane, here, LANES, ROWS)) / tl.sqrt_rn(gain)
+            row = (row - _explained(factor, token, chosen, width, lane, here, LANES, ROWS)) / tl.sqrt(own)
             tl.store(factor + chosen * width + lane, row, mask=here)
             tl.debug_barrier()
-            residual -= row * row
+            left -= row * row
             open_ = open_ & (lane != token)
             tl.store(order + chosen, token)
             chosen += 1
             going = chosen < keep
-    tl.store(clear + image, chosen.to(tl.int64))
+    tl.store(clear + image, chosen)
     # the rest by relevance
     for i in range(chosen, keep):
-        token = _best(weight.to(tl.float32), open_)
+        token = _first_best(by_relevance, open_)
         open_ = open_ & (lane != token)
         tl.store(order + i, token)
 
 
 @triton.jit
-def _best(values, open_):
+def _first_best(values, open_):
     """The first of the largest values among open tokens; NaN, which can't be compared, counts as the largest."""
     values = tl.where(values == values, values, float("inf"))  # noqa: PLR0124
     return tl.argmax(tl.where(open_, values, float("-inf")), 0).to(tl.int64)
