@@ -82,7 +82,7 @@ def prumerge(arrays: Arrays, meta: Mapping[str, Any]) -> Arrays:
     """Rows of the release; which patch a row is, is read off an answer on states that are one-hot: it adds less than 1 of the others."""
     method = {"prumerge": "prumerge", "prumerge+": "prumerge_plus"}[meta["variant"]]
     query, keys, features = (torch.from_numpy(arrays[key]) for key in ("query_cls", "keys", "features"))
-    keep = 1 if meta["adaptive"] else round(meta["N"] * meta["reduction_ratio"])
+    keep = 1 if meta["adaptive"] else int(meta["N"] * meta["reduction_ratio"])
 
     def rows(states: Callable[[int], Tensor]) -> Tensor:
         views = []
