@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlm_pruner_eval.pruners.at_embeddings import EmbeddingPruner
-from vlm_pruner_eval.pruners.tower_scores import PROJECTED, descending
+from vlm_pruner_eval.pruners.tower_scores import descending
 from vlm_pruner_eval.types import Selection, VisualTokens
 
 ANCHOR_AND_NEIGHBOURS = 5
@@ -43,7 +43,7 @@ class HiPrune(EmbeddingPruner):
     scope: str = "per_view"
     alpha: float = 0.1
     object_layer: int = 8
-    deep_layer: int = PROJECTED
+    deep_layer: int = -2
 
     def problems(self) -> list[str]:
         """The base's, and the range of the share."""

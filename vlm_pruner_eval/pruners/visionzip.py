@@ -39,7 +39,7 @@ class VisionZip(EmbeddingPruner):
     joint_views: ClassVar[bool] = True
 
     scope: str = "per_view"
-    contextual_share: float = 5 / 32
+    contextual_share: float = 0.15625
 
     def problems(self) -> list[str]:
         """The base's, and the range of the share."""
