@@ -36,14 +36,20 @@ ALLOWED = {
     "unwrap": {"errors"},
     "eager": {"errors"},
     "guard": {"errors"},
-    "installed": {"errors", "guard"},
+    "installed": {"errors", "guard", "probe", "vision_probe"},
     "batch_rows": {"errors", "pruners", "timing", "types", "vlms"},
-    "refusals": {"cut", "errors", "hf_compat", "pruners", "types", "vlms"},
-    "prefill": {"batch_rows", "cut", "errors", "ledger", "probe", "pruners", "refusals", "timing", "types", "vlms"},
+    "tower_merging": {"pruners", "vlms"},
+    "vision_probe": {"errors", "pruners", "tower_merging", "types", "vlms"},
+    "encoding": {"hf_compat", "vision_probe", "vlms"},
+    "refusals": {"cut", "errors", "hf_compat", "pruners", "types", "vision_probe", "vlms"},
+    "clip_text": {"errors"},
+    "row_view": {"batch_rows", "clip_text", "cut", "probe", "types", "vision_probe", "vlms"},
+    "prefill": {"batch_rows", "cut", "device_copy", "errors", "ledger", "probe", "pruners", "refusals", "row_view", "timing", "types"}
+    | {"vision_probe", "vlms"},
     "layer_arguments": {"cut"},
-    "hook": {"cut", "eager", "layer_arguments", "errors", "guard", "hf_compat", "device_copy", "installed", "ledger"}
-    | {"prefill", "probe", "pruners", "refusals", "unwrap", "vlms"},
-    "prefix": {"cut", "errors", "hf_compat", "hook", "probe", "pruners", "vlms"},
+    "hook": {"cut", "eager", "encoding", "layer_arguments", "errors", "guard", "hf_compat", "device_copy", "installed", "ledger"}
+    | {"prefill", "probe", "pruners", "refusals", "unwrap", "vision_probe", "vlms"},
+    "prefix": {"cut", "encoding", "errors", "hf_compat", "installed", "probe", "pruners", "vision_probe", "vlms"},
     "embedded": {"embedded", "errors", "versions"},
     "bench": {"embedded"},
     "lmms": {

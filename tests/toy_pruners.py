@@ -9,11 +9,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlm_pruner_eval import Pruner, Selection, Stage, VisualTokens, list_pruners
+from vlm_pruner_eval import Pruner, Selection, Stage, VisualTokens, get_pruner, list_pruners
 from vlm_pruner_eval.pruners import pruner_class
 from vlm_pruner_eval.pruners.uniform import Uniform
 
 IN_MODEL = [name for name in list_pruners() if not pruner_class(name).before_model]  # what `prune` takes
+PARAMETERS: dict[str, dict[str, object]] = {  # that methods can't do without, or that suit tiny images
+    "cdpruner": {"text_tower": "llm"},
+    "trim": {"text_tower": "llm"},
+    "mustdrop": {"thresholds": "0.05/0.2", "window_threshold": -1.0},
+}
+
+
+def made(name: str, pruning_rate: float | str = "2/3") -> Pruner:
+    """Build a method as it can be built for every model."""
+    return get_pruner(name, pruning_rate=0 if name == "none" else pruning_rate, **PARAMETERS.get(name, {}))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlm_pruner_eval.vlms.parts.image_views import views_of
 from vlm_pruner_eval.vlms.parts.layout import Layout, Scope
-from vlm_pruner_eval.vlms.parts.views import views_of
 
 SIDE = 24
 
@@ -17,7 +17,7 @@ def next_scope(tiles: tuple[int, int] = (2, 2)) -> Scope:
     base = Layout.of_frames(SIDE, SIDE).coords
     grid = Layout.of_frames(rows, cols).coords + torch.tensor([1, 0, 0])
     coords = torch.cat([base, grid])
-    return Scope(torch.arange(len(coords)), Layout(coords, (rows, cols)))
+    return Scope(torch.arange(len(coords)), Layout(coords, (rows, cols), tiles))
 
 
 def next_order(keep: Tensor, tiles: tuple[int, int] = (2, 2)) -> Tensor:

@@ -15,9 +15,11 @@ if TYPE_CHECKING:  # for type checkers, which don't see what `__getattr__` loads
     from vlm_pruner_eval.pruners import Pruner as Pruner
     from vlm_pruner_eval.pruners import get_pruner as get_pruner
     from vlm_pruner_eval.pruners import list_pruners as list_pruners
+    from vlm_pruner_eval.types import QuestionTokens as QuestionTokens
     from vlm_pruner_eval.types import Selection as Selection
     from vlm_pruner_eval.types import Stage as Stage
     from vlm_pruner_eval.types import TextTokens as TextTokens
+    from vlm_pruner_eval.types import VisionTokens as VisionTokens
     from vlm_pruner_eval.types import VisualTokens as VisualTokens
 
 __version__ = "0.1.0"
@@ -30,6 +32,8 @@ _PUBLIC = {
     "keep_count": "budget",
     "VisualTokens": "types",
     "TextTokens": "types",
+    "VisionTokens": "types",
+    "QuestionTokens": "types",
     "Selection": "types",
     "Stage": "types",
     "Ledger": "ledger",

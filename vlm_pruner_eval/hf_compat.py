@@ -78,6 +78,25 @@ def decoder(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return core, text
 
 
+def tower_blocks(core: nn.Module) -> nn.ModuleList:
+    """Return the layers of a CLIP, SigLIP or InternVL vision tower.
+
+    Raises
+    ------
+    ConfigError
+        The tower is not put together like those.
+    """
+    tower = getattr(core, "vision_tower", None)
+    encoder = getattr(getattr(tower, "vision_model", tower), "encoder", None)
+    blocks = getattr(encoder, "layers", None) or getattr(encoder, "layer", None)
+    if blocks is None:
+        raise ConfigError(
+            f"model: got a vision tower {type(tower).__name__} without a list of layers, expected one as transformers "
+            f"{tested_range('transformers')} builds it (installed: {__version__})."
+        )
+    return blocks
+
+
 def repeated_singly(pixels: Tensor, per_row: Sequence[int], input_ids: Tensor) -> bool:
     """Return True if rows with several images were given each other's, see `REPEATS_IMAGES_SINGLY`.
 

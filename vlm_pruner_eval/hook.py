@@ -7,9 +7,8 @@ masks and KV caches follow. Everything is undone on exit. Facts about Hugging Fa
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -21,13 +20,14 @@ from vlm_pruner_eval import hf_compat
 from vlm_pruner_eval.cut import Context, CutState, recall, remember
 from vlm_pruner_eval.device_copy import to_host
 from vlm_pruner_eval.eager import EagerExecution
+from vlm_pruner_eval.encoding import Encoding
 from vlm_pruner_eval.errors import ConfigError, PruningError
 from vlm_pruner_eval.guard import Guard, NotCopied
-from vlm_pruner_eval.installed import Hooks
+from vlm_pruner_eval.installed import INSTALLED, Hooks
 from vlm_pruner_eval.layer_arguments import LayerArguments
 from vlm_pruner_eval.ledger import Ledger
 from vlm_pruner_eval.prefill import Prefill
-from vlm_pruner_eval.probe import Probe, probe_for
+from vlm_pruner_eval.probe import probe_for
 from vlm_pruner_eval.pruners.base import Pruner
 from vlm_pruner_eval.refusals import (
     problems_of,
@@ -35,19 +35,24 @@ from vlm_pruner_eval.refusals import (
     refuse_foreign_cache,
     refuse_late_images,
     refuse_no_pruner,
+    refuse_no_questions,
     refuse_prepared,
     refuse_repeated_singly,
     refuse_strange_cache,
     refuse_strange_ids,
 )
 from vlm_pruner_eval.unwrap import uncompiled, unwrapped
+from vlm_pruner_eval.vision_probe import VisionProbe, looks_at_vision
 from vlm_pruner_eval.vlms import family_of
 
-_INSTALLED = "_vlm_pruner_eval_hook"
-REPEATED = "_vlm_pruner_eval_repeated"  # while prompts are read several times, see `prefix`: how often, and the call of the vision tower
 
-
-def prune(model: nn.Module, pruner: Pruner | Sequence[Pruner], *, sample_ids: Sequence[str] | None = None) -> PruningHook:
+def prune(
+    model: nn.Module,
+    pruner: Pruner | Sequence[Pruner],
+    *,
+    sample_ids: Sequence[str] | None = None,
+    questions: Sequence[str] | None = None,
+) -> PruningHook:
     """Prune visual tokens of every prompt that `model` reads inside the context.
 
     ::
@@ -66,6 +71,8 @@ def prune(model: nn.Module, pruner: Pruner | Sequence[Pruner], *, sample_ids: Se
         method, then all for the second; they cut at the same layers and treat positions alike.
     sample_ids
         One name per row of the batch, for error messages and for seeded methods; default a digest of the prompt's ids.
+    questions
+        One per row of the batch, for methods with a text tower of their own.
 
     Returns
     -------
@@ -80,39 +87,39 @@ def prune(model: nn.Module, pruner: Pruner | Sequence[Pruner], *, sample_ids: Se
         prefill, inputs_embeds without input_ids, a new image in a later turn, an image at the prompt's end); a forward in the middle
         of another thread's; a copy of the model. On exit: the model ran, and no prefill was recorded.
     """
-    return PruningHook(model, pruner, sample_ids)
-
-
-def installed_probes(core: nn.Module) -> Mapping[int, Probe]:
-    """The probes of the hook that is on a model now, by the layer of the stage that reads them; none without a hook."""
-    hook = core.__dict__.get(_INSTALLED)
-    return {} if hook is None else hook._probes
+    return PruningHook(model, pruner, sample_ids, questions)
 
 
 class PruningHook(NotCopied):
     """The context manager behind `prune`."""
 
-    def __init__(self, model: nn.Module, pruner: Pruner | Sequence[Pruner], sample_ids: Sequence[str] | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        pruner: Pruner | Sequence[Pruner],
+        sample_ids: Sequence[str] | None = None,
+        questions: Sequence[str] | None = None,
+    ):
         pruners = list(pruner) if isinstance(pruner, (list, tuple)) else [pruner]
         for one in pruners:
             refuse_no_pruner(one)
+        refuse_no_questions(pruners, questions)
         self.outer = model
         self.head = unwrapped(model)
         self.family = family_of(self.head)
-        self.sample_ids = sample_ids
+        self.sample_ids, self.questions = sample_ids, questions
         self.core, self.text = hf_compat.decoder(self.head)
         self.layers = [uncompiled(layer) for layer in self.text.layers]
         self.methods = [(one, one.stages(len(self.layers))) for one in pruners]
-        if problems := problems_of(self.methods, self.text, mrope=self.family.mrope):
+        self.tower = self.family.tower(self.core)
+        if problems := problems_of(self.methods, self.text, mrope=self.family.mrope, tower=self.tower):
             raise ConfigError(problems)
         self.stages = [stage.layer for stage in self.methods[0][1]]  # layers, of all methods the same
         self.contiguous = pruners[0].position_policy(self.family.mrope) == "contiguous"
         self.first = self.stages[0] if self.stages else len(self.layers)
         self.ledger = Ledger()
-        self._layouts: dict[str, list] = {}
-        self._pixels: dict[str, object] = {}
         self._labels: Tensor | None = None
-        self._is_encoding = False
+        self.vision: VisionProbe | None = None
         self._prefill: Prefill | None = None
         self._n_prompt: int | None = None
         self._arguments = LayerArguments(self.text)
@@ -121,14 +128,14 @@ class PruningHook(NotCopied):
 
     # ---- installation
     def __enter__(self) -> Ledger:
-        if _INSTALLED in self.core.__dict__:
+        if INSTALLED in self.core.__dict__:
             raise PruningError("prune: this model is being pruned already; close the outer context first (nested use is refused).")
         self._guard = Guard()
         self._context = Context(self.text)
         with ExitStack() as undo:
             undo.enter_context(EagerExecution(self.head))
-            self.core.__dict__[_INSTALLED] = self
-            undo.callback(self.core.__dict__.pop, _INSTALLED, None)
+            self.core.__dict__[INSTALLED] = self
+            undo.callback(self.core.__dict__.pop, INSTALLED, None)
             self._hooks = undo.enter_context(Hooks())
             self._install()
             self._undo = undo.pop_all()
@@ -149,9 +156,17 @@ class PruningHook(NotCopied):
             add(self.text.norm.register_forward_hook(self._after_norm))
         add(self.text.register_forward_hook(self._after_text))
         needs = frozenset().union(*(pruner.needs for pruner, _ in self.methods))
-        self._probes = {layer: probe for layer in self.stages if (probe := probe_for(self.layers, layer, needs))}
-        for probe in self._probes.values():
+        self.probes = {layer: probe for layer in self.stages if (probe := probe_for(self.layers, layer, needs))}
+        for probe in self.probes.values():
             add(*probe.handles)
+        if self.tower is not None and looks_at_vision(needs):
+            pruners = [pruner for pruner, _ in self.methods]
+            inside = next((pruner for pruner in pruners if pruner.acts_in_tower), None)
+            self.vision = VisionProbe(self.tower, needs, itertools.chain(*(one.tower_layers() for one in pruners)), inside)
+            add(*self.vision.handles)
+            if self.vision.merging is not None:
+                self._hooks.replace(self.core.vision_tower, "forward", self.vision.merging.run)
+        self._encoding = Encoding(self.family, self.core, self.vision)
         for kind in self.family.kinds:
             self._hooks.replace(self.core, f"get_{kind}_features", functools.partial(self._see_features, kind))
         if hasattr(self.head, "generate"):
@@ -199,19 +214,7 @@ class PruningHook(NotCopied):
 
     def _see_features(self, kind: str, original: Callable, *args: object, **kwargs: object) -> object:
         self._guard.check_thread()
-        if self._is_encoding:  # Qwen3-VL's get_video_features calls get_image_features, which has seen the images already
-            return original(*args, **kwargs)
-        bound = inspect.signature(original).bind(*args, **kwargs).arguments
-        call = bound | bound.get("kwargs", {})
-        repeats, once = self.core.__dict__.get(REPEATED, (1, lambda kind, call: call))
-        self._layouts[kind] = self.family.layouts(self.core, kind, once(kind, call)) * repeats
-        if hf_compat.REPEATS_IMAGES_SINGLY:
-            self._pixels[kind] = call.get(f"pixel_values_{kind}s", call.get("pixel_values"))
-        self._is_encoding = True
-        try:
-            return original(*args, **kwargs)
-        finally:
-            self._is_encoding = False
+        return self._encoding.run(kind, original, *args, **kwargs)
 
     def _forget_forward(self) -> None:
         self._input_ids = self._mask = self._state = self._patch = None
@@ -237,7 +240,7 @@ class PruningHook(NotCopied):
     def _before_text(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._check_hooks()
         self._mask, self._patch, self._prefill = kwargs.get("attention_mask"), None, None
-        for probe in self._probes.values():
+        for probe in self.probes.values():
             probe.clear()
         embeds = hf_compat.argument(kwargs, "inputs_embeds", "the language model")
         cache = hf_compat.cache_argument(kwargs, "the language model")
@@ -268,21 +271,25 @@ class PruningHook(NotCopied):
         self._state = CutState(embeds.shape[1], context=self._context)
         mask = torch.ones_like(self._input_ids) if self._mask is None else self._mask
         input_ids, attended, *labels = to_host(self._input_ids, mask.bool(), *([] if self._labels is None else [self._labels]))
-        scopes = self.family.scopes(self.core.config, input_ids, self._layouts)
-        refuse_repeated_singly(self.family, self.core.config, input_ids, self._pixels, self._layouts)
-        self._pixels.clear()
+        scopes = self.family.scopes(self.core.config, input_ids, self._encoding.layouts)
+        refuse_repeated_singly(self.family, self.core.config, input_ids, self._encoding.pixels, self._encoding.layouts)
+        self._encoding.pixels.clear()
         self._prefill = Prefill(
             methods=self.methods,
             family=self.family,
             text=self.text,
-            probes=self._probes,
+            probes=self.probes,
             input_ids=input_ids,
             attended=attended,
             scopes=scopes,
             sample_ids=self.sample_ids,
+            questions=self.questions,
             contiguous=self.contiguous,
             labels=labels[0] if labels else None,
             n_prompt=self._n_prompt,
+            embeds=embeds,
+            vision=self.vision,
+            side=getattr(self.tower, "side", None),
         )
         self._prefill.cache = cache
 
@@ -292,7 +299,8 @@ class PruningHook(NotCopied):
             return None
         cache = hf_compat.cache_argument(kwargs, i)
         if self._prefill is not None:
-            hidden = self._prefill.enter_layer(i, hidden, self._state)
+            rope = hf_compat.argument(kwargs, "position_embeddings", i) if self._patch is None else self._patch[1]["position_embeddings"]
+            hidden = self._prefill.enter_layer(i, hidden, self._state, rope)
             if cache is not None:
                 self._prefill.cache = cache
                 remember(cache, self._state)
@@ -340,6 +348,6 @@ class PruningHook(NotCopied):
             prefill.cache = hf_compat.cache_of(output)
         prefill.verify(self._state)
         if prefill.cache is not None:  # without a cache every step is a prefill of the same images
-            self._layouts.clear()
+            self._encoding.forget()
         prefill.cache = None  # measured; records that nobody has read yet must not keep it alive
         self.ledger.add(functools.partial(prefill.records, self._state))

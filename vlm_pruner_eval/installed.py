@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from vlm_pruner_eval.errors import PruningError
 from vlm_pruner_eval.guard import NotCopied
+from vlm_pruner_eval.probe import Probe
+from vlm_pruner_eval.vision_probe import VisionProbe
+
+INSTALLED = "_vlm_pruner_eval_hook"  # attribute of a model that is being pruned: its hook
+
+
+def installed_probes(core: nn.Module) -> Mapping[int, Probe]:
+    """The probes of the hook that is on a model now, by the layer of the stage that reads them; none without a hook."""
+    hook = core.__dict__.get(INSTALLED)
+    return {} if hook is None else hook.probes
+
+
+def installed_vision(core: nn.Module) -> VisionProbe | None:
+    """The vision probe of the hook that is on a model now; None without one."""
+    hook = core.__dict__.get(INSTALLED)
+    return None if hook is None else hook.vision
 
 
 class Hooks(NotCopied):

@@ -43,6 +43,8 @@ class SampleRecord:
     kv_bytes
         This row's share of the keys and values that the cache held after prefill, measured from its tensors, so with the padding of
         the batch; None without a cache.
+    n_merged
+        Kept ones that hold no token of the image, but a sum of several or a CLS token; they stand at the places that are named.
     n_full
         Visual tokens that the images would have made at full size; None where they were not made smaller before the model.
     """
@@ -64,6 +66,7 @@ class SampleRecord:
     layouts: list[list[int]] = field(default_factory=list)
     kv_bytes: int | None = None
     n_full: int | None = None
+    n_merged: int = 0
 
     @property
     def layer_averaged(self) -> float:

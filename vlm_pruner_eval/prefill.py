@@ -6,24 +6,25 @@ methods' answers are waited for.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from vlm_pruner_eval.batch_rows import Alive, Row, batch_rows
 from vlm_pruner_eval.cut import Cut, CutState, take
+from vlm_pruner_eval.device_copy import to_host
 from vlm_pruner_eval.errors import PruningError
 from vlm_pruner_eval.ledger import SampleRecord
 from vlm_pruner_eval.probe import Probe
 from vlm_pruner_eval.pruners.base import Pruner
 from vlm_pruner_eval.pruners.token_checks import check_selection
 from vlm_pruner_eval.refusals import refuse_read_positions
+from vlm_pruner_eval.row_view import Rope, RowView
 from vlm_pruner_eval.timing import Span
-from vlm_pruner_eval.types import Selection, Stage, TextTokens, VisualTokens
+from vlm_pruner_eval.types import Selection, Stage, VisualTokens
+from vlm_pruner_eval.vision_probe import VisionProbe
 from vlm_pruner_eval.vlms.family import Family, Scope
 
 
@@ -46,6 +47,14 @@ class Prefill:
         Of a loss: it is read off the positions before them.
     n_prompt
         Length of the prompt; None: L. Methods don't see what follows in the same forward (without a cache, or in assisted decoding).
+    embeds : Tensor [B, L, D] or None
+        Input of the language model.
+    vision
+        What the vision tower was seen to do, for methods that look at it.
+    questions
+        One per prompt, for methods with a text tower.
+    side
+        Tokens along a tile of the vision tower.
     """
 
     def __init__(
@@ -62,6 +71,10 @@ class Prefill:
         contiguous: bool,
         labels: Tensor | None = None,
         n_prompt: int | None = None,
+        embeds: Tensor | None = None,
+        vision: VisionProbe | None = None,
+        questions: Sequence[str] | None = None,
+        side: int | None = None,
     ):
         self.family, self.text, self.probes, self.contiguous = family, text, probes, contiguous
         self.n_methods = len(methods)
@@ -70,22 +83,23 @@ class Prefill:
         self.cache: object | None = None
         self.seen: dict[int, int] = {}
         self.ran: set[int] = set()  # layers of the stages that have run
-        self.labels = labels
-        self.rows = batch_rows(input_ids, attended, scopes, sample_ids, methods=methods, n_prompt=n_prompt or self.length)
+        self.labels, self.embeds, self.vision = labels, embeds, vision
+        n_prompt = n_prompt or self.length
+        self.rows = batch_rows(input_ids, attended, scopes, sample_ids, methods=methods, n_prompt=n_prompt, side=side, questions=questions)
 
     # ---- cutting
-    def enter_layer(self, i: int, hidden: Tensor, state: CutState) -> Tensor:
+    def enter_layer(self, i: int, hidden: Tensor, state: CutState, rope: Rope) -> Tensor:
         """Cut `hidden` [B, L, D] if a stage begins at layer `i`; note how long the layer's input really is."""
         if i in self.stages:
-            hidden = self._cut(i, hidden, state)
+            hidden = self._cut(i, hidden, state, rope)
         self.seen[i] = hidden.shape[1]
         return hidden
 
-    def _cut(self, layer: int, hidden: Tensor, state: CutState) -> Tensor:
+    def _cut(self, layer: int, hidden: Tensor, state: CutState, rope: Rope) -> Tensor:
         before, probe = state.at(layer), self.probes.get(layer)
         lengths = [sum(len(alive.local) for alive in row.scopes) for row in self.rows]
         with torch.no_grad():  # a choice has no gradient; the gather below has one
-            merged = self._select_all(layer, hidden, before, probe)
+            merged = self._select_all(layer, hidden, before, probe, rope)
         if probe is not None:
             probe.clear()
         self.ran.add(layer)
@@ -110,28 +124,38 @@ class Prefill:
         read = [(row.end, int(row.present[-1])) if len(row.present) else () for row in self.rows]
         refuse_read_positions(cut, read, self.labels, is_visual, [row.sample_id for row in self.rows])
 
-    def _select_all(self, layer: int, hidden: Tensor, before: Cut | None, probe: Probe | None) -> list[tuple[int, Tensor, Tensor]]:
+    def _select_all(
+        self, layer: int, hidden: Tensor, before: Cut | None, probe: Probe | None, rope: Rope
+    ) -> list[tuple[int, Tensor, Tensor]]:
         """Run each method on its rows; returns (row, slots, new states) where it merged."""
         merged = []
         for _, rows in itertools.groupby(enumerate(self.rows), key=lambda item: id(item[1].pruner)):
-            views = [_RowView(self, b, row, hidden, before, probe) for b, row in rows]
+            views = [
+                RowView(self.family, self.text, self.embeds, self.vision, b, row, layer, hidden, before, probe, rope) for b, row in rows
+            ]
             if layer in views[0].row.stages:
                 merged += self._select(layer, views)
         return merged
 
-    def _select(self, layer: int, views: Sequence[_RowView]) -> list[tuple[int, Tensor, Tensor]]:
+    def _select(self, layer: int, views: Sequence[RowView]) -> list[tuple[int, Tensor, Tensor]]:
         """Run the method of these rows on all their scopes at once."""
         # what there is to choose from
         pruner = views[0].row.pruner
-        asked: list[tuple[_RowView, Alive]] = []
+        asked: list[tuple[RowView, Alive]] = []
         tokens = []
         for view in views:
-            for s, alive in enumerate(view.row.scopes):
+            chosen = [(s, alive) for s, alive in enumerate(view.row.scopes) if not alive.is_between]
+            n_before = len(asked)
+            for s, alive in chosen:
                 n_scope = len(alive.scope.positions)
                 alive.asked = min(len(alive.local), self.family.keep(pruner, view.row.stages[layer], n_scope, s))
                 if alive.asked < len(alive.local):
                     asked.append((view, alive))
                     tokens.append(view.tokens(alive, f"{view.row.sample_id}/{s}"))
+                alive.n_stages += 1
+            for alive in view.row.scopes:
+                if alive.is_between:
+                    alive.follow(is_cut=len(asked) > n_before)
         if not asked:
             return []
         # the choice
@@ -144,8 +168,11 @@ class Prefill:
             order = _checked_order(view.row, selection, given, alive.asked) if _replaces_select(pruner) else selection.host_order
             view.row.spans.append((span, 1 / len(asked)))
             view.row.quirks |= selection.quirks
+            if selection.merged is not None:
+                alive.merged = torch.cat([alive.merged, alive.local[to_host(selection.merged)[0]]]).unique()
             alive.order = alive.local[order]
             alive.local = alive.order.sort().values
+            alive.merged = _common(alive.merged, alive.local)
             if selection.hidden_states is not None:
                 merged.append((view.b, view.slots(alive.scope.positions[alive.local]), selection.hidden_states))
         return merged
@@ -200,12 +227,12 @@ class Prefill:
         return [self._record(b, row, state) for b, row in enumerate(self.rows)]
 
     def _record(self, b: int, row: Row, state: CutState) -> SampleRecord:
-        visual = torch.cat([alive.scope.positions for alive in row.scopes]) if row.scopes else row.text[:0]
+        visual = torch.cat([alive.scope.positions for alive in row.scopes]).sort().values if row.scopes else row.text[:0]
+        ordered = [torch.searchsorted(visual, alive.scope.positions[alive.order]) for alive in row.scopes]
         held = [visual if (cut := state.at(i)) is None else _common(cut.positions_of(b), visual) for i in range(self.n_layers)]
         n_row = len(row.text) + len(visual)
         valid = [n_row if (cut := state.at(i)) is None else len(cut.positions_of(b)) for i in range(self.n_layers)]
         widths = [self.length if (cut := state.at(i)) is None else cut.width for i in range(self.n_layers)]
-        offsets = torch.tensor([0, *(len(alive.scope.positions) for alive in row.scopes)]).cumsum(0).tolist()
         return SampleRecord(
             row=b % (len(self.rows) // self.n_methods),
             n_visual=len(visual),
@@ -214,7 +241,8 @@ class Prefill:
             n_images=len(row.layouts),
             layer=min(row.stages, default=None),
             kept_positions=held[-1].tolist(),
-            order=[offset + i for offset, alive in zip(offsets, row.scopes, strict=False) for i in alive.order.tolist()],
+            order=torch.cat(ordered).tolist() if ordered else [],
+            n_merged=sum(len(alive.merged) for alive in row.scopes),
             kv_lengths=[length - (width - n) for length, width, n in zip(self.measured, widths, valid, strict=True)],
             visual_lengths=[len(positions) for positions in held],
             quirks=frozenset(row.quirks),
@@ -234,71 +262,6 @@ class Prefill:
         cuts = [state.at(i) for i in range(self.n_layers)]
         widths = [self.length if cut is None else int(cut.valid[start : start + n].sum(1).max()) for cut in cuts]
         return sum(size * width for size, width in zip(self.measured_bytes, widths, strict=True))
-
-
-@dataclass
-class _RowView:
-    """One row as the methods see it at one stage."""
-
-    prefill: Prefill
-    b: int
-    row: Row
-    hidden: Tensor
-    before: Cut | None
-    probe: Probe | None
-
-    def slots(self, positions: Tensor) -> Tensor:
-        """Where ascending `positions` [n] of the row stand in the current sequence, on the device of this layer."""
-        return self._there(positions if self.before is None else self.before.slots_of(self.b, positions))
-
-    def _there(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.hidden.device, non_blocking=True)
-
-    def tokens(self, alive: Alive, sample_id: str) -> VisualTokens:
-        """The VisualTokens of one scope, with the fields that the method needs and no others."""
-        needs, positions = self.row.pruner.needs, alive.scope.positions[alive.local]
-        slots = self.slots(positions)
-        hidden, layout = self.hidden[self.b, slots], alive.scope.layout
-        if self.row.pruner.official_quirks:
-            layout = self.prefill.family.release_layout(layout)
-        return VisualTokens(
-            hidden,
-            grid=layout.grid,
-            coords=self._there(layout.coords[alive.local]),
-            keys=self._keys(slots) if "keys" in needs else None,
-            attention=self._attention[slots] if "attention" in needs else None,
-            normed_hidden_states=self._normed(hidden) if "normed_hidden_states" in needs else None,
-            positions=self._there(positions - self.row.padding),
-            text=self._text(int(alive.scope.positions[-1])) if "text" in needs else None,
-            sample_id=sample_id,
-        )
-
-    def _text(self, end: int) -> TextTokens:
-        positions = self.row.text[(self.row.text > end) & (self.row.text <= self.row.end)]
-        slots, needs = self.slots(positions), self.row.pruner.needs
-        return TextTokens(
-            normed_hidden_states=self._normed(self.hidden[self.b, slots]) if "normed_hidden_states" in needs else None,
-            keys=self._keys(slots) if "keys" in needs else None,
-            positions=self._there(positions - self.row.padding),
-        )
-
-    def _keys(self, slots: Tensor) -> Tensor:
-        return self.probe.keys()[self._probed, :, slots].transpose(0, 1)
-
-    @property
-    def _probed(self) -> int:
-        """Row of the probe: under a shared prefix it saw the prompts once, whatever the number of methods."""
-        return self.b % self.probe.n_rows
-
-    def _normed(self, hidden: Tensor) -> Tensor:
-        return self.prefill.text.norm.forward(hidden)  # not called as a module: our own hook sits on it
-
-    @functools.cached_property
-    def _attention(self) -> Tensor:
-        present = self.row.present if self.before is None else self.before.positions_of(self.b)
-        slots = self.slots(present[present <= self.row.end])
-        last = self.row.end if self.before is None else int(self.before.slots_of(self.b, torch.tensor([self.row.end])))
-        return self.probe.attention_row(self._probed, last, slots)
 
 
 def _replaces_select(pruner: Pruner) -> bool:

@@ -21,10 +21,12 @@ from transformers.utils import ModelOutput
 
 from vlm_pruner_eval import hf_compat
 from vlm_pruner_eval.cut import LayerLength
+from vlm_pruner_eval.encoding import REPEATED
 from vlm_pruner_eval.errors import PruningError
-from vlm_pruner_eval.hook import REPEATED, installed_probes
+from vlm_pruner_eval.installed import installed_probes, installed_vision
 from vlm_pruner_eval.probe import Probe, Seen
 from vlm_pruner_eval.pruners.base import Pruner
+from vlm_pruner_eval.vision_probe import Encoded, VisionProbe, looks_at_vision
 from vlm_pruner_eval.vlms import family_of
 
 # Of what a vision tower returns, the model reads these; the states of all its layers would fill the memory of a GPU.
@@ -113,9 +115,11 @@ class SharedPrefix:
         A Hugging Face VLM of a known family.
     depths
         Of every forward to come, the decoder layers before its first cut.
+    pruners
+        Methods that look at the vision tower, which runs once for all.
     """
 
-    def __init__(self, model: nn.Module, depths: Sequence[int]):
+    def __init__(self, model: nn.Module, depths: Sequence[int], pruners: Sequence[Pruner] = ()):
         self.family = family_of(model)
         self.core, text = hf_compat.decoder(model)
         self.layers = text.layers
@@ -125,6 +129,8 @@ class SharedPrefix:
         self._wanted = sorted({depth for depth in reach if depth and sum(other >= depth for other in reach) > 1})  # by two forwards or more
         self._replaced: list[tuple[nn.Module, str, object]] = []
         self._probes: dict[int, Probe] = {}
+        self._pruners = [pruner for pruner in pruners if looks_at_vision(pruner.needs)]
+        self._vision: VisionProbe | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -133,7 +139,7 @@ class SharedPrefix:
         self._skip = 0
         self._kept: dict[int, Kept] = {}
         self._entered: tuple[Tensor, ...] | None = None
-        self._features: list[tuple[str, dict[str, Any], Any]] = []
+        self._features: list[tuple[str, dict[str, Any], Any, Encoded | None]] = []
 
     # ---- installation
     def __enter__(self) -> SharedPrefix:
@@ -145,13 +151,18 @@ class SharedPrefix:
                 self._replace(layer, "forward", functools.partial(self._run_layer, i))
             for depth in self._wanted:
                 self._probes[depth] = Probe(self.layers[depth - 1].self_attn, queries=True)
+            tower = self.family.tower(self.core)
+            if self._pruners and tower is not None:
+                needs = frozenset().union(*(pruner.needs for pruner in self._pruners))
+                self._vision = VisionProbe(tower, needs, [layer for pruner in self._pruners for layer in pruner.tower_layers()])
             undo.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        for probe in self._probes.values():
-            for handle in probe.handles:
+        for probe in (*self._probes.values(), self._vision):
+            for handle in [] if probe is None else probe.handles:
                 handle.remove()
+        self._vision = None
         for owner, name, before in reversed(self._replaced):
             owner.__dict__.pop(name, None)
             if before is not None:
@@ -188,19 +199,31 @@ class SharedPrefix:
         bound = inspect.signature(original).bind(*args, **kwargs).arguments
         call = {name: value for name, value in bound.items() if name != "kwargs"} | bound.get("kwargs", {})
         if self._repeats > 1:
-            return _copied(self._known(kind, call)[1], self._repeats)
-        for known_kind, known, features in self._features:
+            _, features, encoded = self._known(kind, call)
+            self._show(encoded)
+            return _copied(features, self._repeats)
+        for known_kind, known, features, encoded in self._features:
             if known_kind == kind and _equal(known, call):
+                self._show(encoded)
                 return _copied(features)
+        if self._vision is not None:
+            self._vision.begin()
         output = original(*args, **kwargs)
-        self._features.append((kind, call, _copied(output)))
+        seen = None if self._vision is None else self._vision.end(kind, ())
+        self._features.append((kind, call, _copied(output), seen))
         return output
 
-    def _known(self, kind: str, call: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-        """Return call and features of these pixels; sizes and grids of `call` are those of repeated prompts."""
-        for known_kind, known, features in self._features:
+    def _show(self, encoded: Encoded | None) -> None:
+        """Tell the hook of this forward what the vision tower did."""
+        probe = installed_vision(self.core)
+        if probe is not None and encoded is not None:
+            probe.show(encoded)
+
+    def _known(self, kind: str, call: dict[str, Any]) -> tuple[dict[str, Any], Any, Encoded | None]:
+        """Return call, features and what was seen of these pixels; sizes and grids of `call` are those of repeated prompts."""
+        for known_kind, known, features, encoded in self._features:
             if known_kind == kind and _equal(_pixels(known), _pixels(call)):
-                return known, features
+                return known, features, encoded
         raise PruningError("shared prefix: got other images than those of the batch, expected that one forward has read it before.")
 
     # ---- the decoder

@@ -17,9 +17,32 @@ Seen = tuple[Tensor | None, Tensor, tuple[Tensor, Tensor]]
 
 def probe_for(layers: nn.ModuleList, layer: int, needs: frozenset[str]) -> Probe | None:
     """The probe that a stage at decoder layer `layer` needs: on the attention of the layer before, or none at all."""
-    if not needs & {"keys", "attention"}:
+    if not needs & {"keys", "attention", "text_attention"}:
         return None
-    return Probe(layers[layer - 1].self_attn, queries="attention" in needs)
+    return Probe(layers[layer - 1].self_attn, queries=bool(needs & {"attention", "text_attention"}))
+
+
+def own_attention(layer: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Softmax attention of the last of `hidden` [n, D] over all of them in a decoder layer that has not run yet, averaged over heads: [n].
+
+    The layer's own norm and projections are used, not called as modules, on which hooks may sit.
+
+    Parameters
+    ----------
+    cos, sin : Tensor [..., 1, n, d]
+        Rotary embedding of the tokens.
+    """
+    attn = layer.self_attn
+    normed = layer.input_layernorm.forward(hidden)[None]
+    projected = []
+    for name, rows in (("q", normed[:, -1:]), ("k", normed)):
+        states = getattr(attn, f"{name}_proj").forward(rows).unflatten(-1, (-1, attn.head_dim))
+        norm = getattr(attn, f"{name}_norm", None)
+        projected.append((states if norm is None else norm.forward(states)).transpose(1, 2))
+    q, _ = hf_compat.rotate(attn, projected[0], projected[0], cos[..., -1:, :], sin[..., -1:, :])
+    _, k = hf_compat.rotate(attn, projected[1], projected[1], cos, sin)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    return ((q @ k.transpose(2, 3))[0, :, 0] * attn.scaling).softmax(-1, dtype=torch.float32).mean(0)
 
 
 class Probe:
@@ -76,14 +99,24 @@ class Probe:
             Slots that the token may look at; all of them at or before `last`.
         """
         self._check_seen()
-        q = self._heads(self.q)[row : row + 1, :, last : last + 1]
+        return self._rows(row, slice(last, last + 1), seen)[0]
+
+    def attention_rows(self, row: int, queries: Tensor, seen: Tensor) -> Tensor:
+        """The same of several tokens `queries` [r] of `row`, each over those of `seen` that are not behind it: [r, L]."""
+        self._check_seen()
+        return self._rows(row, queries, seen, hidden=seen > queries[:, None])
+
+    def _rows(self, row: int, queries: slice | Tensor, seen: Tensor, hidden: Tensor | None = None) -> Tensor:
+        q = self._heads(self.q)[row : row + 1, :, queries]
         cos, sin = (x if x.shape[-3] == 1 else x[..., row : row + 1, :, :] for x in self.rope)
-        q, _ = hf_compat.rotate(self.attn, q, q, cos[..., last : last + 1, :], sin[..., last : last + 1, :])
+        q, _ = hf_compat.rotate(self.attn, q, q, cos[..., queries, :], sin[..., queries, :])
         k = self.keys()[row : row + 1, :, seen]
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        scores = (q @ k.transpose(2, 3))[0, :, 0] * self.attn.scaling
+        scores = (q @ k.transpose(2, 3))[0] * self.attn.scaling
+        if hidden is not None:
+            scores = scores.masked_fill(hidden, -torch.inf)
         weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype).float().mean(0)
-        return weights.new_zeros(self.k.shape[1]).index_copy(0, seen, weights)
+        return weights.new_zeros(len(weights), self.k.shape[1]).index_copy(1, seen, weights)
 
     def _check_seen(self) -> None:
         """Raise a PruningError if the attention ran past its projections, as fused kernels of other libraries do."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,20 @@ from vlm_pruner_eval.cut import Cut, CutState
 from vlm_pruner_eval.errors import ConfigError, PruningError
 from vlm_pruner_eval.pruners.base import FROM_PREVIOUS_LAYER, Pruner
 from vlm_pruner_eval.types import Stage
+from vlm_pruner_eval.vision_probe import looks_at_vision
 from vlm_pruner_eval.vlms.family import Family, Layout
 from vlm_pruner_eval.vlms.parts.scopes import SINGLY
+from vlm_pruner_eval.vlms.parts.towers import Tower
+
+
+def refuse_no_questions(pruners: Sequence[Pruner], questions: Sequence[str] | None) -> None:
+    """Raise a ConfigError for a method that compares tokens with a question which it was not told."""
+    asking = [pruner.name for pruner in pruners if "question.clip" in pruner.needs]
+    if asking and questions is None:
+        raise ConfigError(
+            f"prune: {', '.join(asking)} looks at the question, got no questions; pass questions=[...], one text a prompt, without the "
+            "system prompt and the template."
+        )
 
 
 def refuse_no_pruner(pruner: object) -> None:
@@ -29,14 +41,36 @@ def refuse_no_pruner(pruner: object) -> None:
         )
 
 
-def problems_of(methods: Sequence[tuple[Pruner, Sequence[Stage]]], text: nn.Module, *, mrope: bool) -> list[str]:
-    """Return sentences about layers and positions that pruners ask for and this language model, or one batch, does not have."""
+def problems_of(
+    methods: Sequence[tuple[Pruner, Sequence[Stage]]], text: nn.Module, *, mrope: bool, tower: Tower | None = None
+) -> list[str]:
+    """Return sentences about layers, positions and towers that pruners ask for and this model, or one batch, does not have."""
     found = [sentence for pruner, stages in methods for sentence in _problems_of_one(pruner, stages, text, mrope=mrope)]
+    found += [sentence for pruner, _ in methods for sentence in _problems_of_tower(pruner, tower)]
     kinds = {(tuple(stage.layer for stage in stages), pruner.position_policy(mrope)) for pruner, stages in methods}
+    if len(methods) > 1 and any(pruner.acts_in_tower for pruner, _ in methods):
+        found.append("prune: got a method that acts inside the vision tower together with others, expected it alone in its batch.")
     if len(kinds) != 1:
         said = "; ".join(f"layers {list(layers)}, {positions} positions" for layers, positions in sorted(kinds)) or "none"
         found.append(f"prune: got methods of {len(kinds)} kinds for one batch ({said}), expected the same layers and positions of all.")
     return found
+
+
+def _problems_of_tower(pruner: Pruner, tower: Tower | None) -> Iterator[str]:
+    """Say what a method looks at and this vision tower does not have."""
+    if not looks_at_vision(pruner.needs):
+        return
+    if tower is None:
+        yield f"{pruner.name}: looks at the vision tower, but of this model's it is not known where its layers and tokens are."
+    elif "question.clip" in pruner.needs and (tower.projector is None or tower.adapted):
+        yield (
+            f"{pruner.name}: text_tower: got {pruner.text_tower!r}, but this model's vision tower is none of CLIP's, whose states its "
+            "projections take; pass text_tower=llm, the adapted stand-in."
+        )
+    elif pruner.acts_in_tower and (tower.projector is None or tower.adapted):
+        yield f"{pruner.name}: merges patches inside a CLIP tower; of this model's vision tower nothing is published."
+    elif "vision.cls_query" in pruner.needs and not getattr(tower, "has_cls", False):
+        yield f"{pruner.name}: reads the query of the CLS token, which this vision tower does not have; no stand-in is published."
 
 
 def _problems_of_one(pruner: Pruner, stages: Sequence[Stage], text: nn.Module, *, mrope: bool) -> list[str]:
@@ -49,8 +83,8 @@ def _problems_of_one(pruner: Pruner, stages: Sequence[Stage], text: nn.Module, *
             found.append(f"{name}: layer: got {layer}, expected 0 to {n - 1}: this model has {n} decoder layers.")
     if order != sorted(set(order)):
         found.append(f"{name}: stages: got layers {order}, expected them ascending without repeats.")
-    if 0 in order and pruner.needs & FROM_PREVIOUS_LAYER:
-        wanted = ", ".join(sorted(pruner.needs & FROM_PREVIOUS_LAYER))
+    if order and order[0] == 0 and pruner.needs_now(0, {}) & FROM_PREVIOUS_LAYER:
+        wanted = ", ".join(sorted(pruner.needs_now(0, {}) & FROM_PREVIOUS_LAYER))
         found.append(f"{name}: layer: got 0, but {wanted} come from the layer before; use layer >= 1.")
     if mrope and pruner.position_policy(mrope) == "contiguous":
         found.append(f"{name}: positions=contiguous: this model has multi-dimensional rotary positions; use positions=original.")

@@ -65,6 +65,9 @@ class VisionTokens:
         Outputs of the key projection, bias included, nothing scaled.
     cls_query, cls_key : mapping of layer to Tensor [H, d]
         Outputs of the query and key projections for the CLS token.
+    groups, views : Tensor [V] int64 or None
+        Of a method that merged patches inside the tower: the number of the token that each became, view after view, and that of its
+        view; -1 of newlines.
     """
 
     states: Tensor = None
@@ -75,6 +78,8 @@ class VisionTokens:
     keys: Mapping[int, Tensor] = field(default_factory=dict)
     cls_query: Mapping[int, Tensor] = field(default_factory=dict)
     cls_key: Mapping[int, Tensor] = field(default_factory=dict)
+    groups: Tensor = None
+    views: Tensor = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ class VisualTokens:
     own_attention : Tensor [V]
         As `attention`, of layer K on its own input.
     text_attention : callable
-        ``rows [r] int64 -> Tensor [r, V]``: softmax attention at layer K-1, averaged over heads, of the text tokens after the image
+        ``rows [r] int64 or None -> Tensor [r, V]``: softmax attention at layer K-1, averaged over heads, of the text tokens after the image
         with these numbers; None: of all of them.
     ids : Tensor [V] int64
         Numbers that the tokens had before the first stage; default 0 .. V-1.

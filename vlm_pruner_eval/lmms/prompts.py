@@ -96,8 +96,13 @@ class Prompt:
     videos: list[Video] = field(default_factory=list)
     image_digests: list[str] = field(default_factory=list)
     originals: list[Image.Image] = field(default_factory=list)  # before the protocol; the same objects where it changes nothing
-    question: str = ""
+    asked: str = ""  # text of the chat, without media and template
     continuations: list[str] = field(default_factory=list)  # to be scored behind it
+
+    @property
+    def question(self) -> str:
+        """What was asked, as far as records hold it."""
+        return self.asked[:QUESTION_CHARACTERS]
 
     @property
     def digests(self) -> tuple[str, ...]:
@@ -176,7 +181,7 @@ class PromptMaker:
             [open_video(part.url, frames, part.start_time, part.end_time) for part in chat.media["video"]],
             [image_digest(image) for image in images],
             images,
-            _text_of(chat.messages)[:QUESTION_CHARACTERS],
+            _text_of(chat.messages),
             chat.continuations,
         )
 

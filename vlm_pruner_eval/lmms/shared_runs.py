@@ -168,7 +168,8 @@ class SharedRuns:
 
     def _of_batch(self, batch: list[Prompt], options: Generation, prepared: Taker) -> Iterator[tuple[Request, dict[str, Answer]]]:
         alive = self._alive([prompt.request for prompt in batch])
-        found = self._together(batch, options, [run for run in alive if not run[1].pruner.before_model], prepared)
+        same_tower = [item for item in alive if not (item[1].pruner.before_model or item[1].pruner.acts_in_tower)]
+        found = self._together(batch, options, same_tower, prepared)
         for key, run in alive:
             if key not in found:
                 with self.model.using(run.method, run.pruner):
@@ -190,7 +191,7 @@ class SharedRuns:
         except Exception as error:  # whatever it is, every run meets it again by itself, and records it
             _warn(self.model.failures, batch, "all runs", error)
             return found
-        with SharedPrefix(self.model.model, list(depths.values())) as prefix:
+        with SharedPrefix(self.model.model, list(depths.values()), [run.pruner for _, run in runs]) as prefix:
             waiting = deque(self._groups(runs, layers, len(batch)))
             while waiting:
                 group = waiting.popleft()

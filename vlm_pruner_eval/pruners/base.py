@@ -7,7 +7,7 @@ import inspect
 import sys
 import traceback
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral
@@ -65,6 +65,7 @@ class Pruner:
     name: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
     quirks_change_count: ClassVar[bool] = False
+    acts_in_tower: ClassVar[bool] = False  # has `inside_tower` and `merged_inside`: merges patches inside the vision tower
     joint_views: ClassVar[bool] = False  # the views of an image are given to one call of `choose_batch`
     fixed_layer: ClassVar[int | None] = None
     before_model: ClassVar[bool] = False  # acts on the images, so there is nothing for the hook to cut
@@ -145,6 +146,10 @@ class Pruner:
     def tower_layers(self) -> tuple[int, ...]:
         """Layers of the vision tower whose attention or keys `needs` names, 0-based, or counted from the end by negative numbers."""
         return ()
+
+    def needs_now(self, stage: int, memory: Mapping[str, Any]) -> frozenset[str]:
+        """Fields out of `needs` that are looked at in `stage` (0-based), given what earlier stages left in the scope's `memory`."""
+        return self.needs
 
     def decides_count(self) -> bool:
         """Tell if the method may keep another number of tokens than it is asked for; records hold what was kept."""
@@ -281,7 +286,7 @@ class Pruner:
 
     def _read(self, tokens: VisualTokens) -> dict[str, Tensor]:
         """The floating-point tensors that this method reads, by name."""
-        return read(tokens, self.needs, self.tower_layers(), self._where(tokens))
+        return read(tokens, self.needs_now(tokens.stage, tokens.memory), self.tower_layers(), self._where(tokens))
 
     def _in_arithmetic_dtype(self, tokens: VisualTokens, inspection: Inspection) -> VisualTokens:
         cast = {name: value.to(self._dtype(value.dtype)) for name, value in self._read(tokens).items()}

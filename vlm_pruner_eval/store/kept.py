@@ -50,6 +50,7 @@ class Kept:
     layouts: tuple[tuple[int, ...], ...] = ()
     kv_bytes: int | None = None
     n_full: int | None = None
+    n_merged: int = 0
     sample_id: str | None = field(default=None, compare=False)
 
     @classmethod
@@ -59,7 +60,8 @@ class Kept:
         is_all = len(order) == record.n_visual and bool((order == np.arange(record.n_visual)).all())
         indices = order if is_all else np.sort(order)
         offsets = np.asarray(record.kept_positions, dtype=np.int64) - indices
-        names = ("row", "n_visual", "n_asked", "n_kept", "n_images", "layer", "quirks", "selection_ms", "scope", "kv_bytes", "n_full")
+        counts = ("row", "n_visual", "n_asked", "n_kept", "n_images", "n_full", "n_merged")
+        names = (*counts, "layer", "quirks", "selection_ms", "scope", "kv_bytes")
         return cls(
             **{name: getattr(record, name) for name in (*names, "sample_id")},
             order_bytes=None if is_all else order.astype(_dtype(record.n_visual)).tobytes(),
@@ -119,7 +121,7 @@ class Kept:
         held |= {"quirks": sorted(self.quirks)} if self.quirks else {}
         held |= {"layouts": self.layouts} if self.layouts else {}
         held |= {"selection_ms": self.selection_ms} if self.selection_ms != 0.0 else {}
-        defaults = {"row": 0, "scope": "per_image", "kv_bytes": None, "n_full": None}
+        defaults = {"row": 0, "scope": "per_image", "kv_bytes": None, "n_full": None, "n_merged": 0}
         return held | {name: value for name, default in defaults.items() if (value := getattr(self, name)) != default}
 
     @classmethod

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vlm_pruner_eval.pruners.base import Pruner
     from vlm_pruner_eval.types import Stage
     from vlm_pruner_eval.vlms.parts.boxes import Medium, Picture, Shape
+    from vlm_pruner_eval.vlms.parts.towers import Tower
 
 PIXEL_SETTINGS = frozenset({"min_pixels", "max_pixels"})
 VIDEO_SETTINGS = frozenset({"max_frames_num"})
@@ -164,6 +165,10 @@ class Family:
     def patches(self, core: nn.Module) -> list[InstancePatch]:
         """Methods of the model that must know which tokens were cut (DeepStack); most families have none."""
         return []
+
+    def tower(self, core: nn.Module) -> Tower | None:
+        """The vision tower, for methods that look at it; None if nothing is known of it."""
+        return None
 
     def token_id(self, config: PretrainedConfig, kind: str) -> int | None:
         """Return the placeholder token of images or videos in input_ids."""

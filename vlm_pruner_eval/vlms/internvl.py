@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, ProcessorMixin
 
+    from vlm_pruner_eval.vlms.parts.towers import Tower
+
+MEANS = "several patches make one token: means over the values"
+
 
 class InternVL(Family):
     """``InternVLForConditionalGeneration``: every tile, and every frame of a video, is a budget scope of its own."""
@@ -31,6 +35,15 @@ class InternVL(Family):
         vision = core.config.vision_config
         side = int(vision.image_size[0] // vision.patch_size[0] * core.config.downsample_ratio)
         return [Layout.of_frames(side, side)] * len(call["pixel_values"])
+
+    def tower(self, core: nn.Module) -> Tower | None:
+        """InternViT, 2 x 2 of whose patches make one token; states are taken behind the projector."""
+        from vlm_pruner_eval import hf_compat
+        from vlm_pruner_eval.vlms.parts.towers import GridTower
+
+        vision = core.config.vision_config
+        side = vision.image_size[0] // vision.patch_size[0]
+        return GridTower(hf_compat.tower_blocks(core), adapted=f"{MEANS} of patches stand in for those of a patch", side=side)
 
     def geometry(self, config: PretrainedConfig, processor: ProcessorMixin, protocol: PromptProtocol) -> dict[str, Any]:
         """``tile`` in pixels, ``min_tiles`` and ``max_tiles``."""

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from vlm_pruner_eval.vlms.family import HF, Family, FamilySpec, FeatureCall, Layout, PromptProtocol
 from vlm_pruner_eval.vlms.parts import vicuna
 from vlm_pruner_eval.vlms.parts.boxes import Fit, Medium, Picture, Shape, box_around, edges, expect_tokens, grid_boxes
+from vlm_pruner_eval.vlms.parts.clip import clip_tower
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, ProcessorMixin
+
+    from vlm_pruner_eval.vlms.parts.towers import Tower
 
 # image_aspect_ratio: pad
 PAPER = PromptProtocol(render=vicuna.render, view=vicuna.padded, prepare=vicuna.check_split, new_tokens=vicuna.NEW_TOKENS)
@@ -44,6 +47,10 @@ class Llava(Family):
         if strategy == "full" and vision.model_type == "clip_vision_model":
             layout = Layout(torch.cat([torch.tensor([[0, -1, -1]]), layout.coords]), layout.grid)
         return [layout] * len(call["pixel_values"])
+
+    def tower(self, core: nn.Module) -> Tower | None:
+        """CLIP as published; SigLIP has no CLS token. None if several layers are read at a time."""
+        return clip_tower(core)
 
     def geometry(self, config: PretrainedConfig, processor: ProcessorMixin, protocol: PromptProtocol) -> dict[str, Any]:
         """``patch``, ``resize``, ``crop`` (height, width) in pixels, None if that is not done; ``pad``, True if made square before."""

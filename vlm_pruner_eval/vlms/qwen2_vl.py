@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from vlm_pruner_eval.pruners.base import Pruner
     from vlm_pruner_eval.types import Stage
+    from vlm_pruner_eval.vlms.parts.towers import Tower
+
+WITHOUT_CLS = "no CLS token, and several patches make one token: means over the attention that they receive stand in"
 
 PIXELS = 1003520  # 1280 merged tokens of 28 x 28 pixels, whatever the size of an image; the checkpoint's own template
 
@@ -31,6 +34,15 @@ class QwenVL(Family):
         if grids is None:  # Qwen3-VL encodes videos through get_image_features
             grids = call["image_grid_thw"]
         return [Layout.of_frames(h // merge, w // merge, t) for t, h, w in grids.tolist()]
+
+    def tower(self, core: nn.Module) -> Tower | None:
+        """A tower without a CLS token, 2 x 2 of whose patches make one token; states are taken behind the merger."""
+        from vlm_pruner_eval.vlms.parts.towers import SequenceTower
+
+        vision = core.config.vision_config
+        size = getattr(vision, "window_size", None)
+        window = None if size is None else size // vision.patch_size // vision.spatial_merge_size
+        return SequenceTower(core.visual.blocks, adapted=WITHOUT_CLS, merge=vision.spatial_merge_size, window=window)
 
     def geometry(self, config: PretrainedConfig, processor: ProcessorMixin, protocol: PromptProtocol) -> dict[str, Any]:
         """``temporal_patch``: frames of a video in one token."""

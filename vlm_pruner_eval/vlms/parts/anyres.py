@@ -21,15 +21,22 @@ from vlm_pruner_eval.vlms.parts.boxes import (
     grid_boxes,
     whole_box,
 )
+from vlm_pruner_eval.vlms.parts.clip import clip_tower
 from vlm_pruner_eval.vlms.parts.layout import Layout
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PretrainedConfig, ProcessorMixin
 
+    from vlm_pruner_eval.vlms.parts.towers import Tower
+
 
 class Anyres(Family):
     """Base of the tiled families: settings of their processors, and the place of their tokens on an image."""
+
+    def tower(self, core: nn.Module) -> Tower | None:
+        """That of LLaVA; states of SigLIP's, whose tokens may be pooled, are taken behind the projector."""
+        return clip_tower(core, is_pooled=core.config.vision_config.model_type != "clip_vision_model")
 
     def geometry(self, config: PretrainedConfig, processor: ProcessorMixin, protocol: PromptProtocol) -> dict[str, Any]:
         """``tile``, ``patch`` and ``pinpoints`` (height, width) in pixels; ``max_tiles``, None if tiles are never shrunk."""
@@ -72,9 +79,10 @@ def anyres_layout(core: nn.Module, size: Tensor, *, tiled: bool = True, **pack_a
     vision = core.config.vision_config
     side = vision.image_size // vision.patch_size
     tiles = [row_major(side, side).float()]
+    shape = None
     if tiled:
         shape_of = sys.modules[core.pack_image_features.__module__].get_anyres_image_grid_shape
-        rows, cols = shape_of(size, core.config.image_grid_pinpoints, vision.image_size)
+        rows, cols = shape = shape_of(size, core.config.image_grid_pinpoints, vision.image_size)
         offsets = [torch.tensor([1.0, row * side, col * side]) for row in range(rows) for col in range(cols)]
         tiles += [row_major(side, side).float() + offset for offset in offsets]
     newline = torch.tensor([-1.0, -1.0, -1.0])
@@ -82,7 +90,7 @@ def anyres_layout(core: nn.Module, size: Tensor, *, tiled: bool = True, **pack_a
     coords = packed[0]
     finest = coords[coords[:, 0] == coords[:, 0].max()]
     spread = finest.amax(0) - finest.amin(0)
-    return Layout(coords, (int(spread[1]) + 1, int(spread[2]) + 1))
+    return Layout(coords, (int(spread[1]) + 1, int(spread[2]) + 1), None if shape is None else (int(shape[0]), int(shape[1])))
 
 
 def _views(geometry: Mapping[str, Any], medium: Medium, layout: Shape) -> list[Picture]:

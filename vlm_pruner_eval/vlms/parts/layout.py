@@ -20,10 +20,13 @@ class Layout:
         (image or frame, row, col) of each token; row = col = -1 for newline tokens.
     grid : (rows, cols)
         Sets the diagonal of spatial distances.
+    tiles : (rows, cols) or None
+        Tiles that the tower saw beside a base view: frame 0 is the base view, frame 1 their grid. None: each frame is one view.
     """
 
     coords: Tensor
     grid: tuple[int, int]
+    tiles: tuple[int, int] | None = None
 
     @classmethod
     def of_frames(cls, rows: int, cols: int, frames: int = 1) -> Layout:
@@ -49,6 +52,26 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Tokens of one image or video that are in a scope.
+
+    Attributes
+    ----------
+    kind, number
+        Its number among the images or videos of the batch.
+    view
+        Its first view, by the order of the vision tower.
+    tokens : Tensor [n] or None
+        Numbers of the tokens in the image; None: all of them.
+    """
+
+    kind: str
+    number: int
+    view: int = 0
+    tokens: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Scope:
     """One image or video of one row: its layout, and where its tokens are.
 
@@ -56,7 +79,10 @@ class Scope:
     ----------
     positions : Tensor [n]
         Ascending positions in the row of input_ids as passed; need not be contiguous.
+    parts
+        Images that the tokens belong to: one, but of a scope over all images of a row.
     """
 
     positions: Tensor
     layout: Layout
+    parts: tuple[Part, ...] = ()

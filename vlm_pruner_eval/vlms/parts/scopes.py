@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlm_pruner_eval import hf_compat
 from vlm_pruner_eval.errors import PruningError
-from vlm_pruner_eval.vlms.parts.layout import Layout, Scope
+from vlm_pruner_eval.vlms.parts.layout import Layout, Part, Scope
 
 SINGLY = (
     "Under beams or returned sequences, this version of transformers repeats the images of a batch one by one, so that rows with "
@@ -26,7 +26,8 @@ def joined(scopes: Sequence[Scope]) -> Scope:
         first = int(own[:, 0].max()) + 1
         coords.append(own)
     rows, cols = (max(sides) for sides in zip(*(scope.layout.grid for scope in scopes), strict=True))
-    return Scope(torch.cat([scope.positions for scope in scopes]), Layout(torch.cat(coords), (rows, cols)))
+    parts = tuple(part for scope in scopes for part in scope.parts)
+    return Scope(torch.cat([scope.positions for scope in scopes]), Layout(torch.cat(coords), (rows, cols)), parts)
 
 
 def assign(is_token: Tensor, layouts: Sequence[Layout], kind: str) -> list[list[Scope]]:
@@ -50,18 +51,18 @@ def assign(is_token: Tensor, layouts: Sequence[Layout], kind: str) -> list[list[
             f"({len(layouts)} {kind}s); build the prompt with the checkpoint's own processor."
         )
     rows: list[list[Scope]] = []
-    queue = iter(layouts)
+    queue = iter(enumerate(layouts))
     for first in range(0, len(is_token), copies):
         left = is_token[first].nonzero()[:, 0]
         found: list[Scope] = []
         while len(left):
-            layout = next(queue, None)
+            number, layout = next(queue, (0, None))
             if layout is None or layout.n_tokens > len(left):
                 raise PruningError(
                     f"The {kind} tokens of row {first} do not line up with whole {kind}s: {len(left)} tokens are left over."
                     + (f" {SINGLY}" if hf_compat.REPEATS_IMAGES_SINGLY else "")
                 )
-            found.append(Scope(left[: layout.n_tokens], layout))
+            found.append(Scope(left[: layout.n_tokens], layout, (Part(kind, number),)))
             left = left[layout.n_tokens :]
         rows.extend([found] * copies)
     return rows
