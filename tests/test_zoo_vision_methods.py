@@ -224,3 +224,12 @@ def test_hiprune_neighbours_wrap_and_stop_at_the_ends():
         tower = VisionTokens(received_attention={8: shallow.index_fill(0, torch.tensor(anchor), 1.0), -2: deep})
         got = select("hiprune", VisualTokens(torch.zeros(12, 1), grid=(3, 4), vision=tower), len(near), alpha=5 / len(near) * 0.6)
         assert {*got.order.tolist()} == near and got.order[0] == anchor
+
+
+def test_hiprune_neighbours_in_a_grid_that_lost_columns():
+    """Tiles of an image that was padded: the row below begins as many tokens later as are left in a row."""
+    coords = torch.tensor([(0, row, col) for row in range(4) for col in range(2, 5)])
+    shallow = torch.zeros(12).index_fill(0, torch.tensor(7), 1.0)
+    tower = VisionTokens(received_attention={8: shallow, -2: torch.linspace(0.01, 0, 12)})
+    got = select("hiprune", VisualTokens(torch.zeros(12, 1), grid=(6, 6), coords=coords, vision=tower), 5, alpha=1.0)
+    assert {*got.order.tolist()} == {4, 6, 7, 8, 10}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from vlm_pruner_eval.vlms.parts.views import views_of
+from vlm_pruner_eval.vlms.parts.image_views import views_of
 from zoo_order import SIDE, next_order, next_scope
 
 from vlm_pruner_eval import Selection, VisualTokens, get_pruner
