@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from vlm_pruner_eval.vlms.parts.image_views import views_of
 from zoo_order import SIDE, next_order, next_scope
 
 from vlm_pruner_eval import Selection, VisualTokens, get_pruner
 from vlm_pruner_eval.types import VisionTokens
+from vlm_pruner_eval.vlms.parts.image_views import views_of
 
 Arrays = dict[str, np.ndarray]
 RATE = 0.5  # not used: the files say how many to keep
