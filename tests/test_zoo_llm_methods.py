@@ -342,6 +342,13 @@ def test_mustdrop_key_sets_of_views():
     assert tokens.memory["key_set"].tolist() == [*itertools.chain(*expected)]
 
 
+def test_mustdrop_key_set_goes_by_original_numbers():
+    tokens = Scene(14, 5, 5).tokens(torch.arange(10, 25))
+    method_named("mustdrop").select(tokens, 1)
+    best = tokens.vision.cls_attention[-1].mean(0).sort(descending=True).indices[:2]  # ceil(0.08 * 15)
+    assert tokens.memory["key_set"].tolist() == (best + 10).tolist()
+
+
 def test_mustdrop_thresholds_and_caches():
     assert [method_named("mustdrop", rate)._thresholds() for rate in PUBLISHED_RATES] == [(0.001, 0.001), (0.0012, 0.001), (0.011, 0.01)]
     assert method_named("mustdrop", 0.3, thresholds="0.005/0.001")._thresholds() == (0.005, 0.001)
