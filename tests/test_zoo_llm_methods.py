@@ -117,8 +117,9 @@ def test_pdrop_reaches_the_average(rate: float, n_layers: int, n_visual: int):
 def test_pdrop_counts():
     kept = method_named("pdrop", "8/9", budget="kept")
     assert [kept.keep_at(stage, 576) for stage in kept.stages(32)] == [277, 133, 64]
-    with pytest.raises(ConfigError, match=r"0\.1111 over 32 layers.*below 0\.7500"):
-        method_named("pdrop", "8/9").stages(32)
+    assert [stage.layer for stage in method_named("pdrop", "8/9").stages(32)] == [2, 16, 24], "too few for a cut at layer 8"
+    with pytest.raises(ConfigError, match=r"0\.1111 over 4 layers.*below 0\.7500"):
+        method_named("pdrop", "8/9").stages(4)
     released = method_named("pdrop", "8/9", schedule="published")
     assert [released.keep_at(stage, 391) for stage in released.stages(32)] == [195, 97, 48]
     with pytest.raises(ConfigError, match="schedule: got 'pyramid'"):

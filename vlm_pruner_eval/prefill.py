@@ -131,7 +131,8 @@ class Prefill:
         merged = []
         for _, rows in itertools.groupby(enumerate(self.rows), key=lambda item: id(item[1].pruner)):
             views = [
-                RowView(self.family, self.text, self.embeds, self.vision, b, row, layer, hidden, before, probe, rope) for b, row in rows
+                RowView(self.family, self.text, self.embeds, self.vision, b, row, layer, hidden, before, probe, rope, self.contiguous)
+                for b, row in rows
             ]
             if layer in views[0].row.stages:
                 merged += self._select(layer, views)
@@ -149,7 +150,9 @@ class Prefill:
             for s, alive in chosen:
                 n_scope = len(alive.scope.positions)
                 stage = view.row.stages[layer]
-                alive.asked = min(len(alive.local), self.family.keep(pruner, stage, n_scope, s))
+                alive.asked = self.family.keep(pruner, stage, n_scope, s)
+                if not pruner.decides_count():
+                    alive.asked = min(len(alive.local), alive.asked)
                 if alive.asked < len(alive.local) or (stage.share != 1 and len(alive.local) and pruner.decides_count()):
                     asked.append((view, alive))
                     tokens.append(view.tokens(alive, f"{view.row.sample_id}/{s}"))
@@ -161,7 +164,7 @@ class Prefill:
             return []
         # the choice
         span = Span(views[0].hidden.device)
-        selections = pruner.select_batch(tokens, [alive.asked for _, alive in asked])
+        selections = pruner.select_batch(tokens, [min(len(alive.local), alive.asked) for _, alive in asked])
         span.stop()
         # what it means for each row
         merged = []

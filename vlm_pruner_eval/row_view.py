@@ -35,6 +35,7 @@ class RowView:
     before: Cut | None
     probe: Probe | None
     rope: Rope
+    contiguous: bool
 
     def slots(self, positions: Tensor) -> Tensor:
         """Where ascending `positions` [n] of the row stand in the current sequence, on the device of this layer."""
@@ -70,6 +71,8 @@ class RowView:
             stage=alive.n_stages,
             memory=alive.memory,
             sample_id=sample_id,
+            contiguous=self.contiguous,
+            is_video=any(part.kind == "video" for part in alive.scope.parts),
             image=f"{self.b}/{[(part.kind, part.number) for part in alive.scope.parts]}",
         )
 

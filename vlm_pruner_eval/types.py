@@ -152,6 +152,10 @@ class VisualTokens:
         Number of the stage, 0 for the first.
     memory : dict
         Of the scope, empty at the first stage: what a method leaves here it finds again at its next stage.
+    contiguous
+        True if kept tokens are renumbered, so that rows may stand in any order; else a row has the position of its place.
+    is_video
+        True of a video's frames, which share an `image` as tiles do.
     sample_id : str
         Identity of the sample and scope, for messages and for seeds that must not depend on the batch.
     image : str
@@ -184,6 +188,8 @@ class VisualTokens:
     stage: int = 0
     memory: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     image: str | None = None
+    contiguous: bool = True
+    is_video: bool = False
     sample_id: str | None = None
     on_host: Callable[..., list[Tensor]] = field(default=to_host, repr=False, compare=False)
 

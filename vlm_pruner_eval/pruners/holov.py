@@ -83,7 +83,7 @@ class HoloV(EmbeddingPruner):
         is_lost = torch.zeros(keep, dtype=torch.bool, device=there)
         is_lost[int(n_rows) : n_chosen] = True
         states = tokens.hidden_states[order].masked_fill(is_lost[:, None], 0)
-        if self.positions == "original":
+        if not tokens.contiguous:
             states = states[order.argsort()]
         fired = {"overflow": bool(is_over), "single_patch_crops": len(crops.size) < len(patches) < 2 * len(crops.size)}
         quirks = frozenset(quirk for quirk, did in fired.items() if did)

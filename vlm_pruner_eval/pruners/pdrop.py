@@ -31,8 +31,8 @@ class PDrop(StagedPruner):
     Parameters
     ----------
     schedule
-        "budget": a schedule of our own, as its authors published none for a rate; the ratio follows from `pruning_rate` and `budget`; "published": 1/2, 1/4 and 1/8 of the tokens, whatever the rate is
-        (about 270 of 576 on average; the only setting that its authors have published).
+        "budget": a schedule of our own, as its authors published none for a rate: the ratio follows from `pruning_rate` and `budget`.
+        "published": 1/2, 1/4 and 1/8 of the tokens, whatever the rate is (about 270 of 576 on average).
     budget
         Of schedule="budget". "layer_average" (default): ``1 - pruning_rate`` of the tokens on average over all layers; from a rate of
         3/4 on, which the first quarter of the layers would use up, the first cut is at 1/16 of the depth. "kept": that share is left

@@ -106,7 +106,10 @@ class SparseVLM(StagedPruner):
         (differs,) = tokens.on_host((released != plain).any())
         # kept ones in their order, and the clusters behind them
         places = dropped.sort().values[len(dropped) - n_clusters :]
-        rows = torch.cat([states[best.sort().values], sums / (sizes + COUNT_FLOOR)])
+        kept = best.sort().values
+        rows = torch.cat([states[kept], sums / (sizes + COUNT_FLOOR)])
+        if not tokens.contiguous:
+            rows = rows[torch.cat([kept, places]).argsort()]
         fired = {"noise": bool(differs), "no_raters": no_raters}
         quirks = frozenset(quirk for quirk, did in fired.items() if did)
         return Selection(torch.cat([best, places]), rows, quirks, amplification=1.0, merged=places)

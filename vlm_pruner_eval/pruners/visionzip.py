@@ -55,6 +55,10 @@ class VisionZip(EmbeddingPruner):
     def choose_batch(self, tokens: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
         """Zip every view, then put the tiles of each image in the release's order."""
         views = [zipped_view(given, keep, self._contextual(keep)) for given, keep in zip(tokens, keeps, strict=True)]
+        if not tokens[0].contiguous:
+            return [view.selection(view.in_place) for view in views]
+        if any(given.is_video for given in tokens):  # frames are no tiles
+            return [view.selection(view.rows) for view in views]
         return [
             selection
             for image in images_of(tokens)
@@ -93,6 +97,12 @@ class ZippedView(NamedTuple):
     def dominant(self) -> Tensor:
         """Tensor [n_dominant] int64: the dominant patches, ascending."""
         return self.order[self.n_cls : self.n_cls + self.n_dominant].sort().values
+
+    @property
+    def in_place(self) -> Tensor:
+        """Tensor [R, D]: each row at the place that it comes from."""
+        own = torch.cat([self.order[: self.n_cls], self.dominant, self.order[self.n_cls + self.n_dominant :]])
+        return self.rows[own.argsort()]
 
     def selection(self, rows: Tensor) -> Selection:
         """Return the answer with these rows [R, D] at `places`."""

@@ -183,7 +183,7 @@ def load_sweep(root: Path | str) -> Results:
     problems = [
         *_mixtures(runs),
         *_other_documents(runs),
-        *budget_mixtures((run.key, run.method, run.params) for run in runs),
+        *budget_mixtures(grid.config["model"]["id"], ((run.key, run.method, run.params) for run in runs)),
     ]
     if problems:
         raise ConfigError(problems)

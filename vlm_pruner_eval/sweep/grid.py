@@ -17,6 +17,7 @@ from vlm_pruner_eval.redact import short
 from vlm_pruner_eval.store.schema import Grid, RunHead, RunLine
 from vlm_pruner_eval.sweep import identity
 from vlm_pruner_eval.sweep.config import ENTRY_KEYS, MethodEntry, SweepConfig, canonical_rate
+from vlm_pruner_eval.vlms import by_model_id
 
 UNPRUNED = "none"
 _MOST_RUNS = 10_000
@@ -108,7 +109,7 @@ def expand(config: SweepConfig) -> list[Run]:
             runs += _runs_of(config, entry, label)
         except ConfigError as error:
             problems += [f"methods[{index}]: {problem}" for problem in error.problems]
-    problems += [*_duplicates(runs), *budget_mixtures((run.key, run.method, run.config["parameters"]) for run in runs)]
+    problems += [*_duplicates(runs), *budget_mixtures(config.model.id, ((run.key, run.method, run.config["parameters"]) for run in runs))]
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     return runs
@@ -139,18 +140,21 @@ def method_problems(raw: dict[str, Any]) -> list[str]:
     return problems
 
 
-def budget_mixtures(runs: Iterable[tuple[str, str, dict[str, Any]]]) -> Iterator[str]:
+def budget_mixtures(model_id: str, runs: Iterable[tuple[str, str, dict[str, Any]]]) -> Iterator[str]:
     """A sentence for each budget rule in which runs (key, method, parameters) of one table differ from its first pruned run.
 
     One table has one scope of the budget, and either kept or layer-averaged counts. Where nothing precedes the cut (layer 0), both
-    counts are the same; rows without a budget don't count.
+    counts are the same, and methods with several cuts have a schedule of their own, so only their scope is compared. Budgets a view and
+    an image are one where an image has one view. Rows without a budget don't count.
     """
+    family = by_model_id().get(model_id)
+    one_view = {} if family is None or family.spec.tiled else {"per_view": "per_image"}
     first: dict[str, tuple[str, str]] = {}
     for key, method, parameters in runs:
         if method == UNPRUNED or method in RATELESS:
             continue
-        for name in ("scope", "budget") if parameters.get("layer") != 0 else ("scope",):
-            value = parameters.get(name)
+        for name in ("scope", "budget") if parameters.get("layer", 0) != 0 else ("scope",):
+            value = one_view.get(parameters.get(name), parameters.get(name))
             other, expected = first.setdefault(name, (key, value))
             if value != expected:
                 yield (

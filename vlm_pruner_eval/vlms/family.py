@@ -99,6 +99,8 @@ class FamilySpec:
         The reason for having no protocol "paper".
     mrope
         True if positions are multi-dimensional.
+    tiled
+        True if an image has several views, so that a budget a view is another one than a budget an image.
     """
 
     model_id: str
@@ -112,6 +114,7 @@ class FamilySpec:
     protocols: Mapping[str, PromptProtocol] = field(default_factory=lambda: {"hf": HF})
     why_no_paper: str = "the paper has no numbers of this family"
     mrope: bool = False
+    tiled: bool = False
 
     @property
     def takes(self) -> frozenset[str]:

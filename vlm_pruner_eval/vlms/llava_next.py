@@ -65,6 +65,7 @@ class LlavaNext(Anyres):
         model_id="vlmpruner_llava_next",
         model_types=frozenset({"llava_next"}),
         stock_prompt="llava_hf",
+        tiled=True,
         protocols={"hf": HF, "paper": _paper(TILES), "paper_two_tiles": _paper(TILES - 1)},
     )
 

@@ -19,6 +19,7 @@ class LlavaOnevision(Anyres):
         model_id="vlmpruner_llava_onevision",
         model_types=frozenset({"llava_onevision"}),
         stock_prompt="llava_hf",
+        tiled=True,
         media=("image", "video"),
     )
 

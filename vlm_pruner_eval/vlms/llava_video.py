@@ -28,6 +28,7 @@ class LlavaVideo(LlavaOnevision):
         model_id="vlmpruner_llava_video",
         model_types=frozenset({"llava_video"}),
         stock_prompt="llava_vid",
+        tiled=True,
         media=("image", "video"),
         frames=64,
         why_no_paper=NO_SCRIPT,
