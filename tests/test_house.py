@@ -42,7 +42,7 @@ ALLOWED = {
     "vision_probe": {"errors", "pruners", "tower_merging", "types", "vlms"},
     "encoding": {"hf_compat", "vision_probe", "vlms"},
     "refusals": {"cut", "errors", "hf_compat", "pruners", "types", "vision_probe", "vlms"},
-    "clip_text": {"errors"},
+    "clip_text": {"errors", "redact", "types"},
     "row_view": {"batch_rows", "clip_text", "cut", "probe", "types", "vision_probe", "vlms"},
     "prefill": {"batch_rows", "cut", "device_copy", "errors", "ledger", "probe", "pruners", "refusals", "row_view", "timing", "types"}
     | {"vision_probe", "vlms"},

@@ -71,11 +71,11 @@ def test_layers_of_any_depth_are_distinct_and_ascending(name: str):
     for n_layers in range(2, 50):
         layers = [stage.layer for stage in method.stages(n_layers)]
         assert layers == sorted(set(layers)) and layers[-1] < n_layers
-        assert layers[0] == (0 if name == "vscan" else max(1, layers[0]))
+        assert (layers[0] == 0) == (name in ("vscan", "mustdrop"))
 
 
 def test_layers_of_the_published_depth():
-    expected = {"pdrop": [8, 16, 24], "sparsevlm": [3, 7, 16], "vscan": [0, 16], "mustdrop": [3, 7, 11, 15]}
+    expected = {"pdrop": [8, 16, 24], "sparsevlm": [3, 7, 16], "vscan": [0, 16], "mustdrop": [0, 3, 7, 11, 15]}
     assert {name: [stage.layer for stage in method_named(name).stages(32)] for name in METHODS} == expected
     assert scaled_layers([Fraction(1, 4), Fraction(1, 2), Fraction(3, 4)], 28) == [7, 14, 21]
     assert scaled_layers([Fraction(1, 4), Fraction(1, 2), Fraction(3, 4)], 3) == [1, 2]
@@ -340,6 +340,13 @@ def test_mustdrop_key_sets_of_views():
     views = [[i for i in range(60) if coords[i].tolist()[0] == view] for view in (0, 1)]
     expected = [sorted(view, key=lambda i: -float(weights[i]))[: math.ceil(0.2 * len(view))] for view in views]
     assert tokens.memory["key_set"].tolist() == [*itertools.chain(*expected)]
+
+
+def test_mustdrop_key_set_goes_by_original_numbers():
+    tokens = Scene(14, 5, 5).tokens(torch.arange(10, 25))
+    method_named("mustdrop").select(tokens, 1)
+    best = tokens.vision.cls_attention[-1].mean(0).sort(descending=True).indices[:2]  # ceil(0.08 * 15)
+    assert tokens.memory["key_set"].tolist() == (best + 10).tolist()
 
 
 def test_mustdrop_thresholds_and_caches():

@@ -157,8 +157,11 @@ def merged_inside(given: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Array
 
 def dropped_inside(given: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Arrays:
     method = get_pruner("mustdrop", pruning_rate="2/3", thresholds=f"{meta['global_thr']:.6f}/{meta['individual_thr']:.6f}")
-    memory, found = {"key_set": given["key_set"]}, {}
-    alive = torch.arange(meta["M"])
+    n_visual, key_set = given["attention_0"].shape[-1], given["key_set"]
+    if key_set.dim() == 2:  # view after view
+        key_set = (key_set + n_visual // len(key_set) * torch.arange(len(key_set))[:, None]).flatten()
+    memory, found = {"key_set": key_set}, {}
+    alive = torch.arange(n_visual)
     stages = method.stages(32)
     for s, layer in enumerate(meta["layers"]):
         assert stages[s + 1].layer == layer + 1  # behind that in front of the model
@@ -169,7 +172,7 @@ def dropped_inside(given: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Arra
             text_attention=lambda rows, attention=attention: attention,
             vision=VisionTokens(cls_attention={-1: torch.zeros(1, len(alive))}),  # not looked at, as the key set is known
             ids=alive,
-            n_original=meta["M"],
+            n_original=n_visual,
             stage=s + 1,
             memory=memory,
         )
@@ -178,7 +181,7 @@ def dropped_inside(given: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Arra
         key = torch.isin(alive, memory["key_set"]).nonzero()[:, 0]
         found |= {f"keep_{s}": keep.numpy(), f"alive_{s}": alive.numpy(), f"key_after_{s}": key.numpy()}
     start, n_text = meta["image_start"], meta["text_tokens"]
-    final = torch.cat([torch.arange(start), alive + start, torch.arange(n_text) + start + meta["M"]])
+    final = torch.cat([torch.arange(start), alive + start, torch.arange(n_text) + start + n_visual])
     short = method.cached_as_last(32)
-    lengths = [start + meta["M"] + n_text if layer < short.start else len(final) for layer in range(32)]
+    lengths = [start + n_visual + n_text if layer < short.start else len(final) for layer in range(32)]
     return found | {"cache_lengths_after": np.array(lengths), "cache_layer2_index": final.numpy()}

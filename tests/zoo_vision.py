@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from vlm_pruner_eval.vlms.parts.views import views_of
 from zoo_order import SIDE, next_order, next_scope
 
 from vlm_pruner_eval import Selection, VisualTokens, get_pruner
 from vlm_pruner_eval.types import VisionTokens
+from vlm_pruner_eval.vlms.parts.image_views import views_of
 
 Arrays = dict[str, np.ndarray]
 RATE = 0.5  # not used: the files say how many to keep
@@ -82,7 +82,7 @@ def prumerge(arrays: Arrays, meta: Mapping[str, Any]) -> Arrays:
     """Rows of the release; which patch a row is, is read off an answer on states that are one-hot: it adds less than 1 of the others."""
     method = {"prumerge": "prumerge", "prumerge+": "prumerge_plus"}[meta["variant"]]
     query, keys, features = (torch.from_numpy(arrays[key]) for key in ("query_cls", "keys", "features"))
-    keep = 1 if meta["adaptive"] else round(meta["N"] * meta["reduction_ratio"])
+    keep = 1 if meta["adaptive"] else int(meta["N"] * meta["reduction_ratio"])
 
     def rows(states: Callable[[int], Tensor]) -> Tensor:
         views = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from vlm_pruner_eval.errors import ConfigError, PruningError
 from vlm_pruner_eval.redact import short
+from vlm_pruner_eval.types import QuestionTokens
 
 ROW = 77  # ids that a CLIP text tower reads at once
 OLD_END = 2  # end token that old CLIP configurations name, whatever the tokenizer's is
@@ -61,6 +63,29 @@ def pooled_positions(ids: Tensor, end: int) -> Tensor:
     if end == OLD_END:
         return ids.argmax(1)
     return (ids == end).int().argmax(1)
+
+
+def embedded(states: Tensor, question: str, path: str, *, whole: bool) -> QuestionTokens:
+    """Visual tokens and question in the space of the CLIP checkpoint at `path`.
+
+    Parameters
+    ----------
+    states : Tensor [V, C]
+        Of the vision tower's last layer but one.
+    question
+        Text of the prompt, without template.
+    whole
+        Read all of it as far as it fits into one row, as TRIM does; else the question alone in as many rows as it takes.
+    """
+    tower = _tower_at(path, states.device)
+    text = tower.encode(blanked(question), truncated=True) if whole else tower.encode(question_only(question))
+    return QuestionTokens(clip_image=tower.project(states), clip_text=text)
+
+
+@functools.lru_cache(maxsize=2)
+def _tower_at(path: str, device: torch.device) -> TextTower:
+    """A tower for all prompts of a run, and of the runs after it."""
+    return TextTower(path, device=device)
 
 
 _LAYERS = ("vision_model.encoder", "vision_model.embeddings", "vision_model.pre_layrnorm", "logit_scale")  # not read

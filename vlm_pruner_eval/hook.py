@@ -42,7 +42,7 @@ from vlm_pruner_eval.refusals import (
     refuse_strange_ids,
 )
 from vlm_pruner_eval.unwrap import uncompiled, unwrapped
-from vlm_pruner_eval.vision_probe import VisionProbe, looks_at_vision
+from vlm_pruner_eval.vision_probe import vision_probe_for
 from vlm_pruner_eval.vlms import family_of
 
 
@@ -72,7 +72,7 @@ def prune(
     sample_ids
         One name per row of the batch, for error messages and for seeded methods; default a digest of the prompt's ids.
     questions
-        One per row of the batch, for methods with a text tower of their own.
+        One per row of the batch, the text of a prompt without its template, for methods with a text tower.
 
     Returns
     -------
@@ -119,7 +119,6 @@ class PruningHook(NotCopied):
         self.first = self.stages[0] if self.stages else len(self.layers)
         self.ledger = Ledger()
         self._labels: Tensor | None = None
-        self.vision: VisionProbe | None = None
         self._prefill: Prefill | None = None
         self._n_prompt: int | None = None
         self._arguments = LayerArguments(self.text)
@@ -155,14 +154,12 @@ class PruningHook(NotCopied):
         if self.stages:
             add(self.text.norm.register_forward_hook(self._after_norm))
         add(self.text.register_forward_hook(self._after_text))
-        needs = frozenset().union(*(pruner.needs for pruner, _ in self.methods))
+        pruners = [pruner for pruner, _ in self.methods]
+        needs = frozenset().union(*(pruner.needs for pruner in pruners))
         self.probes = {layer: probe for layer in self.stages if (probe := probe_for(self.layers, layer, needs))}
-        for probe in self.probes.values():
-            add(*probe.handles)
-        if self.tower is not None and looks_at_vision(needs):
-            pruners = [pruner for pruner, _ in self.methods]
-            inside = next((pruner for pruner in pruners if pruner.acts_in_tower), None)
-            self.vision = VisionProbe(self.tower, needs, itertools.chain(*(one.tower_layers() for one in pruners)), inside)
+        add(*(handle for probe in self.probes.values() for handle in probe.handles))
+        self.vision = vision_probe_for(self.tower, pruners)
+        if self.vision is not None:
             add(*self.vision.handles)
             if self.vision.merging is not None:
                 self._hooks.replace(self.core.vision_tower, "forward", self.vision.merging.run)

@@ -148,8 +148,9 @@ class Prefill:
             n_before = len(asked)
             for s, alive in chosen:
                 n_scope = len(alive.scope.positions)
-                alive.asked = min(len(alive.local), self.family.keep(pruner, view.row.stages[layer], n_scope, s))
-                if alive.asked < len(alive.local):
+                stage = view.row.stages[layer]
+                alive.asked = min(len(alive.local), self.family.keep(pruner, stage, n_scope, s))
+                if alive.asked < len(alive.local) or (stage.share != 1 and len(alive.local) and pruner.decides_count()):
                     asked.append((view, alive))
                     tokens.append(view.tokens(alive, f"{view.row.sample_id}/{s}"))
                 alive.n_stages += 1

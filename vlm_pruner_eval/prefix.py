@@ -26,7 +26,7 @@ from vlm_pruner_eval.errors import PruningError
 from vlm_pruner_eval.installed import installed_probes, installed_vision
 from vlm_pruner_eval.probe import Probe, Seen
 from vlm_pruner_eval.pruners.base import Pruner
-from vlm_pruner_eval.vision_probe import Encoded, VisionProbe, looks_at_vision
+from vlm_pruner_eval.vision_probe import Encoded, VisionProbe, vision_probe_for
 from vlm_pruner_eval.vlms import family_of
 
 # Of what a vision tower returns, the model reads these; the states of all its layers would fill the memory of a GPU.
@@ -129,7 +129,7 @@ class SharedPrefix:
         self._wanted = sorted({depth for depth in reach if depth and sum(other >= depth for other in reach) > 1})  # by two forwards or more
         self._replaced: list[tuple[nn.Module, str, object]] = []
         self._probes: dict[int, Probe] = {}
-        self._pruners = [pruner for pruner in pruners if looks_at_vision(pruner.needs)]
+        self._pruners = pruners
         self._vision: VisionProbe | None = None
         self._forget()
 
@@ -151,10 +151,7 @@ class SharedPrefix:
                 self._replace(layer, "forward", functools.partial(self._run_layer, i))
             for depth in self._wanted:
                 self._probes[depth] = Probe(self.layers[depth - 1].self_attn, queries=True)
-            tower = self.family.tower(self.core)
-            if self._pruners and tower is not None:
-                needs = frozenset().union(*(pruner.needs for pruner in self._pruners))
-                self._vision = VisionProbe(tower, needs, [layer for pruner in self._pruners for layer in pruner.tower_layers()])
+            self._vision = vision_probe_for(self.family.tower(self.core), self._pruners)
             undo.pop_all()
         return self
 

@@ -17,7 +17,7 @@ Seen = tuple[Tensor | None, Tensor, tuple[Tensor, Tensor]]
 
 def probe_for(layers: nn.ModuleList, layer: int, needs: frozenset[str]) -> Probe | None:
     """The probe that a stage at decoder layer `layer` needs: on the attention of the layer before, or none at all."""
-    if not needs & {"keys", "attention", "text_attention"}:
+    if layer == 0 or not needs & {"keys", "attention", "text_attention"}:
         return None
     return Probe(layers[layer - 1].self_attn, queries=bool(needs & {"attention", "text_attention"}))
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from vlm_pruner_eval.batch_rows import Alive, Row
+from vlm_pruner_eval.clip_text import embedded
 from vlm_pruner_eval.cut import Cut
 from vlm_pruner_eval.probe import Probe, own_attention
 from vlm_pruner_eval.types import QuestionTokens, TextTokens, VisionTokens, VisualTokens
@@ -78,11 +79,8 @@ class RowView:
 
     def _question(self, alive: Alive, positions: Tensor, end: int, needs: frozenset[str]) -> QuestionTokens | None:
         if "question.clip" in needs:
-            from vlm_pruner_eval.clip_text import text_tower
-
-            tower = text_tower(self.row.pruner.text_tower)
             states = self._of_tower(alive, self.hidden).states
-            return QuestionTokens(clip_image=tower.image(states), clip_text=tower.text(self.row.question).to(states.device))
+            return embedded(states, self.row.question, self.row.pruner.text_tower, whole=self.row.pruner.reads_whole_prompt)
         if "question.embeddings" not in needs:
             return None
         embeds = self.embeds[self.b]

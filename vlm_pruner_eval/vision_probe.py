@@ -21,6 +21,16 @@ from vlm_pruner_eval.vlms.parts.layout import Layout, Part
 from vlm_pruner_eval.vlms.parts.towers import Entered, GridTower, Tower, projecting
 
 
+def vision_probe_for(tower: Tower | None, pruners: Sequence[Pruner]) -> VisionProbe | None:
+    """The probe that methods need, together; None if no one looks at the tower."""
+    looking = [pruner for pruner in pruners if looks_at_vision(pruner.needs)]
+    if tower is None or not looking:
+        return None
+    needs = frozenset().union(*(pruner.needs for pruner in looking))
+    layers = [layer for pruner in looking for layer in pruner.tower_layers()]
+    return VisionProbe(tower, needs, layers, next((pruner for pruner in looking if pruner.acts_in_tower), None))
+
+
 def looks_at_vision(needs: Iterable[str]) -> bool:
     """Tell if a method that reads these fields looks at the vision tower."""
     return bool(_vision_fields(needs))

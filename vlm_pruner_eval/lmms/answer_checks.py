@@ -77,7 +77,7 @@ def _check_record(record: SampleRecord, sample_id: str, n_visual: int, n_prompt:
     stages = pruner.stages(n_layers)
     if record.n_visual != n_visual:
         raise PruningError(f"{sample_id}: {record.n_visual} visual tokens were seen by the hook, but the prompt holds {n_visual}.")
-    if record.n_kept != record.n_asked and not (pruner.official_quirks and pruner.quirks_change_count):
+    if record.n_kept != record.n_asked and not pruner.decides_count():
         raise PruningError(f"{sample_id}: {record.n_kept} of {n_visual} visual tokens were kept, expected {record.n_asked}.")
     asked = pruner.keep_at(stages[-1], n_visual) if stages and n_visual else record.n_asked
     if abs(record.n_asked - asked) > _slack(record, pruner):
@@ -95,11 +95,11 @@ def _slack(record: SampleRecord, pruner: Pruner) -> float:
 
     Each scope's count is rounded by less than one token; release behaviour and a method's own rule know no such bound.
     """
-    if pruner.official_quirks:
+    if pruner.official_quirks or pruner.decides_count() or type(pruner).keep_at is not Pruner.keep_at:
         return math.inf
-    if record.n_images == 1:
-        return 0
-    return record.n_images if type(pruner).keep_at is Pruner.keep_at else math.inf
+    if pruner.scope == "per_view":  # newline tokens have no budget
+        return sum(views + tokens - rows * cols for tokens, rows, cols, views in record.layouts)
+    return 0 if record.n_images == 1 else record.n_images
 
 
 def no_op_sentence(answers: Sequence[Answer], pruner: Pruner, n_layers: int) -> str | None:

@@ -13,7 +13,6 @@ from transformers import BatchFeature, ProcessorMixin
 from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.hf_compat import TAKES_FRAME_RATES, set_pixel_bounds
 from vlm_pruner_eval.lmms.prompts import Prompt
-from vlm_pruner_eval.lmms.questions import question_alone
 from vlm_pruner_eval.lmms.settings import Settings
 from vlm_pruner_eval.lmms.videos import Video
 
@@ -49,7 +48,7 @@ class Prepared:
     @property
     def told(self) -> dict[str, list[str]]:
         """What methods are told of each prompt, as arguments of `prune`: its name, and what it asks."""
-        return {"sample_ids": self.sample_ids, "questions": [question_alone(prompt.asked) for prompt in self.prompts]}
+        return {"sample_ids": self.sample_ids, "questions": [prompt.asked for prompt in self.prompts]}
 
     def repeated(self, times: int) -> Prepared:
         """The same prompts again and again, as `repeated` has their tensors."""

@@ -328,10 +328,7 @@ class PrunedModel(Answering):
         if len(chosen) > 1:
             batch, inputs = batch.repeated(len(chosen)), repeated(inputs, len(chosen))
         check_prompt_lengths(batch, n_more, self.config)
-        with (
-            time_forwards(self.model.model) as times,
-            prune(self.model, chosen, **batch.told) as ledger,
-        ):
+        with time_forwards(self.model.model) as times, prune(self.model, chosen, **batch.told) as ledger:
             output = self.model.generate(**inputs, **options.kwargs, pad_token_id=self.tokenizer.pad_token_id)
         records = ledger.records
         check_records(records, batch, n_beams=options.n_beams, pruners=chosen, n_layers=self._n_layers)

@@ -31,6 +31,7 @@ class QuestionPruner(EmbeddingPruner):
     """
 
     joint_views: ClassVar[bool] = True
+    reads_whole_prompt: ClassVar[bool] = False  # by the text tower, cut behind one row; else the question without its closing sentence
 
     scope: str = "per_view"
     text_tower: str | None = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlm_pruner_eval.pruners.at_embeddings import EmbeddingPruner
-from vlm_pruner_eval.pruners.tower_scores import PROJECTED, descending
+from vlm_pruner_eval.pruners.tower_scores import descending
 from vlm_pruner_eval.types import Selection, VisualTokens
 
 ANCHOR_AND_NEIGHBOURS = 5
@@ -43,7 +43,7 @@ class HiPrune(EmbeddingPruner):
     scope: str = "per_view"
     alpha: float = 0.1
     object_layer: int = 8
-    deep_layer: int = PROJECTED
+    deep_layer: int = -2
 
     def problems(self) -> list[str]:
         """The base's, and the range of the share."""
@@ -60,7 +60,7 @@ class HiPrune(EmbeddingPruner):
         """Local indices [R]: anchors, their neighbours, and the rest, each by descending deep score."""
         shallow, deep = (tokens.vision.received_attention[layer] for layer in (self.object_layer, self.deep_layer))
         anchors = descending(shallow)[: round(keep * self.alpha / ANCHOR_AND_NEIGHBOURS)]
-        kind = kinds(anchors, len(deep), tokens.grid[1])
+        kind = kinds(anchors, len(deep), width_of(tokens.coords))
         ranked = descending(deep)
         order = ranked[kind[ranked].sort(stable=True).indices[:keep]]
         # those that the release chooses twice: its set is what comes first here, less one for each of them
@@ -73,11 +73,19 @@ class HiPrune(EmbeddingPruner):
         return Selection(kept, quirks=frozenset({"anchor_twice"} if int(n_again) else ()))
 
 
-def kinds(anchors: Tensor, n_visual: int, width: int) -> Tensor:
+def width_of(coords: Tensor) -> Tensor:
+    """Tokens [] in a row of a grid with coordinates [V, 3], which may have lost columns at its sides; newline tokens are not looked at."""
+    cols = coords[:, 2].round().long()
+    last = cols.amax()
+    return last + 1 - torch.where(cols < 0, last, cols).amin()
+
+
+def kinds(anchors: Tensor, n_visual: int, width: Tensor) -> Tensor:
     """Kinds [V] of the patches: 0 for anchors, 1 for their neighbours, 2 for the rest.
 
     Paper: arXiv 2508.00553, section 4 (anchor, buffer and register tokens).
     """
-    steps = torch.tensor([-1, 1, -width, width], device=anchors.device)
+    one = torch.ones_like(width)
+    steps = torch.stack([-one, one, -width, width])
     near = (anchors[:, None] + steps).clamp(0, n_visual - 1).flatten()
     return torch.full((n_visual,), 2, device=anchors.device).index_fill_(0, near, 1).index_fill_(0, anchors, 0)

@@ -74,9 +74,9 @@ class HoloV(EmbeddingPruner):
         # how many of each crop, and which
         attention = cls_row(tokens)[patches]
         crops = cut_into_crops(len(patches), self._n_crops(len(patches), n_chosen), there)
-        score = crop_scores(tokens.hidden_states[patches], attention, crops, self.alpha, single_as_released=self.official_quirks)
-        released, handed_on = quotas(score, crops, n_chosen)
-        count = released.minimum(crops.size) if self.official_quirks else handed_on
+        exact, as_released = crop_scores(tokens.hidden_states[patches], attention, crops, self.alpha)
+        released = given_once(*quotas(as_released, n_chosen), n_chosen)
+        count = released.minimum(crops.size) if self.official_quirks else handed_on(*quotas(exact, n_chosen), crops, n_chosen)
         order = torch.cat([patches[in_crop_order(attention, crops, count, n_chosen)], newlines])
         # rows in that order; in place of those that the release loses zeros
         n_rows, is_over = tokens.on_host(count.sum(), (released > crops.size).any())
@@ -125,8 +125,10 @@ def cut_into_crops(n_patches: int, count: int, device: torch.device) -> Crops:
     return Crops(torch.where(is_there, start[:, None] + lane, 0), is_there, size)
 
 
-def crop_scores(features: Tensor, attention: Tensor, crops: Crops, alpha: float, *, single_as_released: bool) -> Tensor:
+def crop_scores(features: Tensor, attention: Tensor, crops: Crops, alpha: float) -> tuple[Tensor, Tensor]:
     """Scores [P] of the crops: means of 1000 times the attention and of the scaled variance of cosines.
+
+    The second answer is the release's, in which a crop of one patch scores its attention, and not 1000 times that and its variance.
 
     Parameters
     ----------
@@ -134,8 +136,6 @@ def crop_scores(features: Tensor, attention: Tensor, crops: Crops, alpha: float,
         Embeddings after the projector.
     attention : Tensor [n]
         Of the CLS token.
-    single_as_released
-        A crop of one patch scores its attention, and not 1000 times that and its share of variance.
 
     Paper: arXiv 2510.02912, section 3 (holistic scores), as released: the zero diagonal counts as a cosine.
     """
@@ -152,28 +152,32 @@ def crop_scores(features: Tensor, attention: Tensor, crops: Crops, alpha: float,
     level = attended.sum(1) / crops.size
     scale = level / (variance.sum(1) / crops.size + FLOOR)
     scores = (attended + alpha * variance * scale[:, None]).sum(1) / crops.size
-    single = level / ATTENTION_SCALE if single_as_released else level * (1 + alpha)
-    return torch.where(crops.size == 1, single, scores)
+    is_single = crops.size == 1
+    return torch.where(is_single, level * (1 + alpha), scores), torch.where(is_single, level / ATTENTION_SCALE, scores)
 
 
-def quotas(score: Tensor, crops: Crops, keep: int) -> tuple[Tensor, Tensor]:
-    """Share `keep` patches out among the crops by their scores [P]: [P] int64 as released, and [P] with no more than each holds.
-
-    A crop's share is rounded down, and what is left goes one each to the largest shares; in the second answer to those that have
-    patches left, round after round, so that its sum is `keep`.
+def quotas(score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Shares of `keep` patches that the crops have by their scores [P], rounded down: [P] int64, and ranks [P] by share.
 
     Paper: arXiv 2510.02912, section 3 (adaptive allocation).
     """
     share = score / (score.sum() + FLOOR)
-    quota = (share * keep).floor().long()
-    rank = descending(share).argsort()
-    released = quota + (rank < keep - quota.sum())
-    # every patch of a crop in the order in which its crop is given one: within the quota, then round by round
-    lane = torch.arange(crops.patch.shape[1], device=score.device)
-    turn = torch.where(lane < quota[:, None], -1, (lane - quota[:, None]) * len(score) + rank[:, None])
-    turn = turn.masked_fill(~crops.is_there, crops.patch.numel() + len(score))
+    return (share * keep).floor().long(), descending(share).argsort()
+
+
+def given_once(quota: Tensor, rank: Tensor, keep: int) -> Tensor:
+    """Counts [P] as released: what the quotas leave goes one each to the largest shares, even of crops that have no more patches."""
+    return quota + (rank < keep - quota.sum())
+
+
+def handed_on(quota: Tensor, rank: Tensor, crops: Crops, keep: int) -> Tensor:
+    """Counts [P] that sum to `keep`: what the quotas leave goes to the largest shares of crops that have patches left, round by round."""
+    lane = torch.arange(crops.patch.shape[1], device=quota.device)
+    # the turn of every patch: within its crop's quota, then by the round and the crop's rank
+    turn = torch.where(lane < quota[:, None], -1, (lane - quota[:, None]) * len(quota) + rank[:, None])
+    turn = turn.masked_fill(~crops.is_there, crops.patch.numel() + len(quota))
     crop = turn.flatten().sort(stable=True).indices[:keep] // crops.patch.shape[1]
-    return released, torch.zeros_like(quota).scatter_add_(0, crop, torch.ones_like(crop))
+    return torch.zeros_like(quota).scatter_add_(0, crop, torch.ones_like(crop))
 
 
 def in_crop_order(attention: Tensor, crops: Crops, count: Tensor, keep: int) -> Tensor:

@@ -108,7 +108,7 @@ class MustDrop(StagedPruner):
 
     def choose(self, tokens: VisualTokens, keep: int) -> Selection:
         """Every token that is in the key set or attended to enough, ascending."""
-        if keep >= tokens.n_visual:
+        if self._nominal() == PUBLISHED_TOKENS:
             return Selection(torch.arange(tokens.n_visual, device=tokens.ids.device))
         if tokens.stage == 0 and tokens.vision.groups is not None:
             return self._one_of_each(tokens)

@@ -15,6 +15,7 @@ from vlm_pruner_eval.redact import short
 from vlm_pruner_eval.types import Selection, Stage, VisualTokens
 
 DEPTHS = (Fraction(1, 4), Fraction(1, 2), Fraction(3, 4))
+EARLY = Fraction(1, 16)  # of the first cut where the published one is too late for the rate: layer 2 of 32
 PUBLISHED = (Fraction(1, 2), Fraction(1, 4), Fraction(1, 8))
 _HALVINGS = 60  # of an interval of length 1, down to the last bit of a float
 
@@ -30,11 +31,12 @@ class PDrop(StagedPruner):
     Parameters
     ----------
     schedule
-        "budget": the ratio follows from `pruning_rate` and `budget`; "published": 1/2, 1/4 and 1/8 of the tokens, whatever the rate is
+        "budget": a schedule of our own, as its authors published none for a rate; the ratio follows from `pruning_rate` and `budget`; "published": 1/2, 1/4 and 1/8 of the tokens, whatever the rate is
         (about 270 of 576 on average; the only setting that its authors have published).
     budget
-        Of schedule="budget". "layer_average" (default): ``1 - pruning_rate`` of the tokens on average over all layers, which takes a
-        rate below 3/4, as the first quarter of the layers sees every token; "kept": that share is left behind the last stage.
+        Of schedule="budget". "layer_average" (default): ``1 - pruning_rate`` of the tokens on average over all layers; from a rate of
+        3/4 on, which the first quarter of the layers would use up, the first cut is at 1/16 of the depth. "kept": that share is left
+        behind the last stage.
 
     Paper: arXiv 2410.17247 (CVPR 2025), section 3.2: rank by the last instruction token at the end of each stage.
     """
@@ -62,6 +64,8 @@ class PDrop(StagedPruner):
             An average over layers that the rate asks for and no ratio gives.
         """
         layers = scaled_layers(DEPTHS, n_layers)
+        if self._is_early(layers[0], n_layers):
+            layers = scaled_layers((EARLY, *DEPTHS[1:]), n_layers)
         shares: Sequence[Fraction | float] = PUBLISHED[-len(layers) :]
         if self.schedule == "budget":
             shares = self._shares(layers, n_layers)
@@ -79,6 +83,10 @@ class PDrop(StagedPruner):
         last = PUBLISHED[min(tokens.stage, len(PUBLISHED) - 1)]
         none_left = self.schedule == "published" and int(tokens.n_original * last) == 0
         return Selection(order, quirks=frozenset({"none_left"} if none_left else ()))
+
+    def _is_early(self, first: int, n_layers: int) -> bool:
+        share = 1 - parse_rate(self.pruning_rate)
+        return self.schedule == "budget" and self.budget == "layer_average" and share * n_layers <= first
 
     def _shares(self, layers: Sequence[int], n_layers: int) -> list[Fraction | float]:
         share = 1 - parse_rate(self.pruning_rate)

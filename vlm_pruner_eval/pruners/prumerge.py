@@ -178,10 +178,11 @@ def on_grid(top: Tensor, cells: range, n_visual: int) -> tuple[Tensor, Tensor]:
 
 def half_spread(ranked: Tensor, count: int) -> Tensor:
     """Choose `count` patches of all [V] by descending attention: the first of them, and as many, or one less, evenly among the rest."""
-    n_top = count - count // 2
-    rest = left_over(ranked[:n_top], len(ranked))
-    middle = torch.arange(1, 2 * (count // 2), 2, device=ranked.device) * len(rest) // max(1, 2 * (count // 2))
-    return torch.cat([ranked[:n_top], rest[middle]])
+    n_spread = count // 2
+    top = ranked[: count - n_spread]
+    rest = left_over(top, len(ranked))
+    middle = (2 * torch.arange(n_spread, device=ranked.device) + 1) * len(rest) // max(1, 2 * n_spread)
+    return torch.cat([top, rest[middle]])
 
 
 def no_rows(tokens: VisualTokens) -> Selection:

@@ -15,7 +15,7 @@ from vlm_pruner_eval.pruners.blocks import row_blocks
 from vlm_pruner_eval.pruners.tower_scores import PROJECTED
 from vlm_pruner_eval.types import VisualTokens
 
-_LOOK_AT = 16  # candidates that are looked at together on a CPU
+_LOOK_AT = 32  # candidates that are looked at together on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,22 +83,20 @@ class Growth:
 
     def of_all(self) -> Tensor:
         """Growth [V] by each token."""
-        return torch.cat([self._weighted(block, part) for block, part in zip(*self._blocks(), strict=True)])
+        blocks = row_blocks(self.similarity)
+        weights = self.weight.split([len(block) for block in blocks])
+        return torch.cat([self._weighted(block - self.cover, part) for block, part in zip(blocks, weights, strict=True)])
 
     def of(self, some: Tensor) -> Tensor:
         """Growth [n] by the tokens `some` [n]."""
-        return self._weighted(self.similarity.index_select(0, some), self.weight[some])
+        return self._weighted(self.similarity.index_select(0, some).sub_(self.cover), self.weight[some])
 
     def choose(self, token: Tensor) -> None:
         """Cover what the token [1] covers."""
         self.cover = torch.maximum(self.cover, self.similarity.index_select(0, token)[0])
 
-    def _blocks(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        blocks = row_blocks(self.similarity)
-        return blocks, self.weight.split([len(block) for block in blocks])
-
-    def _weighted(self, rows: Tensor, weight: Tensor) -> Tensor:
-        growth = (rows - self.cover).clamp_(min=0).sum(1)
+    def _weighted(self, above: Tensor, weight: Tensor) -> Tensor:
+        growth = above.clamp_(min=0).sum(1)
         return growth + weight if self.added else growth * weight
 
 

@@ -38,6 +38,7 @@ class Trim(QuestionPruner):
     name: ClassVar[str] = "trim"
     needs: ClassVar[frozenset[str]] = frozenset({"question.clip", "vision.states"})
     checks_late: ClassVar[bool] = True
+    reads_whole_prompt: ClassVar[bool] = True
 
     adaptive: bool = False
 

@@ -8,10 +8,10 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from vlm_pruner_eval.pruners.at_embeddings import EmbeddingPruner
 from vlm_pruner_eval.pruners.base import unit_rows
+from vlm_pruner_eval.pruners.token_groups import group_sums
 from vlm_pruner_eval.pruners.tower_scores import PROJECTED, descending, images_of, left_over
 from vlm_pruner_eval.types import Selection, VisionTokens, VisualTokens
 
@@ -39,7 +39,7 @@ class VisionZip(EmbeddingPruner):
     joint_views: ClassVar[bool] = True
 
     scope: str = "per_view"
-    contextual_share: float = 5 / 32
+    contextual_share: float = 0.15625
 
     def problems(self) -> list[str]:
         """The base's, and the range of the share."""
@@ -118,7 +118,7 @@ def zipped_view(tokens: VisualTokens, keep: int, n_contextual: int) -> ZippedVie
     step = max(1, len(others) // max(1, n_contextual))
     is_target = torch.zeros(len(others), dtype=torch.bool)
     is_target[: step * n_contextual : step] = True
-    by_kind = (~is_target).sort(stable=True, descending=False).indices.to(others.device, non_blocking=True)
+    by_kind = (~is_target).sort(stable=True).indices.to(others.device, non_blocking=True)
     targets, members = others[by_kind].split([n_contextual, len(others) - n_contextual])
     # the rows, of which only the new ones go through the projector
     merged = contextual_states(vision, targets, members)
@@ -137,9 +137,8 @@ def contextual_states(vision: VisionTokens, targets: Tensor, members: Tensor) ->
         return vision.states[:0]
     metric = unit_rows(vision.keys[PROJECTED].mean(1))
     joined = (metric[members] @ metric[targets].T).argmax(1)
-    belongs = one_hot(joined, len(targets)).to(vision.states.dtype)
-    count = belongs.sum(0).clamp(min=1)
-    return vision.states[targets] + (belongs.T @ vision.states[members]) / count[:, None]
+    sums, sizes = group_sums(vision.states[members], joined, len(targets))
+    return vision.states[targets] + sums / sizes.clamp(min=1)
 
 
 def tiles_in_order(views: Sequence[ZippedView], positions: Sequence[Tensor]) -> list[Selection]:
