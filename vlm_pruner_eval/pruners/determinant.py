@@ -36,8 +36,18 @@ class Cosines:
 
 
 def cosines_of(features: Tensor) -> Cosines:
-    """Products of the rows [V, D] of `features` on the CPU, worked out when they are read."""
-    return Cosines(lambda tokens: features.index_select(0, tokens) @ features.T, _ones(features.square().sum(1)))
+    """Products of the rows [V, D] of `features` on the CPU; a row of them is worked out when it is first read."""
+    n_tokens = len(features)
+    found = features.new_empty(n_tokens, n_tokens)
+    is_known = torch.zeros(n_tokens, dtype=torch.bool)
+
+    def rows(tokens: Tensor) -> Tensor:
+        new = tokens[~is_known[tokens]]
+        found[new] = features.index_select(0, new) @ features.T
+        is_known[new] = True
+        return found.index_select(0, tokens)
+
+    return Cosines(rows, _ones(features.norm(dim=1).square()))
 
 
 def cosines_in(similarity: Tensor) -> Cosines:
