@@ -85,7 +85,7 @@ ALLOWED = {
     "method_table": {"pruners"},
     "store": {"store", "durable", "errors", "ledger", "redact"},
     "sweep": {"sweep", "store", "lmms", "embedded", "budget", "cost", "durable", "exit_codes", "errors", "ledger", "pruners"}
-    | {"selftest", "redact", "timing", "versions", "vlms", ""},
+    | {"method_table", "selftest", "redact", "timing", "versions", "vlms", ""},
     "speed": {
         "speed",
         "stdout",
