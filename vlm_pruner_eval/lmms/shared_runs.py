@@ -46,6 +46,7 @@ class Configuration:
 
 
 Group = list[tuple[str, "_Run"]]
+HALF_BELOW = 4  # bytes of a number: in fewer, sums of another batch size may answer otherwise
 
 
 @dataclass
@@ -87,11 +88,18 @@ class SharedRuns:
     rows
         Most rows of a batch that several runs read in one call of `generate`: their number times that of the prompts. Where the memory
         does not suffice, it is halved. 1: each run makes its own calls.
+
+    Attributes
+    ----------
+    flips
+        In half precision, of each run that was rows of a batch with others: answers of its first batch (`n`), and how many are
+        `different` from those that it gives alone.
     """
 
     def __init__(self, model: PrunedModel, configurations: Mapping[str, Configuration], logs: Mapping[str, AnswerLog], rows: int = 64):
         self.model, self.configurations, self.logs, self.rows = model, dict(configurations), logs, rows
         self._pruners = {key: build_pruner(c.method, c.pruning_rate, c.params) for key, c in self.configurations.items()}
+        self.flips: dict[str, dict[str, int]] = {}
         self._computed: tuple[int, BatchSize] | None = None
         self._runs: dict[str, _Run] = {}
 
@@ -196,12 +204,17 @@ class SharedRuns:
             while waiting:
                 group = waiting.popleft()
                 try:
-                    found |= self._answered(group, inputs, options, prefix.reading(depths[group[0][0]], repeats=len(group)))
+                    depth = depths[group[0][0]]
+                    found |= self._answered(group, inputs, options, prefix.reading(depth, repeats=len(group)))
                 except Exception as error:  # as above
                     if len(group) > 1:
                         waiting.extendleft(self._parts(group, error))
                     else:
                         _warn(self.model.failures, batch, group[0][0], error)
+                    continue
+                if len(group) > 1 and self.model.dtype.itemsize < HALF_BELOW:
+                    for item in group:
+                        self._count_flips(item, inputs, options, prefix.reading(depth), found[item[0]])
         return found
 
     def _groups(self, runs: Sequence[tuple[str, _Run]], layers: int, n_prompts: int) -> list[Group]:
@@ -222,6 +235,17 @@ class SharedRuns:
             answers = self.model.answer(inputs, options, [run.pruner for _, run in group])
         n = len(inputs.prompts)
         return {key: answers[i * n : (i + 1) * n] for i, (key, _) in enumerate(group)}
+
+    def _count_flips(
+        self, item: tuple[str, _Run], inputs: Prepared, options: Generation, reading: AbstractContextManager[None], found: list[Answer]
+    ) -> None:
+        """Compare a run's first answers as rows of a batch of several with its answers alone: in half precision some may differ."""
+        key = item[0]
+        if key in self.flips:
+            return
+        alone = self._answered([item], inputs, options, reading)[key]
+        different = sum(one.answer != other.answer for one, other in zip(alone, found, strict=True))
+        self.flips[key] = {"n": len(found), "different": different}
 
     def _parts(self, group: Group, error: Exception) -> list[Group]:
         """A group that failed, in smaller ones: halves if the memory did not suffice, else each run by itself."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlm_pruner_eval.report.load import Results, RunResult
-from vlm_pruner_eval.store.schema import FAILED, FINISHED
+from vlm_pruner_eval.store.schema import FAILED, FINISHED, Flips
 from vlm_pruner_eval.store.summaries import Score, Spread, Tokens
 from vlm_pruner_eval.sweep.grid import RATELESS, UNPRUNED, rate_percent
 from vlm_pruner_eval.sweep.metrics.score_line import relative_average
@@ -103,6 +103,8 @@ class Row:
         None without a finished run.
     adapted
         How the method is adapted to the model; None if it is as published.
+    flips
+        Of a run whose answers were rows of a batch of several methods, in half precision: how many of some differ from those alone.
     """
 
     label: str
@@ -122,6 +124,7 @@ class Row:
     iso_layer: int | None = None
     costs: Costs | None = None
     adapted: str | None = None
+    flips: Flips | None = None
 
     @property
     def key(self) -> Key:
@@ -205,6 +208,7 @@ def _row(runs: list[RunResult], tasks: list[str], unpruned: list[RunResult]) -> 
         iso_layer=first.iso_layer,
         costs=_costs(finished, unpruned) if finished else None,
         adapted=records[0].adapted if records else None,
+        flips=records[0].flips if records else None,
     )
 
 

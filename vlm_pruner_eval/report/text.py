@@ -129,6 +129,11 @@ def _counted(counts: dict[str, int], of: int) -> str:
     return ", ".join(f"{name} {count} of {of}" for name, count in counts.items())
 
 
+def flips(row: Row) -> str:
+    """Answers that differ between a batch of several methods and this one alone; nothing where none were compared."""
+    return NOTHING if row.flips is None else f"{row.flips.different} of {row.flips.n}"
+
+
 def adaptations(rows: Sequence[Row]) -> list[str]:
     """Return a sentence for every way in which methods are adapted to the model, with their labels."""
     labels: dict[str, dict[str, None]] = {}

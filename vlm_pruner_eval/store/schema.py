@@ -52,6 +52,13 @@ SweepSettings = Annotated[dict[str, Any], AfterValidator(_sweep_settings)]
 
 
 # ---- files
+class Flips(Model):
+    """Answers that were computed in two ways, and how many of them differ."""
+
+    n: int
+    different: int
+
+
 class UnitRecord(Model):
     """record.json: one benchmark of one run, complete.
 
@@ -71,6 +78,9 @@ class UnitRecord(Model):
         SHA-256 over the kept sets of all documents.
     adapted
         How the method is adapted to the model, with stand-ins for what it was published with; None if it is as published.
+    flips
+        In half precision, if several methods were rows of one batch: answers of the first batch that differ from those of this method
+        alone.
     """
 
     schema_: Literal[3] = Field(default=SCHEMA, alias="schema")
@@ -91,6 +101,7 @@ class UnitRecord(Model):
     exhausted: list[int] = Field(default_factory=list)
     kept_digest: str | None = None
     adapted: str | None = None
+    flips: Flips | None = None
     n_answers: int = 0
     failures: list[Failure] = Field(default_factory=list)
     provenance: Provenance
@@ -223,6 +234,12 @@ class RunRecord(Model):
     def adapted(self) -> str | None:
         """How the method is adapted to the model."""
         return next((unit.adapted for unit in self.units.values() if unit.adapted), None)
+
+    @property
+    def flips(self) -> Flips | None:
+        """Of all units; None if nothing was compared."""
+        found = [unit.flips for unit in self.units.values() if unit.flips is not None]
+        return Flips(n=sum(one.n for one in found), different=sum(one.different for one in found)) if found else None
 
     @property
     def n_answers(self) -> int:

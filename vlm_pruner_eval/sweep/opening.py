@@ -82,7 +82,7 @@ def sharing(session: Session, units: Sequence[WorkUnit]) -> Iterator[Session]:
         logs = {name: stack.enter_context(session.log(unit)) for name, unit in by_run.items()}
         rows = session.config.rows_together(session.model.device.type)
         shared = SharedRuns(session.model, chosen, logs, rows)
-        yield replace(session, sources={name: shared.source(name) for name in by_run})
+        yield replace(session, sources={name: shared.source(name) for name in by_run}, shared=shared)
 
 
 def check_tasks(config: SweepConfig, task_manager: Any = None) -> Any:

@@ -57,6 +57,7 @@ class Session:
     checkpoint: Mapping[str, Any]
     context: RunContext
     sources: Mapping[str, Any] | None = None
+    shared: Any = None
     command: str | None = None
     is_one_of_many: bool = False
     finished: list[str] = field(default_factory=list)
@@ -153,6 +154,7 @@ class Session:
             exhausted=list(size.exhausted),
             kept_digest=records.kept_digest(answers),
             adapted=described.get("adapted"),
+            flips=None if self.shared is None else self.shared.flips.get(unit.run.run_id),
             n_answers=len(answers),
             failures=records.failures(answers),
             provenance=provenance.collect(described, self.checkpoint, started, self.command),
