@@ -111,12 +111,11 @@ PAPER_MODELS = {
 
 @dataclass(frozen=True)
 class Number:
-    """A printed number, where it was read, and the metric that it is called there."""
+    """A printed number and where it was read."""
 
     value: float
     table: str
     read_from: str
-    metric: str = ""
 
 
 @dataclass(frozen=True)
@@ -242,14 +241,13 @@ def _numbers(file: Path, paper: str) -> Iterator[tuple[Key, Number]]:
         # a number without a rate (table 7, or matched by FLOPs) can't be held against a row at a rate
         if not row["paper"].startswith(paper) or not percent:
             continue
-        metric = row.get("metric") or ""
         named = {
             "method": _SAME_METHOD.get(row["method"], row["method"]),
-            "benchmark": _OTHER_SCORE.get((row["benchmark"], metric), row["benchmark"]),
+            "benchmark": _OTHER_SCORE.get((row["benchmark"], row.get("metric")), row["benchmark"]),
             "pruning_rate_percent": percent,
         }
         try:
-            yield _key(row | named), Number(float(row["value"]), row["table"], row["read_from"], metric)
+            yield _key(row | named), Number(float(row["value"]), row["table"], row["read_from"])
         except ValueError as error:
             raise ConfigError(f"{file}: can't be read as a table of printed numbers ({error}); mend the file.") from error
 

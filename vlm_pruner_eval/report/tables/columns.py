@@ -251,7 +251,6 @@ PRINTED = (
     Column("paper", "key"),
     Column("printed", "number.value", show=lambda value, item: Entry(f"{value:g}"), across=True),
     Column("differ_by", "of.spread", "differ by", lambda spread, item: Entry(f"{spread:g}")),
-    Column("metric", "number.metric"),
     Column("table", "number.table"),
     Column("read_from", "number.read_from"),
 )

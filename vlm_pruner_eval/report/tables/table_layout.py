@@ -127,8 +127,8 @@ def printed_differently(paper: PaperTable) -> Table | None:
         return None
     named = {name: known for name, known in PAPERS.items() if any(name in item.numbers for item in paper.disagreements)}
     legend = (
-        "Two printed numbers differ if neither reproduces the other: by more than 0.5 % of the benchmark's full score. Say which paper a "
-        "baseline's number is from. What a count of tokens means:",
+        "Two printed numbers differ if neither reproduces the other: by more than 0.5 % of the benchmark's full score. The prompt may be "
+        "another one, or a count of tokens means something else, so say from which paper a baseline's number is. Their counts:",
         *(f"{known.name}: {known.tokens}" for known in named.values()),
     )
     heads = {name: known.name for name, known in named.items()}
