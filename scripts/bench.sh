@@ -5,16 +5,17 @@
 # Installs what it needs into .venv; with BENCH_PYTHON=/path/to/python that interpreter is used as it is. What lmms-eval is needed for is
 # left out where it is not installed. Takes three quarters of an hour on a CPU.
 # Usage: bash scripts/bench.sh [FOLDER [PART ...]]
-#        FOLDER: for the JSON files, default output/bench      PART: selection, prefill, profile, grid, shared; default all
+#        FOLDER: for the JSON files, default output/bench      PART: selection, prefill, profile, grid, answering, shared; default all
+#        answering, on a GPU, writes a checkpoint of 14 GB with random weights into output/ once
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 folder="${1:-output/bench}"
 parts=" ${*:2} "
-if [ "$parts" = "  " ]; then parts=" selection prefill profile grid shared "; fi
+if [ "$parts" = "  " ]; then parts=" selection prefill profile grid answering shared "; fi
 for part in $parts; do
   case "$part" in
-    selection|prefill|profile|grid|shared) ;;
-    *) echo "Got the part $part, expected selection, prefill, profile, grid or shared." >&2; exit 2 ;;
+    selection|prefill|profile|grid|answering|shared) ;;
+    *) echo "Got the part $part, expected selection, prefill, profile, grid, answering or shared." >&2; exit 2 ;;
   esac
 done
 python="${BENCH_PYTHON:-}"
@@ -47,6 +48,7 @@ if [ "$device" = cpu ] && has 'import psutil; assert psutil.virtual_memory().ava
   measure profile_llava-1.5-7b_cpu profile --geometry llava-1.5-7b --dtype bfloat16 --threads "$(nproc)" --repeats 1 --new-tokens 4
 fi
 if has 'import lmms_eval'; then
+  measure "answering_${geometries[0]}_$device" answering --geometry "${geometries[0]}" --limit 96
   measure "shared_prefix_$device" shared --limit 20 --rounds 3
 fi
 echo "The measurements are in $folder." >&2

@@ -11,7 +11,7 @@ from vlm_pruner_eval.kernels import bss_kernel, coverage_kernel, determinant_ker
 TYPES = {"distance": "*fp32", "similarity": "*fp32", "coords": "*fp32", "running": "*fp32", "rules": "*fp64", "found": "*fp64"}
 TYPES |= {"first": "*i64", "counts": "*i64", "order": "*i64", "ranked": "*i32", "repeats": "*i32"}
 TYPES |= {"relevance": "*fp32", "weight": "*fp32", "cover": "*fp32", "share": "*fp64", "factor": "*fp64", "clear": "*i64", "idle": "*i32"}
-SIZES = {"LANES": 64, "BLOCK": 16, "ROWS": 8, "STOP": False, "ADDED": False}
+SIZES = {"LANES": 64, "BLOCK": 16, "ROWS": 8, "STOP": False, "ADDED": False, "ROUNDING": 1e-5}
 KERNELS = (bss_kernel._grow, max_min_kernel._max_min, determinant_kernel._determinant, coverage_kernel._coverage)
 
 

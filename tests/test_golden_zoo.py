@@ -53,7 +53,7 @@ def compare(name: str, got: np.ndarray, arrays: Arrays, meta: dict[str, Any]) ->
 def assert_states(name: str, got: np.ndarray, released: np.ndarray, *, loose: bool) -> None:
     tolerance = 1e-2 if loose else 2e-3 if released.dtype == np.float16 else 1e-4
     distance = np.abs(got.astype(np.float64) - released.astype(np.float64))
-    assert distance.max(initial=0) < tolerance * np.abs(released).max(initial=0) or (not released.any() and not got.any()), name
+    assert distance.max(initial=0) <= tolerance * np.abs(released).max(initial=0), name
 
 
 def assert_twins(name: str, got: np.ndarray, arrays: Arrays, meta: dict[str, Any]) -> None:

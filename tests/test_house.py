@@ -47,7 +47,19 @@ ALLOWED = {
     "prefill": {"batch_rows", "cut", "device_copy", "errors", "ledger", "probe", "pruners", "refusals", "row_view", "timing", "types"}
     | {"vision_probe", "vlms"},
     "layer_arguments": {"cut"},
-    "hook": {"cut", "eager", "encoding", "layer_arguments", "errors", "guard", "hf_compat", "device_copy", "installed", "ledger"}
+    "hook": {
+        "clip_text",
+        "cut",
+        "eager",
+        "encoding",
+        "layer_arguments",
+        "errors",
+        "guard",
+        "hf_compat",
+        "device_copy",
+        "installed",
+        "ledger",
+    }
     | {"prefill", "probe", "pruners", "refusals", "unwrap", "vision_probe", "vlms"},
     "prefix": {"cut", "encoding", "errors", "hf_compat", "installed", "probe", "pruners", "vision_probe", "vlms"},
     "embedded": {"embedded", "errors", "versions"},
@@ -67,12 +79,13 @@ ALLOWED = {
         "store",
         "timing",
         "types",
+        "vision_probe",
     }
     | {"hf_compat", "versions", "vlms", ""},
     "method_table": {"pruners"},
     "store": {"store", "durable", "errors", "ledger", "redact"},
     "sweep": {"sweep", "store", "lmms", "embedded", "budget", "cost", "durable", "exit_codes", "errors", "ledger", "pruners"}
-    | {"selftest", "redact", "timing", "versions", ""},
+    | {"method_table", "selftest", "redact", "timing", "versions", "vlms", ""},
     "speed": {
         "speed",
         "stdout",

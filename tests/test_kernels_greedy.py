@@ -16,7 +16,7 @@ from torch import Tensor
 from vlm_pruner_eval import PruningError, VisualTokens, get_pruner, kernels
 from vlm_pruner_eval.pruners import padding
 from vlm_pruner_eval.pruners.base import unit_rows
-from vlm_pruner_eval.pruners.determinant import NOISE, by_steps, cosines_in
+from vlm_pruner_eval.pruners.determinant import NOISE, ROUNDING, by_steps, cosines_in
 from vlm_pruner_eval.pruners.padding import padded
 from vlm_pruner_eval.speed.bench_selection import image_tokens
 from vlm_pruner_eval.types import QuestionTokens
@@ -55,7 +55,7 @@ def determinants(images: list[Weighted]) -> list[tuple[list[int], int]]:
     from vlm_pruner_eval.kernels.determinant_kernel import largest_determinant
 
     similarity, relevance, counts, most = batch(images)
-    order, clear = largest_determinant(similarity, relevance, counts, NOISE, most)
+    order, clear = largest_determinant(similarity, relevance, counts, NOISE, most, rounding=ROUNDING)
     return [(chosen[: one.keep].tolist(), int(n)) for one, chosen, n in zip(images, order, clear, strict=True)]
 
 

@@ -26,6 +26,7 @@ from vlm_pruner_eval.sweep.grid import expand
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "vlm_pruner_eval/pruners/README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
@@ -98,6 +99,7 @@ def test_the_worked_example_prunes(tiny_model, my_methods):
 def test_every_method_is_in_the_table_of_methods():
     for name in list_pruners():
         assert f"`{name}`" in README, f"README's table of methods lacks {name}"
+        assert f"`{name}`" in PAGE, f"the page of the methods lacks {name}"
 
 
 def test_the_tree_names_every_folder_and_nothing_that_is_not_there():
@@ -115,9 +117,10 @@ def test_the_tree_names_every_folder_and_nothing_that_is_not_there():
 
 
 def test_the_table_of_fields_is_that_of_the_class() -> None:
-    rows = re.findall(r"^\| (`\w+`(?:; `\w+`)*) \| .* \| (yes|no) \|$", README, flags=re.MULTILINE)
+    rows = re.findall(r"^\| (`\w+`(?:; `\w+`)*) \| .* \| (yes|no) \|$", PAGE, flags=re.MULTILINE)
     named = {name: needed == "yes" for names, needed in rows for name in re.findall(r"`(\w+)`", names)}
+    parts = set(re.findall(r"^\| `((?:vision|question)\.\w+)` \|", PAGE, flags=re.MULTILINE))
     fields = {field.name for field in dataclasses.fields(VisualTokens)} - {"_", "on_host"}
     assert set(named) == fields
-    assert {name for name, needed in named.items() if needed} == OPTIONAL_FIELDS
-    assert {name for name, needed in named.items() if not needed} == set(ALWAYS_THERE)
+    assert {name for name, needed in named.items() if needed} | parts == OPTIONAL_FIELDS
+    assert {name for name, needed in named.items() if not needed} == {*ALWAYS_THERE, "vision", "question"}

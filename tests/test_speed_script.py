@@ -47,7 +47,7 @@ def test_without_a_gpu(tmp_path: Path) -> None:
     assert names(commands) == [
         "selection_cpu",
         *("prefill_mini_cpu", "profile_mini_cpu", "prefill_100m_cpu", "profile_100m_cpu", "grid_mini_cpu", "profile_llava-1.5-7b_cpu"),
-        "shared_prefix_cpu",
+        *("answering_mini_cpu", "shared_prefix_cpu"),
     ]
 
 

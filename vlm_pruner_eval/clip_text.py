@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm_pruner_eval.errors import ConfigError, PruningError
 from vlm_pruner_eval.redact import short
@@ -80,6 +81,28 @@ def embedded(states: Tensor, question: str, path: str, *, whole: bool) -> Questi
     tower = _tower_at(path, states.device)
     text = tower.encode(blanked(question), truncated=True) if whole else tower.encode(question_only(question))
     return QuestionTokens(clip_image=tower.project(states), clip_text=text)
+
+
+def load_towers(pruners: Sequence[Any], core: nn.Module) -> None:
+    """Load the text towers that methods name, which are kept, so that what is wrong with one is said before anything is answered.
+
+    Raises
+    ------
+    ConfigError
+        A checkpoint that can't be loaded, or that belongs to another vision tower.
+    """
+    for path in {pruner.text_tower for pruner in pruners if "question.clip" in pruner.needs}:
+        tower = _tower_at(path, next(core.parameters()).device)
+        width = core.config.vision_config.hidden_size
+        if tower.width != width:
+            raise ConfigError(_other_width(path, width, tower.width))
+
+
+def _other_width(path: str, got: int, expected: int) -> str:
+    return (
+        f"text_tower={short(path)}: the model's vision tower has {got} channels, but this CLIP checkpoint's has {expected}; name the "
+        "checkpoint that the vision tower comes from, or pass text_tower=llm."
+    )
 
 
 @functools.lru_cache(maxsize=2)
@@ -156,10 +179,7 @@ class TextTower:
             States of another width.
         """
         if states.shape[-1] != self.width:
-            raise PruningError(
-                f"text_tower={short(self.path)}: the model's vision tower has {states.shape[-1]} channels, but this CLIP checkpoint's has "
-                f"{self.width}; name the checkpoint that the vision tower comes from, or pass text_tower=llm."
-            )
+            raise PruningError(_other_width(self.path, states.shape[-1], self.width))
         weight = self._visual_projection.weight
         embeddings: Tensor = self._visual_projection(self._norm(states.to(weight.device, weight.dtype)))
         return embeddings

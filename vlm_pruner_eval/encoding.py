@@ -17,6 +17,11 @@ REPEATED = "_vlm_pruner_eval_repeated"  # while prompts are read several times, 
 class Encoding:
     """Images and videos of the present batch.
 
+    Parameters
+    ----------
+    check
+        Called before each call of the tower; raises if the forward is not to go on.
+
     Attributes
     ----------
     layouts
@@ -25,14 +30,15 @@ class Encoding:
         By kind, as the tower was given them, where this version of transformers repeats images wrongly.
     """
 
-    def __init__(self, family: Family, core: nn.Module, vision: VisionProbe | None):
-        self._family, self._core, self._vision = family, core, vision
+    def __init__(self, family: Family, core: nn.Module, vision: VisionProbe | None, *, check: Callable[[], None]):
+        self._family, self._core, self._vision, self._check = family, core, vision, check
         self._is_running = False
         self.layouts: dict[str, list[Layout]] = {}
         self.pixels: dict[str, object] = {}
 
     def run(self, kind: str, original: Callable, *args: object, **kwargs: object) -> object:
         """Encode as the model does, and note what was encoded."""
+        self._check()
         if self._is_running:  # Qwen3-VL's get_video_features calls get_image_features, which has seen the images already
             return original(*args, **kwargs)
         # what is encoded

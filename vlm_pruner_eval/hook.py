@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vlm_pruner_eval import hf_compat
+from vlm_pruner_eval.clip_text import load_towers
 from vlm_pruner_eval.cut import Context, CutState, recall, remember
 from vlm_pruner_eval.device_copy import to_host
 from vlm_pruner_eval.eager import EagerExecution
@@ -103,7 +104,6 @@ class PruningHook(NotCopied):
         pruners = list(pruner) if isinstance(pruner, (list, tuple)) else [pruner]
         for one in pruners:
             refuse_no_pruner(one)
-        refuse_no_questions(pruners, questions)
         self.outer = model
         self.head = unwrapped(model)
         self.family = family_of(self.head)
@@ -114,6 +114,7 @@ class PruningHook(NotCopied):
         self.tower = self.family.tower(self.core)
         if problems := problems_of(self.methods, self.text, mrope=self.family.mrope, tower=self.tower):
             raise ConfigError(problems)
+        load_towers(pruners, self.core)
         self.stages = [stage.layer for stage in self.methods[0][1]]  # layers, of all methods the same
         self.contiguous = pruners[0].position_policy(self.family.mrope) == "contiguous"
         self.first = self.stages[0] if self.stages else len(self.layers)
@@ -129,6 +130,7 @@ class PruningHook(NotCopied):
     def __enter__(self) -> Ledger:
         if INSTALLED in self.core.__dict__:
             raise PruningError("prune: this model is being pruned already; close the outer context first (nested use is refused).")
+        refuse_no_questions([pruner for pruner, _ in self.methods], self.questions)
         self._guard = Guard()
         self._context = Context(self.text)
         with ExitStack() as undo:
@@ -163,9 +165,9 @@ class PruningHook(NotCopied):
             add(*self.vision.handles)
             if self.vision.merging is not None:
                 self._hooks.replace(self.core.vision_tower, "forward", self.vision.merging.run)
-        self._encoding = Encoding(self.family, self.core, self.vision)
+        self._encoding = Encoding(self.family, self.core, self.vision, check=self._guard.check_thread)
         for kind in self.family.kinds:
-            self._hooks.replace(self.core, f"get_{kind}_features", functools.partial(self._see_features, kind))
+            self._hooks.replace(self.core, f"get_{kind}_features", functools.partial(self._encoding.run, kind))
         if hasattr(self.head, "generate"):
             self._hooks.replace(self.head, "generate", self._generate)
         for owner, attribute, wrapper in self.family.patches(self.core):
@@ -208,10 +210,6 @@ class PruningHook(NotCopied):
                 return self._guard.generate(original, *args, **kwargs)
             finally:
                 self._n_prompt = outer
-
-    def _see_features(self, kind: str, original: Callable, *args: object, **kwargs: object) -> object:
-        self._guard.check_thread()
-        return self._encoding.run(kind, original, *args, **kwargs)
 
     def _forget_forward(self) -> None:
         self._input_ids = self._mask = self._state = self._patch = None

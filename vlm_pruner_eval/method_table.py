@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -19,12 +20,18 @@ def method_table() -> dict[str, Parameters]:
 
     Methods of other packages are imported, as their files may be anywhere.
     """
-    found = dict(_built_in())
+    found = dict(built_in_methods())
     for point in entry_points(group=_GROUP):
         from vlm_pruner_eval.pruners import settings_of
 
         found[point.name] = settings_of(point.name)
     return dict(sorted(found.items()))
+
+
+@functools.cache
+def built_in_methods() -> dict[str, Parameters]:
+    """The same of the methods in this package."""
+    return dict(_built_in())
 
 
 def _built_in() -> Iterator[tuple[str, Parameters]]:

@@ -31,6 +31,16 @@ def vision_probe_for(tower: Tower | None, pruners: Sequence[Pruner]) -> VisionPr
     return VisionProbe(tower, needs, layers, next((pruner for pruner in looking if pruner.acts_in_tower), None))
 
 
+def adaptation(pruner: Pruner, tower: Tower | None) -> str | None:
+    """Say how a method is adapted to a model: with stand-ins for what it was published with; None if it is as published."""
+    reasons = []
+    if getattr(pruner, "text_tower", None) == "llm":
+        reasons.append("the language model's own embeddings stand in for those of a text tower")
+    if tower is not None and tower.adapted and looks_at_vision(pruner.needs):
+        reasons.append(tower.adapted)
+    return "; ".join(reasons) or None
+
+
 def looks_at_vision(needs: Iterable[str]) -> bool:
     """Tell if a method that reads these fields looks at the vision tower."""
     return bool(_vision_fields(needs))

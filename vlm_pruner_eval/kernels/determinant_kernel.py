@@ -8,7 +8,9 @@ from torch import Tensor
 from vlm_pruner_eval.kernels import launching_on
 
 
-def largest_determinant(similarity: Tensor, relevance: Tensor, counts: Tensor, noise: float, columns: int) -> tuple[Tensor, Tensor]:
+def largest_determinant(
+    similarity: Tensor, relevance: Tensor, counts: Tensor, noise: float, columns: int, *, rounding: float
+) -> tuple[Tensor, Tensor]:
     """Choose `counts[b, 1]` of the first `counts[b, 0]` tokens of each image, greedily by the determinant of ``diag(r) S diag(r)``.
 
     Schur complements of S are in float64, and compared in float32 after they are multiplied with the squares of r.
@@ -25,6 +27,8 @@ def largest_determinant(similarity: Tensor, relevance: Tensor, counts: Tensor, n
         A best token whose Schur complement is this or less ends the greedy choice; what is missing comes by descending relevance.
     columns
         R, the most to choose of any image.
+    rounding
+        A token's cosine to itself that is as near to 1 is 1.
 
     Returns
     -------
@@ -39,7 +43,7 @@ def largest_determinant(similarity: Tensor, relevance: Tensor, counts: Tensor, n
     factor = torch.empty(n_images, columns, width, dtype=torch.float64, device=device)  # rows of the Cholesky factor
     share = torch.tensor([noise], dtype=torch.float64).to(device, non_blocking=True)
     lanes = triton.next_power_of_2(width)
-    sizes = {"LANES": lanes, "ROWS": min(8, max(1, 8192 // lanes))}
+    sizes = {"LANES": lanes, "ROWS": min(8, max(1, 8192 // lanes)), "ROUNDING": rounding}
     launch = {"num_warps": min(16, max(4, lanes // 128)), "enable_fp_fusion": False}
     with launching_on(device):
         _determinant[(n_images,)](similarity, relevance, counts, share, factor, order, clear, width, columns, **sizes, **launch)
@@ -47,7 +51,20 @@ def largest_determinant(similarity: Tensor, relevance: Tensor, counts: Tensor, n
 
 
 @triton.jit(do_not_specialize=["width", "columns"])
-def _determinant(similarity, relevance, counts, share, factor, order, clear, width, columns, LANES: tl.constexpr, ROWS: tl.constexpr):
+def _determinant(
+    similarity,
+    relevance,
+    counts,
+    share,
+    factor,
+    order,
+    clear,
+    width,
+    columns,
+    LANES: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROUNDING: tl.constexpr,
+):
     # the image of this program
     image = tl.program_id(0).to(tl.int64)
     similarity += image * width * width
@@ -62,18 +79,19 @@ def _determinant(similarity, relevance, counts, share, factor, order, clear, wid
     open_ = here
     by_relevance = tl.load(relevance + lane, mask=here, other=0.0)
     weight = by_relevance.to(tl.float64) * by_relevance.to(tl.float64)
-    left = tl.load(similarity + lane * (width + 1), mask=here, other=0.0).to(tl.float64)  # Schur complements
+    own = tl.load(similarity + lane * (width + 1), mask=here, other=0.0)
+    left = tl.where(tl.abs(own - 1.0) <= ROUNDING, 1.0, own).to(tl.float64)  # Schur complements
     chosen = 0
     going = chosen < keep
     # greedily
     while going:
         token = _first_best((left * weight).to(tl.float32), open_)
-        own = tl.sum(tl.where(lane == token, left, 0.0), 0)
-        if own <= limit:
+        best = tl.sum(tl.where(lane == token, left, 0.0), 0)
+        if best <= limit:
             going = False
         else:
             row = tl.load(similarity + token * width + lane, mask=here, other=0.0).to(tl.float64)
-            row = (row - _explained(factor, token, chosen, width, lane, here, LANES, ROWS)) / tl.sqrt(own)
+            row = (row - _explained(factor, token, chosen, width, lane, here, LANES, ROWS)) / tl.sqrt(best)
             tl.store(factor + chosen * width + lane, row, mask=here)
             tl.debug_barrier()
             left -= row * row

@@ -45,6 +45,7 @@ from vlm_pruner_eval.prefix import repeated
 from vlm_pruner_eval.pruners import Pruner
 from vlm_pruner_eval.store.answers import Answer, Batch, Done
 from vlm_pruner_eval.timing import time_forwards
+from vlm_pruner_eval.vision_probe import adaptation
 from vlm_pruner_eval.vlms import Family, family_of
 
 PLAIN = (bool, int, float, str, type(None))
@@ -161,6 +162,7 @@ class PrunedModel(Answering):
             "device": str(self.device),
             "layers": self._n_layers,
             "method": self.method,
+            "adapted": adaptation(self.pruner, self._family.tower(self.model.model)),
             "params": {name: value if isinstance(value, PLAIN) else str(value) for name, value in params.items()},
             "shape": dataclasses.asdict(DecoderShape.of(self.config.get_text_config())),
             "geometry": {"family": self.config.model_type, **self.family.geometry(self.config, self.processor, self.protocol)},

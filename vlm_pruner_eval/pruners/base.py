@@ -25,7 +25,9 @@ from vlm_pruner_eval.redact import short
 from vlm_pruner_eval.types import Selection, Stage, VisualTokens
 
 OPTIONAL_FIELDS = PLAIN | PARTS.keys()
-ALWAYS_THERE = ("hidden_states", "coords", "grid", "sample_id")
+ALWAYS_THERE = frozenset({"hidden_states", "coords", "grid", "sample_id", "image", "is_video"}) | frozenset(
+    {"ids", "n_original", "stage", "memory", "contiguous"}
+)
 _MOST = 2**63 - 1
 FROM_PREVIOUS_LAYER = frozenset({"keys", "attention", "text_attention"})
 
@@ -138,8 +140,8 @@ class Pruner:
         unknown = self.needs - OPTIONAL_FIELDS
         if unknown:
             found.append(
-                f"needs: got {sorted(unknown)}, expected fields out of {sorted(OPTIONAL_FIELDS)}; {', '.join(ALWAYS_THERE)} are always "
-                "there and are not named."
+                f"needs: got {sorted(unknown)}, expected fields out of {sorted(OPTIONAL_FIELDS)}; "
+                f"{', '.join(sorted(ALWAYS_THERE))} are always there and are not named."
             )
         return found
 

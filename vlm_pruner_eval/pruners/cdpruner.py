@@ -12,7 +12,7 @@ from torch import Tensor
 from vlm_pruner_eval import kernels
 from vlm_pruner_eval.pruners.base import unit_rows
 from vlm_pruner_eval.pruners.by_question import QuestionPruner, mean_products, views_together
-from vlm_pruner_eval.pruners.determinant import NOISE, by_steps, cosines_in, cosines_of, greedy_steps
+from vlm_pruner_eval.pruners.determinant import NOISE, ROUNDING, Cosines, by_steps, cosines_in, cosines_of, greedy_steps
 from vlm_pruner_eval.pruners.padding import groups, padded, products, sent
 from vlm_pruner_eval.types import Selection, VisualTokens
 
@@ -97,7 +97,9 @@ def by_kernel(
     clear: list[Tensor] = []
     for part in groups([*map(len, features)]):
         counts = sent([*zip(map(len, features[part]), keeps[part], strict=True)], torch.int64, features[0].device)
-        order, many = largest_determinant(products(features[part]), padded(relevance[part]), counts, NOISE, max(keeps[part]))
+        order, many = largest_determinant(
+            products(features[part]), padded(relevance[part]), counts, NOISE, max(keeps[part]), rounding=ROUNDING
+        )
         orders += order
         clear += many
     arrived = on_host(*orders, *clear, *flags)
@@ -109,5 +111,5 @@ def by_kernel(
 def as_released(features: Tensor, relevance: Tensor, keep: int) -> Tensor:
     """The choice where rounding noise decides it, and NaN: each token once, so that there may be fewer than `keep`."""
     kernel = (relevance[:, None] * (features @ features.T) * relevance).cpu()
-    order, _ = greedy_steps(cosines_in(kernel), torch.ones(len(kernel), dtype=torch.float64), keep)
+    order, _ = greedy_steps(Cosines(lambda tokens: kernel[tokens], kernel.diagonal()), torch.ones(len(kernel), dtype=torch.float64), keep)
     return order.new_tensor([*dict.fromkeys(order.tolist())])

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 NOISE = 1e-5  # what float32 cosines leave of a token's own 1 when it lies in the span of others
+ROUNDING = 1e-5  # a token's product with itself that is as near to 1 is 1, so that it decides nothing
 _AHEAD = 64  # tokens whose rows are prepared together
 
 Floats = NDArray[Any]
@@ -35,13 +36,27 @@ class Cosines:
 
 
 def cosines_of(features: Tensor) -> Cosines:
-    """Products of the rows [V, D] of `features` on the CPU, worked out when they are read."""
-    return Cosines(lambda tokens: features.index_select(0, tokens) @ features.T, features.square().sum(1))
+    """Products of the rows [V, D] of `features` on the CPU; a row of them is worked out when it is first read."""
+    n_tokens = len(features)
+    found = features.new_empty(n_tokens, n_tokens)
+    is_known = torch.zeros(n_tokens, dtype=torch.bool)
+
+    def rows(tokens: Tensor) -> Tensor:
+        new = tokens[~is_known[tokens]]
+        found[new] = features.index_select(0, new) @ features.T
+        is_known[new] = True
+        return found.index_select(0, tokens)
+
+    return Cosines(rows, _ones(features.norm(dim=1).square()))
 
 
 def cosines_in(similarity: Tensor) -> Cosines:
-    """Products that are all known: Tensor [V, V] on the CPU."""
-    return Cosines(lambda tokens: similarity.index_select(0, tokens), similarity.diagonal())
+    """Cosines that are all known: Tensor [V, V] on the CPU."""
+    return Cosines(lambda tokens: similarity.index_select(0, tokens), _ones(similarity.diagonal()))
+
+
+def _ones(own: Tensor) -> Tensor:
+    return torch.where((own - 1).abs() <= ROUNDING, 1.0, own)
 
 
 def by_steps(cosines: Cosines, relevance: Tensor, keep: int) -> tuple[Tensor, int]:

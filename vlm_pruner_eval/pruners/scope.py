@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from vlm_pruner_eval import kernels
 from vlm_pruner_eval.pruners.at_embeddings import EmbeddingPruner
 from vlm_pruner_eval.pruners.base import unit_rows
 from vlm_pruner_eval.pruners.blocks import row_blocks
+from vlm_pruner_eval.pruners.padding import groups, padded, products, sent
 from vlm_pruner_eval.pruners.tower_scores import PROJECTED
 from vlm_pruner_eval.types import VisualTokens
 
@@ -56,12 +59,26 @@ class SCOPE(EmbeddingPruner):
         """The layer whose output the projector reads."""
         return (PROJECTED,)
 
-    def choose(self, tokens: VisualTokens, keep: int) -> Tensor:
-        """Local indices [R] in the order of the greedy choice."""
-        unit = unit_rows(tokens.vision.states)
-        weight = tokens.vision.cls_attention[PROJECTED].sum(0) ** self.alpha
-        growth = Growth(unit @ unit.T, weight, added=self.combined == "add")
-        return greedy_by_bounds(growth, keep) if unit.device.type == "cpu" else greedy(growth, keep)
+    def choose_batch(self, tokens: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Tensor]:
+        """Local indices [R] of each view in the order of the greedy choice."""
+        unit = [unit_rows(given.vision.states) for given in tokens]
+        weight = [given.vision.cls_attention[PROJECTED].sum(0) ** self.alpha for given in tokens]
+        added = self.combined == "add"
+        if kernels.usable(unit[0].device, max(map(len, unit))):
+            parts = groups([*map(len, unit)])
+            return [order for part in parts for order in by_kernel(unit[part], weight[part], keeps[part], added=added)]
+        growths = [Growth(one @ one.T, other, added=added) for one, other in zip(unit, weight, strict=True)]
+        greedily = greedy_by_bounds if unit[0].device.type == "cpu" else greedy
+        return [greedily(growth, keep) for growth, keep in zip(growths, keeps, strict=True)]
+
+
+def by_kernel(unit: Sequence[Tensor], weight: Sequence[Tensor], keeps: Sequence[int], *, added: bool) -> list[Tensor]:
+    """Return what `greedy` returns, for several views at once on a GPU."""
+    from vlm_pruner_eval.kernels.coverage_kernel import coverage
+
+    counts = sent([*zip(map(len, unit), keeps, strict=True)], torch.int64, unit[0].device)
+    order, _ = coverage(products(unit).float(), padded(weight).float(), counts, max(keeps), added=added)
+    return [found[:keep] for found, keep in zip(order, keeps, strict=True)]
 
 
 class Growth:
@@ -96,7 +113,7 @@ class Growth:
         self.cover = torch.maximum(self.cover, self.similarity.index_select(0, token)[0])
 
     def _weighted(self, above: Tensor, weight: Tensor) -> Tensor:
-        growth = above.clamp_(min=0).sum(1)
+        growth = above.clamp_(min=0).sum(1, dtype=torch.float64).to(weight.dtype)  # as exact as the kernel's, whatever the order
         return growth + weight if self.added else growth * weight
 
 

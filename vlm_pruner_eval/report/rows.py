@@ -101,6 +101,8 @@ class Row:
         Of an iso-compute row: the layer of the methods that it matches in compute.
     costs
         None without a finished run.
+    adapted
+        How the method is adapted to the model; None if it is as published.
     """
 
     label: str
@@ -119,6 +121,7 @@ class Row:
     asked_rate: str | float | None = None
     iso_layer: int | None = None
     costs: Costs | None = None
+    adapted: str | None = None
 
     @property
     def key(self) -> Key:
@@ -201,6 +204,7 @@ def _row(runs: list[RunResult], tasks: list[str], unpruned: list[RunResult]) -> 
         asked_rate=first.asked_rate,
         iso_layer=first.iso_layer,
         costs=_costs(finished, unpruned) if finished else None,
+        adapted=records[0].adapted if records else None,
     )
 
 

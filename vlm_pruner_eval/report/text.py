@@ -70,15 +70,47 @@ def spread(values: Spread | None) -> str:
 
 # Behaviour of the authors' releases, by the name under which methods count it.
 QUIRKS = {
-    "count": "DART keeps another number of tokens than asked",
+    "count": "DART and VScan keep another number of tokens than asked",
     "set_order": "DART takes its pivots in the order of a Python set, which depends on the length of the prompt",
     "stall": "VLM-Pruner stops when a pass adds nothing, and keeps fewer tokens than asked",
     "fewer_than_pivots": "VLM-Pruner keeps all its pivots where fewer tokens are asked",
     "repeated_pivots": "VLM-Pruner keeps one token several times where keys are equal",
     "negative_weight_sum": "VLM-Pruner divides by merging weights that cancel out",
-    "repeats": "DivPrune keeps one token several times where fewer distinct ones are there than asked",
+    "repeats": "DivPrune, and PruMerge+ in training, keep one token several times",
+    "noise": "rounding (CDPruner, above the rank of the features) or random numbers (SparseVLM) decide what is kept",
+    "constant_relevance": "CDPruner divides by zero where all tokens are equally relevant",
+    "no_raters": "SparseVLM finds no word above the average",
+    "odd_split": "VisPruner raises an error where an odd number of tokens is split",
+    "small_diverse": "VisPruner may raise an error where few diverse tokens are asked",
+    "extra_row": "PruMerge adds a row to the number that is asked",
+    "rounding": "PruMerge cuts a token off by rounding a ratio",
+    "no_outliers": "PruMerge finds no outlier and keeps the sum of all tokens only",
+    "no_place": "PruMerge adds a row of zeros where nothing is dropped",
+    "wrong_count": "PruMerge+ in training keeps another number of tokens than asked",
+    "anchor_twice": "HiPrune on Qwen takes an anchor twice, and keeps fewer tokens than asked",
+    "overflow": "HoloV fills rows with zeros where a crop has fewer tokens than its share",
+    "single_patch_crops": "HoloV scores crops of one token a thousand times lower",
+    "none_left": "PDrop drops the last token of a small image",
+    "chosen_twice": "VScan takes a token locally and globally",
+    "small_grid": "VScan raises an error on grids of fewer than four rows or columns",
+    "all_kept": "TRIM raises an error where nothing is dropped",
+    "none_kept": "TRIM raises an error where no token of the image is kept",
+    "base_view_only": "TRIM passes on the base view only",
 }
-_NEVER_DONE = frozenset({"repeated_pivots", "repeats"})  # official_quirks does not bring these back
+# official_quirks does not bring these back
+_NEVER_DONE = frozenset(
+    {
+        "repeated_pivots",
+        "repeats",
+        "odd_split",
+        "small_diverse",
+        "constant_relevance",
+        "small_grid",
+        "all_kept",
+        "none_kept",
+        "base_view_only",
+    }
+)
 
 
 def quirks(row: Row) -> str:
@@ -95,6 +127,15 @@ def quirks(row: Row) -> str:
 
 def _counted(counts: dict[str, int], of: int) -> str:
     return ", ".join(f"{name} {count} of {of}" for name, count in counts.items())
+
+
+def adaptations(rows: Sequence[Row]) -> list[str]:
+    """Return a sentence for every way in which methods are adapted to the model, with their labels."""
+    labels: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row.adapted:
+            labels.setdefault(row.adapted, {})[row.label] = None
+    return [f"Adapted, not as published: {', '.join(names)} ({reason})." for reason, names in labels.items()]
 
 
 def quirk_names(rows: Sequence[Row]) -> list[str]:

@@ -162,6 +162,37 @@ def shared(
         raise typer.Exit(FAILED)
 
 
+@app.command()
+@sentences
+def answering(
+    geometry: GeometryName = "mini",
+    checkpoint: Annotated[Path, typer.Option(help="Folder for the random checkpoint: 14 GB for llava-1.5-7b in float16.")] = Path("output"),
+    task: Annotated[str, typer.Option(help="A packaged task.")] = "digitscenes_read",
+    limit: Annotated[int, typer.Option(help="Questions.", min=1)] = 96,
+    batch_size: Annotated[int, typer.Option(help="Questions of a batch.", min=1)] = 8,
+    methods: Annotated[str, typer.Option(help="Methods beside the unpruned model: a,b,c.")] = "vlmpruner,fastv,divprune",
+    rate: Annotated[str, typer.Option(help="The pruning rate.")] = "8/9",
+    rounds: Annotated[int, typer.Option(help="Rounds; the median ratio is reported.")] = 3,
+    dtype: Annotated[str, typer.Option(help="Of the checkpoint.")] = "float16",
+    threads: Threads = 1,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Seconds that lmms-eval takes to answer, pruned beside unpruned, end to end. Exit code 1 if a run failed."""
+    from vlm_pruner_eval.sweep.progress import quieten
+
+    quieten()
+    from vlm_pruner_eval.speed.bench_answering import bench_answering, write_checkpoint
+    from vlm_pruner_eval.sweep.config import validate
+
+    path = write_checkpoint(geometry, checkpoint, dtype)
+    model = {"id": "vlmpruner_llava", "pretrained": str(path), "batch_size": batch_size}
+    raw = {"name": "answering", "model": model, "tasks": [task], "limit": limit, "pruning_rates": [rate], "methods": _words(methods)}
+    result = _measure(lambda: bench_answering(validate(raw), rounds), threads, out, as_json)
+    if result["failed"]:
+        raise typer.Exit(FAILED)
+
+
 def _measure(run: Callable[[], dict[str, Any]], n_threads: int, out: Path | None, as_json: bool) -> dict[str, Any]:
     """Run a benchmark with so many threads; write its result into the file that was named, and print it.
 

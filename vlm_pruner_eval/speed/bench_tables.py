@@ -8,6 +8,7 @@ import pandas as pd
 
 # benchmark -> list in its result -> fields of a line, dots between levels
 COLUMNS = {
+    "answering": {"rounds": "", "ratios": ""},
     "selection": {
         "rows": "device n_visual method pruning_rate n_kept select.ms select.noise yardstick_ratio select_batch.ms "
         "batch_yardstick_ratio peak_bytes",

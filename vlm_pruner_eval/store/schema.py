@@ -69,6 +69,8 @@ class UnitRecord(Model):
         By task, a digest of the content of its documents; `splits`: the split that they come from.
     kept_digest
         SHA-256 over the kept sets of all documents.
+    adapted
+        How the method is adapted to the model, with stand-ins for what it was published with; None if it is as published.
     """
 
     schema_: Literal[3] = Field(default=SCHEMA, alias="schema")
@@ -88,6 +90,7 @@ class UnitRecord(Model):
     batch_size: int | None = None
     exhausted: list[int] = Field(default_factory=list)
     kept_digest: str | None = None
+    adapted: str | None = None
     n_answers: int = 0
     failures: list[Failure] = Field(default_factory=list)
     provenance: Provenance
@@ -215,6 +218,11 @@ class RunRecord(Model):
     def shared_prefix(self) -> bool:
         """True if any unit shared work with other runs."""
         return any(unit.shared_prefix for unit in self.units.values())
+
+    @property
+    def adapted(self) -> str | None:
+        """How the method is adapted to the model."""
+        return next((unit.adapted for unit in self.units.values() if unit.adapted), None)
 
     @property
     def n_answers(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from vlm_pruner_eval.budget import rate_at_layer_average
 from vlm_pruner_eval.errors import ConfigError, closest
+from vlm_pruner_eval.method_table import built_in_methods
 from vlm_pruner_eval.redact import short
 from vlm_pruner_eval.store.schema import Grid, RunHead, RunLine
 from vlm_pruner_eval.sweep import identity
@@ -153,7 +154,8 @@ def budget_mixtures(model_id: str, runs: Iterable[tuple[str, str, dict[str, Any]
     for key, method, parameters in runs:
         if method == UNPRUNED or method in RATELESS:
             continue
-        for name in ("scope", "budget") if parameters.get("layer", 0) != 0 else ("scope",):
+        has_schedule = "layer" not in built_in_methods().get(method, {"layer"})
+        for name in ("scope",) if has_schedule or parameters.get("layer") == 0 else ("scope", "budget"):
             value = one_view.get(parameters.get(name), parameters.get(name))
             other, expected = first.setdefault(name, (key, value))
             if value != expected:

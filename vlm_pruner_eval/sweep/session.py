@@ -152,6 +152,7 @@ class Session:
             batch_size=size.size,
             exhausted=list(size.exhausted),
             kept_digest=records.kept_digest(answers),
+            adapted=described.get("adapted"),
             n_answers=len(answers),
             failures=records.failures(answers),
             provenance=provenance.collect(described, self.checkpoint, started, self.command),

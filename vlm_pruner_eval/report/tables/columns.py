@@ -284,6 +284,7 @@ TOKENS = (
     Column("tokens_asked", "row.tokens.asked", "tokens asked", _spread, parts={"tokens_asked": "mean"}),
     *_KEPT,
     Column("quirks", lambda item: text.quirks(item.row), "misbehaviours of the release", words=True),
+    Column("adapted", lambda item: item.row.adapted or "as published", "adapted", words=True),
 )
 COSTS = (
     *_ROW,

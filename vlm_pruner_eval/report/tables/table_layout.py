@@ -204,6 +204,7 @@ def tokens(rows: Sequence[Row]) -> Table:
         "over all decoder layers. Misbehaviours of the authors' release: on how many samples they acted (rows with official_quirks), or "
         "would have acted and were mended here.",
         *text.quirk_names(rows),
+        *text.adaptations(rows),
     )
     return Table("tokens", "Visual tokens", columns.TOKENS, _grouped(rows, lambda row: [Item(row)]), legend)
 

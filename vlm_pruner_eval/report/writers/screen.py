@@ -83,6 +83,8 @@ def _cells(table: Table, line: Line, spread: Column, columns: Sequence[Column]) 
 
 def _print_quirks(console: Console, rows: Sequence[Row]) -> None:
     """Print what the authors' releases do wrong and where it was met: it acted under official_quirks, and was mended elsewhere."""
+    for sentence in text.adaptations(rows):
+        console.print(Text(sentence), width=WIDTH)
     counted = [row for row in rows if row.tokens.quirks]
     if not counted:
         return
