@@ -23,6 +23,7 @@ from vlm_pruner_eval.report.paper import printed
 from vlm_pruner_eval.report.paper.differences import OF_TASK, differences
 from vlm_pruner_eval.report.paper.gate import FAILS, INCOMPARABLE, REPRODUCES
 from vlm_pruner_eval.report.paper.paper_comparison import EQUIVALENT, NO_CLAIM, NOT_RUN, OUTSIDE, Compared, PaperTable, paper_for
+from vlm_pruner_eval.report.paper.papers import PAPERS
 from vlm_pruner_eval.report.paper.printed import Erratum, Number, PrintedNumbers, read_printed
 from vlm_pruner_eval.report.paper.recompute import recompute_averages, recompute_lines
 from vlm_pruner_eval.report.rows import rows_of
@@ -36,7 +37,7 @@ Change = Callable[[dict[tuple[str, float, str], float]], None]
 
 # ---- the printed numbers themselves
 def test_the_printed_numbers_lie_in_the_package_and_nowhere_else() -> None:
-    names = {"vlm_pruner.csv", "errata.csv"}
+    names = {"errata.csv", *(f"{name}.csv" for name in PAPERS)}
     assert {path.name for path in printed.DATA.glob("*.csv")} == names
     assert not [path for path in RESULTS.rglob("*.csv") if path.name in names]
 

@@ -75,7 +75,7 @@ def reproduce(
         What can't be run as asked. Problems of tasks, checkpoint and methods come up before anything is written.
     """
     console = console or Console(stderr=True)
-    printed = read_printed()
+    printed = read_printed(paper=plan.rows.paper)
     if load is None:
         check_layers(plan.rows.model)
     stages = _Stages(console, _OneAtATime(plan, load), check_tasks(plan.rows, task_manager))

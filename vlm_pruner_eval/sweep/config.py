@@ -21,6 +21,7 @@ _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
 _DRAWS_LETTERS = ("mmbench_en_dev", "mmbench_en_dev_lite", "mmbench_en", "mmbench")
 _MOST = 2**31 - 1  # of a whole number that counts something
 _LONGEST_NAME = 100  # of a folder
+PAPERS = ("vlm_pruner", "dart", "sparsevlm", "divprune", "cdpruner", "zoo_prune", "fastv_readme")  # whose printed numbers are there
 SHARED_ROWS = {"cuda": 64, "cpu": 8}  # 64 rows of a 7B model, 250 tokens each: 8 GB of cache; a CPU gains nothing beyond 8
 _MOST_SEED = 2**32 - 1  # numpy takes no larger one
 
@@ -46,6 +47,12 @@ def _one_line(text: str) -> str:
     if not text.strip() or "\n" in text:
         raise ConfigError(f"got {short(text)}, expected text on one line.")
     return text
+
+
+def _known_paper(name: str) -> str:
+    if name not in PAPERS:
+        raise ConfigError(f"got {short(name)}, a paper whose numbers are not there; {closest(name, PAPERS)}")
+    return name
 
 
 def canonical_rate(rate: object) -> str | float:
@@ -153,6 +160,9 @@ class SweepConfig(BaseModel):
     shared_rows: Count | None = Field(
         None,
         description="the most rows of a batch of several runs, 1 or more, or null: 64 on a GPU, 8 without, 1 under protocol=paper",
+    )
+    paper: Annotated[str, AfterValidator(_known_paper)] = Field(
+        PAPERS[0], description=f"the paper whose printed numbers stand beside the rows: {', '.join(PAPERS)}"
     )
     gallery: int = Field(24, ge=0, le=_MOST, description="a whole number of documents per task whose pictures are kept, 0 for none")
     output: FolderInside | None = Field(None, description="a folder for the results, or null")

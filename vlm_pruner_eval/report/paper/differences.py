@@ -1,8 +1,10 @@
-"""Known differences between the sweeps of configs/paper and what the authors ran: data, scoring and geometry that we don't copy."""
+"""Known differences between our sweeps and what the authors of a paper ran: data, scoring and geometry that we don't copy."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+
+from vlm_pruner_eval.report.paper.papers import DEFAULT, PAPERS, Paper
 
 _POPE_ROWS = "LLaVA's files have 2,910 questions in POPE's split random, lmms-lab's 3,000."
 _POPE_RULE = (
@@ -45,8 +47,8 @@ OF_MODEL = {
 _BY_SCRIPTS = frozenset({"LLaVA-1.5-7B", "LLaVA-1.5-13B", "LLaVA-NeXT-7B"})
 
 
-def differences(vlm: str, tasks: Sequence[str]) -> Iterator[str]:
-    """Sentences about a model of the paper and the tasks of a sweep; tasks differ only where the authors used LLaVA's scripts.
+def differences(vlm: str, tasks: Sequence[str], paper: Paper = PAPERS[DEFAULT]) -> Iterator[str]:
+    """Sentences about a model of a paper and the tasks of a sweep; tasks differ only where the authors used LLaVA's scripts.
 
     Parameters
     ----------
@@ -55,7 +57,7 @@ def differences(vlm: str, tasks: Sequence[str]) -> Iterator[str]:
     tasks
         Names in lmms-eval.
     """
-    yield from OF_MODEL.get(vlm, ())
-    for task in tasks if vlm in _BY_SCRIPTS else ():
+    yield from OF_MODEL.get(vlm, ()) if paper is PAPERS[DEFAULT] else (paper.tokens, *paper.notes)
+    for task in tasks if vlm in _BY_SCRIPTS and not paper.by_lmms_eval else ():
         for sentence in OF_TASK.get(task, ()):
             yield f"{task}: {sentence}"

@@ -109,7 +109,7 @@ def judge_scores(
 
 
 def _verdict(task: str, score: float | None, spread: float | None, printed: PrintedNumbers, vlm: str | None) -> TaskVerdict:
-    benchmark = benchmark_of(task, vlm)
+    benchmark = benchmark_of(task, vlm, printed.paper)
     number = printed.find(vlm, UNPRUNED, None, benchmark)
     if number is None:
         return TaskVerdict(task, benchmark, score, None, spread, None, NO_NUMBER)

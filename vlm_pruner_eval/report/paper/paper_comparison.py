@@ -11,7 +11,9 @@ from vlm_pruner_eval.errors import ConfigError
 from vlm_pruner_eval.report.load import Results
 from vlm_pruner_eval.report.paper import gate as gates
 from vlm_pruner_eval.report.paper.differences import differences
+from vlm_pruner_eval.report.paper.disagreements import Disagreement, disagreements
 from vlm_pruner_eval.report.paper.gate import FAILS, Gate, judge_scores, tolerance, within
+from vlm_pruner_eval.report.paper.papers import DEFAULT, PAPERS, Paper
 from vlm_pruner_eval.report.paper.printed import (
     AVERAGE,
     METHODS,
@@ -95,6 +97,10 @@ class PaperTable:
         The errata that touch a printed number of the table.
     differences
         Ways in which this sweep asks, counts or shows the model otherwise than the authors did, a sentence each.
+    paper
+        Name and reference of the paper.
+    disagreements
+        Numbers of the table's methods, rates and benchmarks that papers print differently.
     """
 
     vlm: str
@@ -105,6 +111,8 @@ class PaperTable:
     footnotes: tuple[str, ...]
     differences: tuple[str, ...] = ()
     rule: str = gates.RULE
+    paper: str = PAPERS[DEFAULT].title
+    disagreements: tuple[Disagreement, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -129,12 +137,14 @@ class Reference:
 
     def compare(self, row: Row, tasks: list[str]) -> PaperRow:
         """A row beside its printed numbers."""
-        cells = {task: self._cell(row, task, row.cells.get(task, Cell(None)), benchmark_of(task, self.vlm)) for task in tasks}
-        average = self._cell(row, AVERAGE, row.relative, AVERAGE if is_whole_paper(tasks, self.vlm) else None)
+        cells = {
+            task: self._cell(row, task, row.cells.get(task, Cell(None)), benchmark_of(task, self.vlm, self.printed.paper)) for task in tasks
+        }
+        average = self._cell(row, AVERAGE, row.relative, AVERAGE if is_whole_paper(tasks, self.vlm, self.printed.paper) else None)
         return PaperRow(row, cells, average)
 
     def _cell(self, row: Row, task: str, cell: Cell, benchmark: str | None) -> Compared:
-        published = is_as_published(row)
+        published = is_as_published(row, self.printed.paper)
         number = self.printed.find(self.vlm, row.method, row.percent, benchmark) if published else None
         allowed = None if number is None else tolerance(full_score(benchmark), self.spreads.get(task))
         verdict, reason = None, None
@@ -164,13 +174,14 @@ def said(compared: Compared) -> str:
     return compared.reason if str(compared.reason).startswith(NOT_RUN) else f"{NOT_RUN} ({compared.reason})"
 
 
-def is_as_published(row: Row) -> bool:
-    """Return True if a row has the method's default settings, which are the paper's: an ablation has no printed number here."""
-    return row.iso_layer is None and row.changed.keys() <= _FREE
+def is_as_published(row: Row, paper: Paper = PAPERS[DEFAULT]) -> bool:
+    """Return True if a row differs from the method's default settings as the paper's does: an ablation has no printed number here."""
+    changed = {name: value for name, value in row.changed.items() if name not in _FREE}
+    return row.iso_layer is None and changed == paper.settings.get(row.method, {})
 
 
 def paper_for(results: Results, rows: list[Row], printed: PrintedNumbers | None = None) -> PaperTable | None:
-    """The paper's numbers for a sweep; None if its checkpoint is none of the paper's.
+    """The numbers for a sweep of the paper that its file names; None if its checkpoint is none of the papers'.
 
     Parameters
     ----------
@@ -188,13 +199,24 @@ def paper_for(results: Results, rows: list[Row], printed: PrintedNumbers | None 
     paper = paper_model(model["pretrained"])
     if paper is None:
         return None
-    printed = read_printed() if printed is None else printed
+    others = {name: read_printed(paper=name) for name in PAPERS}
+    printed = others[results.config.get("paper", DEFAULT)] if printed is None else printed  # older sweeps name none
     spreads, noise = _noise(results)
     reference = Reference(paper.vlm, printed, _gate(results, rows, paper, printed, spreads), spreads)
     compared = tuple(reference.compare(row, results.tasks) for row in rows)
     footnotes = tuple(_footnotes(compared, printed, paper.vlm))
-    known = tuple(differences(paper.vlm, results.tasks))
-    return PaperTable(paper.vlm, reference.gate, _setting(results, paper), noise, compared, footnotes, known)
+    known = tuple(differences(paper.vlm, results.tasks, printed.paper))
+    return PaperTable(
+        paper.vlm,
+        reference.gate,
+        f"{_setting(results, paper)} Printed: {printed.paper.title}.",
+        noise,
+        compared,
+        footnotes,
+        known,
+        paper=printed.paper.title,
+        disagreements=disagreements(others, paper.vlm, rows, results.tasks),
+    )
 
 
 def _gate(results: Results, rows: list[Row], paper: PaperModel, printed: PrintedNumbers, spreads: Mapping[str, float | None]) -> Gate:

@@ -1,13 +1,15 @@
-"""The numbers that the paper prints, with their errata, and how models and tasks map onto its tables."""
+"""The numbers that papers print, with their errata, and how models and tasks map onto their tables."""
 
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlm_pruner_eval.errors import ConfigError
+from vlm_pruner_eval.report.paper.papers import DEFAULT, PAPERS, Paper
 from vlm_pruner_eval.sweep.grid import UNPRUNED
 
 DATA = Path(__file__).parent / "data"
@@ -33,21 +35,36 @@ BENCHMARKS = {
     "ok_vqa_val2014_plain": "OKVQA",
 }
 # Tasks of those that ask a model something else than the authors asked it, so that no printed number of the model stands for them.
-# LLaVA's scripts have prompts of their own; Qwen2-VL was asked by a copy of lmms-eval. OCR tokens are in the prompt of TextVQA, but
-# not where the authors' loader finds "1.6" in a checkpoint's name.
+# LLaVA's scripts have prompts of their own; Qwen2-VL, and in some papers LLaVA, was asked by a copy of lmms-eval. OCR tokens are in the
+# prompt of TextVQA, but not where the authors' loader finds "1.6" in a checkpoint's name.
 _NOT_LLAVAS = frozenset({"mmbench_en_dev_static", "ocrbench", "ok_vqa_val2014"})
+_NOT_LMMS_EVALS = frozenset({"mmbench_en_dev_llava", "ocrbench_short", "ok_vqa_val2014_plain", "pope_splits_llava", "textvqa_val"})
 ASKED_OTHERWISE = {
     "LLaVA-1.5-7B": _NOT_LLAVAS | {"textvqa_val"},
     "LLaVA-1.5-13B": _NOT_LLAVAS | {"textvqa_val"},
     "LLaVA-NeXT-7B": _NOT_LLAVAS | {"textvqa_val_ocr"},
-    "Qwen2-VL-7B-Instruct": frozenset(
-        {"mmbench_en_dev_llava", "ocrbench_short", "ok_vqa_val2014_plain", "pope_splits_llava", "textvqa_val"}
-    ),
+    "Qwen2-VL-7B-Instruct": _NOT_LMMS_EVALS,
 }
-METHODS = {UNPRUNED: "vanilla (upper bound)", "vlmpruner": "VLM-Pruner", "fastv": "FastV", "dart": "DART", "divprune": "DivPrune"}
+METHODS = {
+    UNPRUNED: "vanilla (upper bound)",
+    "vlmpruner": "VLM-Pruner",
+    "fastv": "FastV",
+    "dart": "DART",
+    "divprune": "DivPrune",
+    "sparsevlm": "SparseVLM",
+    "pdrop": "PDrop",
+    "mustdrop": "MustDrop",
+}
+_SAME_METHOD = {"vanilla": METHODS[UNPRUNED], "FastV K=3 R=50%": METHODS["fastv"]}
+# Benchmarks of which a paper prints another score than ours, which is not to be held against it; by name and metric.
+_OTHER_SCORE = {
+    ("MME", "P-score only"): "MME-Perception",
+    ("SEED", "acc (all, incl. video)"): "SEED (all)",
+    ("SEED", 'lmms-eval (README labels SEED "Image-acc")'): "SEED (all)",
+}
 PRINTED_TABLE = "printed table"
-_FULL_SCORE = {"MME": 2800.0, "OCRBench": 1000.0}
-_PAPER = "VLM-Pruner"  # files of other papers may lie beside
+_FULL_SCORE = {"MME": 2800.0, "OCRBench": 1000.0, "MME-Perception": 2000.0, "MME-Cognition": 800.0}
+_RATIO = re.compile(r"\(ratio (0?\.\d+)\)")
 _COLUMNS = ("paper", "table", "vlm", "method", "pruning_rate_percent", "benchmark", "value", "read_from")
 _ERRATA_COLUMNS = ("number", "vlm", "method", "pruning_rate_percent", "benchmark", "corrected", "text")
 
@@ -121,10 +138,11 @@ class Erratum:
 
 @dataclass(frozen=True)
 class PrintedNumbers:
-    """All numbers of the paper, by model, method, percentage removed (one decimal) and benchmark; and what is wrong with them."""
+    """All numbers of a paper, by model, method, percentage removed (one decimal) and benchmark; and what is wrong with them."""
 
     numbers: dict[Key, Number]
     errata: tuple[Erratum, ...] = ()
+    paper: Paper = PAPERS[DEFAULT]
 
     def find(self, vlm: str | None, method: str, percent: float | None, benchmark: str | None) -> Number | None:
         """The printed number of a cell, or None; `percent` None is the unpruned model."""
@@ -149,9 +167,10 @@ def key_of(vlm: str | None, method: str, percent: float | None, benchmark: str |
     return vlm, METHODS[method], round(percent or 0.0, 1), benchmark
 
 
-def benchmark_of(task: str, vlm: str | None) -> str | None:
-    """The column of the paper that a task of lmms-eval stands for, where the authors asked that model the same; else None."""
-    return None if task in ASKED_OTHERWISE.get(vlm, ()) else BENCHMARKS.get(task)
+def benchmark_of(task: str, vlm: str | None, paper: Paper = PAPERS[DEFAULT]) -> str | None:
+    """The column of a paper that a task of lmms-eval stands for, where the authors asked that model the same; else None."""
+    otherwise = _NOT_LMMS_EVALS if paper.by_lmms_eval else ASKED_OTHERWISE.get(vlm, ())
+    return None if task in otherwise else BENCHMARKS.get(task)
 
 
 def paper_model(pretrained: str) -> PaperModel | None:
@@ -181,19 +200,26 @@ def is_possible(number: Number, benchmark: str) -> bool:
     return benchmark == AVERAGE or number.value <= full_score(benchmark)
 
 
-def is_whole_paper(tasks: Iterable[str], vlm: str | None) -> bool:
-    """Tell if tasks stand for the paper's nine benchmarks, each once: only then is our average its average."""
+def is_whole_paper(tasks: Iterable[str], vlm: str | None, paper: Paper = PAPERS[DEFAULT]) -> bool:
+    """Tell if tasks stand for the paper's nine benchmarks, each once: only then is our average its average.
+
+    Never for other papers: their averages have benchmarks that a server or a language model scores.
+    """
+    if paper is not PAPERS[DEFAULT]:
+        return False
     columns = [benchmark_of(task, vlm) for task in tasks]
     return None not in columns and sorted(columns) == sorted(set(BENCHMARKS.values()))
 
 
-def read_printed(folder: Path | None = None) -> PrintedNumbers:
-    """Read the tables of the paper and their errata.
+def read_printed(folder: Path | None = None, paper: str = DEFAULT) -> PrintedNumbers:
+    """Read the tables of a paper and their errata.
 
     Parameters
     ----------
     folder
-        Where the .csv files are; default: the package's own.
+        Where the .csv files of all papers are; default: the package's own.
+    paper
+        A name of `PAPERS`.
 
     Raises
     ------
@@ -203,30 +229,47 @@ def read_printed(folder: Path | None = None) -> PrintedNumbers:
     folder = DATA if folder is None else folder
     numbers: dict[Key, Number] = {}
     files = [file for file in sorted(folder.glob("*.csv")) if file.name != ERRATA]
-    rows = [(_key(row), Number(float(row["value"]), row["table"], row["read_from"])) for file in files for row in _numbers(file)]
+    rows = [row for file in files for row in _numbers(file, PAPERS[paper].name)]
     for key, number in sorted(rows, key=lambda row: _rank(row[1])):
         numbers.setdefault(key, number)
-    return PrintedNumbers(numbers, _errata(folder / ERRATA) if (folder / ERRATA).is_file() else ())
+    return PrintedNumbers(numbers, _errata(folder / ERRATA, paper) if (folder / ERRATA).is_file() else (), PAPERS[paper])
 
 
-def _numbers(file: Path) -> list[dict[str, str]]:
-    rows = _lines(file, _COLUMNS)
-    # a number without a rate (table 7) can't be held against a row at a rate
-    wanted = [row for row in rows if row["paper"].startswith(_PAPER) and row["pruning_rate_percent"]]
-    for row in wanted:
+def _numbers(file: Path, paper: str) -> Iterator[tuple[Key, Number]]:
+    for row in _lines(file, _COLUMNS):
+        percent = _percent(row)
+        # a number without a rate (table 7, or matched by FLOPs) can't be held against a row at a rate
+        if not row["paper"].startswith(paper) or not percent:
+            continue
+        named = {
+            "method": _SAME_METHOD.get(row["method"], row["method"]),
+            "benchmark": _OTHER_SCORE.get((row["benchmark"], row.get("metric")), row["benchmark"]),
+            "pruning_rate_percent": percent,
+        }
         try:
-            float(row["value"]), float(row["pruning_rate_percent"])
+            yield _key(row | named), Number(float(row["value"]), row["table"], row["read_from"])
         except ValueError as error:
             raise ConfigError(f"{file}: can't be read as a table of printed numbers ({error}); mend the file.") from error
-    return wanted
 
 
-def _errata(file: Path) -> tuple[Erratum, ...]:
+def _percent(row: dict[str, str]) -> str:
+    """The percentage removed as text; empty if the table gives none, neither itself nor as the share that is kept."""
+    if row["pruning_rate_percent"]:
+        return row["pruning_rate_percent"]
+    if row["method"] in ("vanilla", METHODS[UNPRUNED]):
+        return "0"
+    ratio = _RATIO.search(row.get("retained_tokens") or "")
+    return str(100 - 100 * float(ratio[1])) if ratio else ""
+
+
+def _errata(file: Path, paper: str) -> tuple[Erratum, ...]:
     texts: dict[int, str] = {}
     cells: dict[int, list[tuple[str, str, float | None, str]]] = {}
     corrected: dict[int, dict[Key, float]] = {}
     try:
         for row in _lines(file, _ERRATA_COLUMNS):
+            if (row.get("paper") or DEFAULT) != paper:
+                continue
             number, percent = int(row["number"]), row["pruning_rate_percent"]
             texts[number] = texts.get(number) or row["text"]
             where = (row["vlm"], row["method"], round(float(percent), 1) if percent else None, row["benchmark"])

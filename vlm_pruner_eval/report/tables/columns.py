@@ -244,7 +244,16 @@ PAPER = (
     Column("read_from", "found.printed.read_from"),
     Column("errata", "found.errata"),
 )
-
+PRINTED = (
+    Column("method", "of.method"),
+    Column("removed_percent", "of.percent"),
+    Column("benchmark", "of.benchmark"),
+    Column("paper", "key"),
+    Column("printed", "number.value", show=lambda value, item: Entry(f"{value:g}"), across=True),
+    Column("differ_by", "of.spread", "differ by", lambda spread, item: Entry(f"{spread:g}")),
+    Column("table", "number.table"),
+    Column("read_from", "number.read_from"),
+)
 
 CONTESTS = (
     Column("task", "task"),

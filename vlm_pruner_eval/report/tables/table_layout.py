@@ -9,7 +9,10 @@ from typing import Any
 
 from vlm_pruner_eval.report import text
 from vlm_pruner_eval.report.load import Results
+from vlm_pruner_eval.report.paper.disagreements import Disagreement
 from vlm_pruner_eval.report.paper.paper_comparison import PaperRow, PaperTable
+from vlm_pruner_eval.report.paper.papers import PAPERS
+from vlm_pruner_eval.report.paper.printed import Number
 from vlm_pruner_eval.report.rows import LITERATURE_FORMULA, OUR_FORMULA, Row, is_plumbing
 from vlm_pruner_eval.report.stats.comparisons import AVERAGE, Comparisons
 from vlm_pruner_eval.report.stats.strata import CAPABILITY_NOTE, HARD_NOTE, Stratum
@@ -30,6 +33,7 @@ def tables_of(
     found = [
         scores(rows, results.tasks, comparisons),
         None if paper is None else beside_the_paper(paper, results.tasks),
+        None if paper is None else printed_differently(paper),
         differences(rows, results.tasks, comparisons),
         contests(results.tasks, comparisons),
         pairs(comparisons),
@@ -93,9 +97,43 @@ def beside_the_paper(paper: PaperTable, tasks: Sequence[str]) -> Table | None:
         paper.noise,
         *paper.footnotes,
     )
-    caption = f"Our scores beside the paper's for {paper.vlm}"
+    caption = f"Our scores beside the paper's for {paper.vlm}: {paper.paper}"
     groups = _grouped([item.row for item in shown.values()], items)
     return Table("paper", caption, columns.PAPER, groups, legend, across=text.short_names(tasks) | {AVERAGE: "relative Avg, %"})
+
+
+@dataclass(frozen=True)
+class _Printed:
+    """A number of one paper (`key`)."""
+
+    key: str
+    of: Disagreement
+
+    @property
+    def number(self) -> Number:
+        return self.of.numbers[self.key]
+
+
+def printed_differently(paper: PaperTable) -> Table | None:
+    """Methods, rates and benchmarks of this sweep for which papers print numbers that don't reproduce each other; None without any."""
+    groups = tuple(
+        Group(
+            "unpruned" if percent == 0 else f"{percent:.1f} % removed",
+            tuple(Line(f"{item.method}, {item.benchmark}", tuple(_Printed(name, item) for name in item.numbers)) for item in listed),
+        )
+        for percent, listed in groupby(paper.disagreements, key=lambda item: item.percent)
+    )
+    if not groups:
+        return None
+    named = {name: known for name, known in PAPERS.items() if any(name in item.numbers for item in paper.disagreements)}
+    legend = (
+        "Two printed numbers differ if neither reproduces the other: by more than 0.5 % of the benchmark's full score. The prompt may be "
+        "another one, or a count of tokens means something else, so say from which paper a baseline's number is. Their counts:",
+        *(f"{known.name}: {known.tokens}" for known in named.values()),
+    )
+    heads = {name: known.name for name, known in named.items()}
+    caption = f"Printed numbers for {paper.vlm} that differ between papers"
+    return Table("printed", caption, columns.PRINTED, groups, legend, head="method, benchmark", across=heads)
 
 
 def _is_printed(item: PaperRow) -> bool:

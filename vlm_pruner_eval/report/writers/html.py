@@ -55,11 +55,11 @@ def _sections(report: Report, figures: Mapping[str, Sequence[Path]], pictures: S
 
     drawings = [(path.read_bytes(), WORDS[name]) for name, paths in figures.items() for path in paths if path.suffix == ".svg"]
     paper = () if report.paper is None else report.paper.differences
-    folded = [tables["contests"]] if "contests" in tables else []
+    folded = {name: [tables[name]] if name in tables else [] for name in ("contests", "printed")}
     colours = [_COLOURS] if "differences" in tables else []
     yield section("scores", "Scores", "scores", notes=report.comparisons.notes)
-    yield section("paper", "Beside the paper", "paper", notes=paper)
-    yield section("differences", "Differences, and what they can show", "differences", "power", text=colours, folded=folded)
+    yield section("paper", "Beside the paper", "paper", folded=folded["printed"], notes=paper)
+    yield section("differences", "Differences, and what they can show", "differences", "power", text=colours, folded=folded["contests"])
     yield section("costs", "Tokens, memory and time", "tokens", "costs")
     yield section("strata", "By capability, and on hard documents", "capabilities", "hard")
     yield section("figures", "Figures", drawings=drawings)
