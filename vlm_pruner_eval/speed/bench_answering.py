@@ -110,10 +110,12 @@ def _answered(config: SweepConfig, load: Callable[..., Any], manager: Any) -> tu
     """Seconds of answers by run, and failed runs."""
     from rich.console import Console
 
-    from vlm_pruner_eval.report.load import load_sweep
+    from vlm_pruner_eval.store.folder import Store
+    from vlm_pruner_eval.sweep.grid import expand
     from vlm_pruner_eval.sweep.runner import run_sweep
+    from vlm_pruner_eval.sweep.units import units_of
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         outcome = run_sweep(config, Path(folder), console=Console(file=io.StringIO()), load=load, task_manager=manager)
-        runs = [run for run in load_sweep(folder).runs if run.record is not None]
-        return {run.key: run.record.times.answers_s for run in runs}, outcome.failed
+        records = {unit.run.key: unit.stored(Store(Path(folder))).read() for unit in units_of(config, expand(config))}
+        return {key: record.times.answers_s for key, record in records.items() if record is not None}, outcome.failed
