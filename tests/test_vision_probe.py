@@ -10,8 +10,9 @@ import torch
 from tiny_models import FAMILIES, generate, prompts
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from vlm_pruner_eval import ConfigError, Pruner, VisionTokens, VisualTokens, hf_compat, prune
+from vlm_pruner_eval import ConfigError, Pruner, VisionTokens, VisualTokens, get_pruner, hf_compat, prune
 from vlm_pruner_eval.prefix import SharedPrefix, first_cut, repeated
 from vlm_pruner_eval.vlms import family_of
 from vlm_pruner_eval.vlms.parts.towers import SequenceTower
@@ -170,3 +171,27 @@ def test_a_shared_prefix_shows_the_tower_to_every_method(tiny_model, family):
             for name in ("cls_attention", "received_attention", "keys"):
                 assert torch.equal(getattr(one.vision, name)[-2], getattr(other.vision, name)[-2])
             assert torch.equal(one.vision.states, other.vision.states)
+
+
+class Softmaxes(TorchDispatchMode):
+    """Shapes of all softmax results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        found = func(*args, **kwargs or {})
+        if "softmax" in str(func):
+            self.shapes.append(tuple(found.shape))
+        return found
+
+
+@pytest.mark.parametrize(("name", "whole"), [("fastervlm", 0), ("visionzip", 0), ("scope", 0), ("prumerge", 0), ("hiprune", 2)])
+def test_attention_of_all_queries_is_made_only_where_all_count(tiny_model, name, whole):
+    """Of a view with 16 patches and a CLS token; the model's own attention is fused, so that a matrix of all queries would be ours."""
+    model, inputs = tiny_model("llava", "sdpa"), prompts("llava", [[4, "i0", 7]])
+    with Softmaxes() as seen, prune(model, get_pruner(name, pruning_rate="2/3")):
+        generate(model, inputs, 1)
+    n = family_of(model).tower(hf_compat.decoder(model)[0]).side ** 2 + 1
+    assert len([shape for shape in seen.shapes if shape[-2:] == (n, n)]) == whole
