@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,8 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlm_pruner_eval import Pruner, VisualTokens, get_pruner, prune
+from vlm_pruner_eval import Pruner, Selection, VisualTokens, get_pruner, prune
 from vlm_pruner_eval.embedded.measure import generate_answers, load_minivlm, read_questions, score
+from vlm_pruner_eval.pruners.pdrop import PDrop
+from vlm_pruner_eval.pruners.sparsevlm import SparseVLM
+from vlm_pruner_eval.pruners.vispruner import VisPruner
 from vlm_pruner_eval.pruners.vlm_pruner import VLMPruner
 
 TASK, N, RATE = "where", 30, "8/9"  # the task that needs both the digits and their positions
@@ -94,3 +98,70 @@ def test_what_merging_does_shows_in_the_states_not_in_the_answers(minivlm):
     assert plain.hidden_states is None
     changed = (merged.hidden_states - tokens.hidden_states[merged.keep]).abs().amax(1) > 1e-3
     assert int(changed.sum()) >= 5
+
+
+# ---- methods of the vision tower, of several stages, and that make rows
+@dataclass(frozen=True, kw_only=True)
+class Misaligned(VisPruner):
+    """Looks at the tower's values of the patch half an image away: a wrong alignment of patches and tokens."""
+
+    name: ClassVar[str] = "misaligned"
+
+    def choose(self, tokens: VisualTokens, keep: int) -> Selection:
+        half = tokens.n_visual // 2
+        attention = {layer: values.roll(half, 1) for layer, values in tokens.vision.cls_attention.items()}
+        vision = dataclasses.replace(tokens.vision, states=tokens.vision.states.roll(half, 0), cls_attention=attention)
+        return super().choose(dataclasses.replace(tokens, vision=vision), keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LateInversion(PDrop):
+    """Keeps what is attended to least at its last stage."""
+
+    name: ClassVar[str] = "lateinversion"
+
+    def choose(self, tokens: VisualTokens, keep: int) -> Selection:
+        sign = -1 if tokens.stage == 2 else 1
+        return super().choose(dataclasses.replace(tokens, own_attention=sign * tokens.own_attention), keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MisplacedRows(SparseVLM):
+    """Writes the rows of its stages in the wrong order: kept tokens stand in each other's places."""
+
+    name: ClassVar[str] = "misplacedrows"
+
+    def choose(self, tokens: VisualTokens, keep: int) -> Selection:
+        found = super().choose(tokens, keep)
+        return dataclasses.replace(found, hidden_states=found.hidden_states.flip(0))
+
+
+KINDS = {
+    "vision tower": (VisPruner(pruning_rate=RATE), Misaligned(pruning_rate=RATE)),
+    "stages": (PDrop(pruning_rate=RATE, budget="kept"), LateInversion(pruning_rate=RATE, budget="kept")),
+    "rows": (SparseVLM(pruning_rate="2/3"), MisplacedRows(pruning_rate="2/3")),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_broken_method_of_each_kind_is_caught(minivlm, kind):
+    """By what the regression sweep compares, kept sets, and where only rows are wrong by the logits; answers alone would not show it."""
+    right, again, broken = (kept_and_logits(minivlm, pruner) for pruner in (KINDS[kind][0], *KINDS[kind]))
+    assert right[0] == again[0]
+    assert torch.equal(right[1], again[1])
+    if kind == "rows":
+        assert float((right[1] - broken[1]).abs().max(-1).values.min()) > 1e-2
+    else:
+        assert all(one != other for one, other in zip(right[0], broken[0], strict=True))
+
+
+def kept_and_logits(minivlm: tuple, pruner: Pruner) -> tuple[list[list[int]], Tensor]:
+    """Kept positions of eight prompts, and the logits of their first answers [8, vocabulary]."""
+    model, processor = minivlm
+    seen: list[Tensor] = []
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output[:, -1].clone()))
+    with prune(model, pruner) as ledger:
+        list(generate_answers(model, processor, read_questions(TASK)[:8], 8))
+    handle.remove()
+    assert all(record.n_kept < 576 for record in ledger.records)
+    return [record.kept_positions for record in ledger.records], seen[0]
