@@ -28,6 +28,7 @@ from tiny_processors import (
     VISION_END,
     VISION_START,
     VOCAB,
+    glm_processor,
     internvl_processor,
     next_processor,
     onevision_processor,
@@ -189,6 +190,13 @@ def _qwen3_moe_config() -> object:
     return _qwen_config("Qwen3VLMoeConfig", {"head_dim": 16} | experts, vision | deepstack)
 
 
+def _glm_ocr_config() -> object:
+    """The multi-dimensional part of a head is half of it, as in the published checkpoint."""
+    vision = {"depth": 2, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48, "patch_size": 14, "image_size": 56}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    return _qwen_config("GlmOcrConfig", {"head_dim": 16, "rope_parameters": rope}, vision)
+
+
 def _qwen_scopes(kind: str, k: int) -> list[int]:
     return [math.prod((GRIDS if kind == "i" else VIDEO_GRIDS)[k]) // 4]
 
@@ -231,6 +239,15 @@ def _internvl_features(kind: str, ks: list[int], dtype: torch.dtype) -> dict[str
 
 
 RECIPES = {
+    "glm_ocr": TinyFamily(
+        "GlmOcrForConditionalGeneration",
+        _glm_ocr_config,
+        _qwen_scopes,
+        _qwen_features(14),
+        glm_processor,
+        framed=_qwen_framed,
+        mrope=True,
+    ),
     "internvl": TinyFamily(
         "InternVLForConditionalGeneration",
         _internvl_config,
