@@ -69,7 +69,7 @@ class Stock:
     simple: bool = False  # it is asked by doc_to_visual and a text; else by doc_to_messages
 
 
-LLAVA, QWEN = "chat.llava_hf.LlavaHf", ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+LLAVA, QWEN = "chat.llava_hf.LlavaHf", ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 STOCK = {
     "llava": Stock(LLAVA),
     "llava_next": Stock(LLAVA),
@@ -84,6 +84,7 @@ STOCK = {
     ),
     "qwen2_5_vl": Stock("chat.qwen2_5_vl.Qwen2_5_VL", _limits(14), WITH_SYSTEM, _resized(14)),
     "qwen3_vl": Stock("chat.qwen3_vl.Qwen3_VL", _limits(16), WITHOUT_SYSTEM, _resized(16), system=True),
+    "qwen3_vl_moe": Stock("chat.qwen3_vl.Qwen3_VL", _limits(16), WITHOUT_SYSTEM, _resized(16), system=True),
 }
 FAMILIES = sorted(STOCK)
 
@@ -96,7 +97,8 @@ def picture(height: int, width: int, seed: int) -> Image.Image:
 @functools.cache
 def checkpoint(family: str) -> str:
     """A tiny checkpoint whose defaults for generation are, as many real ones', to sample and to punish repetition."""
-    folder = Path(tempfile.mkdtemp(prefix=f"tiny_stock_{family}_"))
+    active = "_A1B" if family.endswith("_moe") else ""  # the stock Qwen3-VL looks for it in the name
+    folder = Path(tempfile.mkdtemp(prefix=f"tiny_stock_{family}_", suffix=active))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     write_tiny_llava(folder) if family == "llava" else write_tiny(family, folder)
     if STOCK[family].template:

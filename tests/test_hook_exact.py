@@ -289,7 +289,7 @@ def test_one_prompt_keeps_the_mask_free_path_and_its_positions(tiny_model, famil
 
 @pytest.mark.parametrize("rows", ["one", "batch"])
 def test_flash_attentions_rules(tiny_model, family, rows):
-    if family == "qwen3_vl" and int(transformers.__version__.split(".")[0]) < 5:
+    if family.startswith("qwen3_vl") and int(transformers.__version__.split(".")[0]) < 5:
         pytest.skip("this transformers version hands flash attention positions of Qwen3-VL that it misreads, pruned or not")
     model, inputs, found = tiny_model(family), prompts(family, ONE if rows == "one" else ROWS[family]), []
     config = model.model.language_model.config

@@ -15,14 +15,14 @@ pytest.importorskip("qwen_vl_utils", reason="lmms-eval's stock Qwen wrappers res
 
 from picture_modes import KINDS
 from PIL import Image
-from stock_wrappers import FAMILIES, STOCK, Side, stock_model
+from stock_wrappers import FAMILIES, QWEN, STOCK, Side, stock_model
 from transformers.image_transforms import convert_to_rgb
 
 from vlm_pruner_eval.lmms.pictures import as_rgb
 
 LEVEL = 1 / 255 / 0.26  # one of 256 brightness levels after normalization, about
 ALIKE, APART = 4 * LEVEL, 20 * LEVEL  # on average over a picture; the stock Qwen2-VL compresses every one as a JPEG
-EVERY, QWEN2_5, QWEN2 = set(FAMILIES), {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}, {"qwen2_vl"}
+EVERY, QWEN2_5, QWEN2 = set(FAMILIES), set(QWEN), {"qwen2_vl"}
 UPPER_BITS = ("I;16", "I;16B", "16 bit PNG", "16 bit TIFF", "16 bit, tRNS", "I of 16 bits")
 DIFFERENT = {
     # Pillow's conversion clips 16 bits at 255, so that all but the darkest of a scan is white
@@ -72,7 +72,7 @@ def apart(first: torch.Tensor, second: torch.Tensor) -> float:
 
 def test_a_mode_is_shown_as_the_stock_wrapper_shows_it_unless_that_is_wrong(stock: Side) -> None:
     family = next(name for name in FAMILIES if STOCK[name] is stock.stock)
-    side = {"qwen3_vl": 32}.get(family, 28)  # of a merged patch, so that nothing is resized
+    side = 32 if family.startswith("qwen3_vl") else 28  # of a merged patch, so that nothing is resized
     found = {}
     for name, kind in KINDS.items():
         if kind.seen and name not in FAILS:

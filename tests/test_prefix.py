@@ -77,7 +77,7 @@ def count_prefills(model) -> Iterator[Counter]:
     vision = getattr(model.model, "vision_tower", None) or model.model.visual
     handles = [vision.register_forward_hook(lambda *_: counts.update(["vision"]))]
     for i, layer in enumerate(model.model.language_model.layers):
-        handles.append(layer.mlp.register_forward_hook(lambda m, args, out, i=i: counts.update([i] * (out.shape[1] > 1))))
+        handles.append(layer.mlp.register_forward_hook(lambda m, args, out, i=i: counts.update([i] * (args[0].shape[1] > 1))))
     try:
         yield counts
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import FAMILIES, GRIDS, SIZES, generate, prompts, scopes_of
+from tiny_models import FAMILIES, GRIDS, RECIPES, SIZES, build, generate, prompts, scopes_of
 from toy_pruners import StateNorm
 
 from vlm_pruner_eval import ConfigError, prune
@@ -35,7 +35,7 @@ def look():
 
 
 def test_every_family_has_a_tiny_model():
-    assert set(families()) == set(FAMILIES), "a family without an entry in tests/tiny_models.py is a family without tests"
+    assert set(families()) == set(RECIPES), "a family without an entry in tests/tiny_models.py is a family without tests"
 
 
 @pytest.mark.parametrize("family", QWEN)
@@ -144,3 +144,14 @@ def test_the_family_of_a_model_is_found_by_its_type(tiny_model, family):
     found = family_of(tiny_model(family))
     assert tiny_model(family).config.model_type in found.spec.model_types
     assert found.mrope == FAMILIES[family].mrope
+
+
+def test_a_balancing_loss_over_layers_of_different_lengths_is_refused():
+    model = build("qwen3_vl_moe")
+    model.config.text_config.output_router_logits = True
+    with pytest.raises(ConfigError, match="model: got output_router_logits=True in the text configuration, expected False"):
+        prune(model, StateNorm(pruning_rate=0.5))
+    model.config.text_config.output_router_logits = False
+    with prune(model, StateNorm(pruning_rate=0.5)) as ledger:
+        generate(model, prompts("qwen3_vl_moe", [[4, "i0", 7]]), 1)
+    assert ledger.records[0].n_kept == 3

@@ -28,6 +28,7 @@ from tiny_processors import (
     VISION_END,
     VISION_START,
     VOCAB,
+    glm_processor,
     internvl_processor,
     next_processor,
     onevision_processor,
@@ -66,7 +67,7 @@ Segments = Sequence[int | str]  # a number of text tokens, "i<k>" for image k, "
 
 @dataclass(frozen=True)
 class TinyFamily:
-    """A recipe for a tiny model of a family, and for a prompt. One entry in FAMILIES puts it into every behaviour test.
+    """A recipe for a tiny model of a family, and for a prompt. One entry in RECIPES puts it into every behaviour test.
 
     `scopes(kind, k)`: tokens of each budget scope that image or video k makes. `features(kind, ks, dtype)`: its tensors.
     `processor`: of its checkpoint on disk, whose answers end in the token `ends`; None if tiny_checkpoints.py writes another one.
@@ -181,6 +182,21 @@ def _qwen3_config() -> object:
     return _qwen_config("Qwen3VLConfig", {"head_dim": 16}, vision | deepstack)
 
 
+def _qwen3_moe_config() -> object:
+    """Every layer routes a token to two experts of four, which together are as wide as the one feed-forward layer of the others."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
+    vision = {"depth": 4, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48, "patch_size": 16}
+    deepstack = {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2]}
+    return _qwen_config("Qwen3VLMoeConfig", {"head_dim": 16} | experts, vision | deepstack)
+
+
+def _glm_ocr_config() -> object:
+    """The multi-dimensional part of a head is half of it, as in the published checkpoint."""
+    vision = {"depth": 2, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48, "patch_size": 14, "image_size": 56}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    return _qwen_config("GlmOcrConfig", {"head_dim": 16, "rope_parameters": rope}, vision)
+
+
 def _qwen_scopes(kind: str, k: int) -> list[int]:
     return [math.prod((GRIDS if kind == "i" else VIDEO_GRIDS)[k]) // 4]
 
@@ -222,7 +238,16 @@ def _internvl_features(kind: str, ks: list[int], dtype: torch.dtype) -> dict[str
     return {"pixel_values": torch.cat([_random(f"i{k}", k + 1, 3, 56, 56) for k in ks]).to(dtype)}
 
 
-FAMILIES = {
+RECIPES = {
+    "glm_ocr": TinyFamily(
+        "GlmOcrForConditionalGeneration",
+        _glm_ocr_config,
+        _qwen_scopes,
+        _qwen_features(14),
+        glm_processor,
+        framed=_qwen_framed,
+        mrope=True,
+    ),
     "internvl": TinyFamily(
         "InternVLForConditionalGeneration",
         _internvl_config,
@@ -285,12 +310,25 @@ FAMILIES = {
         videos=True,
         mrope=True,
     ),
+    "qwen3_vl_moe": TinyFamily(
+        "Qwen3VLMoeForConditionalGeneration",
+        _qwen3_moe_config,
+        _qwen_scopes,
+        _qwen_features(16),
+        qwen_processor("Qwen3VLProcessor", "Qwen3VLVideoProcessor", 16),
+        framed=_qwen3_framed,
+        videos=True,
+        mrope=True,
+    ),
 }
 
 
-def _class_named(name: str) -> type:
-    """A class of transformers, or the one of ours that it does not have."""
-    return getattr(llava_video_model, name) if hasattr(llava_video_model, name) else getattr(transformers, name)
+def _class_named(name: str) -> type | None:
+    """A class of transformers, or the one of ours that it does not have; None of a model that is younger than it."""
+    return getattr(llava_video_model, name, None) or getattr(transformers, name, None)
+
+
+FAMILIES = {name: tiny for name, tiny in RECIPES.items() if _class_named(tiny.model_class)}  # that can be tested here
 
 
 def build(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -303,6 +341,8 @@ def build(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.float
         for name, parameter in model.named_parameters():
             if parameter.dim() >= 2:
                 fan_in = parameter.shape[-1] if parameter.dim() == 2 else parameter[0].numel()
+                if ".experts." in name:  # one matrix an expert, which versions of transformers hold either way round
+                    fan_in = math.sqrt(fan_in)
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * (1.6 / math.sqrt(fan_in)))
             elif "bias" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)

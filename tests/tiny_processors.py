@@ -21,6 +21,7 @@ WORDS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_tok
 TURN, TURN_ENDS = "<|im_start|>", "<|im_end|>"
 LLAVA_MEDIA = ("<image>", "<video>", "<|vision_start|>", "<|vision_end|>")
 QWEN_MEDIA = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+GLM_MEDIA = ("<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>")
 INTERNVL_MEDIA = ("<IMG_CONTEXT>", "<video>", "<img>", "</img>")
 QWEN_MARKS = ("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>")
 SIDE = 56  # pixels of a tile
@@ -104,6 +105,18 @@ def qwen_processor(name: str, video_name: str, patch: int) -> Callable[[], Proce
         tokenizer=ascii_tokenizer(QWEN_MEDIA),
         video_processor=getattr(transformers, video_name)(**patches, size=pixels),
         chat_template=chatml(*QWEN_MARKS),
+    )
+
+
+def glm_processor() -> ProcessorMixin:
+    """Images of 4 to 36 merged patches; the bounds count an image as the two frames that are made of it."""
+    pixels = {"shortest_edge": 2 * 4 * 28**2, "longest_edge": 2 * 36 * 28**2}
+    image, video, start, end = GLM_MEDIA
+    return transformers.Glm46VProcessor(
+        image_processor=transformers.Glm46VImageProcessor(size=pixels),
+        tokenizer=ascii_tokenizer(GLM_MEDIA),
+        video_processor=transformers.Glm46VVideoProcessor(size=pixels),
+        chat_template=chatml(f"{start}{image}{end}", video),
     )
 
 

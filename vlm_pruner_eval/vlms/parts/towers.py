@@ -195,7 +195,8 @@ class SequenceTower(Tower):
         """Queries and keys [S, H, d] of all patches."""
         block, (hidden, _) = self.blocks[layer], entered[layer]
         q, k, _ = block.attn.qkv(block.norm1(hidden)).unflatten(-1, (3, block.attn.num_heads, -1)).unbind(1)
-        return q, k
+        normed = [getattr(block.attn, f"{name}_norm", nn.Identity())(states) for name, states in (("q", q), ("k", k))]
+        return normed[0], normed[1]
 
     def _aligned(self, values: Tensor, layouts: Sequence[Layout]) -> list[Tensor]:
         """Values [S, c] of patches as values [V, c] of each image's tokens."""
