@@ -308,21 +308,22 @@ def doctor(
 def list_(as_json: AsJson = False) -> None:
     """Show the methods with their parameters, the model ids, and the packaged tasks."""
     from vlm_pruner_eval.lmms.plugin import MODELS, packaged_tasks
-    from vlm_pruner_eval.method_table import method_table
+    from vlm_pruner_eval.method_table import descriptions, method_table
 
     known = method_table()
+    about = descriptions()
     with stdout(as_json) as out:
         console = out.console()
-        table = Table("method", "parameters and defaults", box=None, pad_edge=False)
+        table = Table("method", "what it keeps; parameters and defaults", box=None, pad_edge=False)
         for name, parameters in known.items():
             shown = ", ".join(parameter if value is None else f"{parameter}={value}" for parameter, value in parameters.items())
-            table.add_row(escape(name), escape(shown))
+            table.add_row(escape(name), "\n".join(filter(None, [escape(about.get(name, "")), f"[dim]{escape(shown)}[/]"])))
         console.print(table)
         console.print(f"\nmodel ids: {', '.join(sorted(MODELS))}", highlight=False, soft_wrap=True)
         tasks = packaged_tasks()
         console.print(f"packaged tasks ({len(tasks)}): {', '.join(tasks)}", highlight=False, soft_wrap=True)
         console.print("All other tasks of lmms-eval can be used too; `lmms-eval tasks list` shows them.", highlight=False, soft_wrap=True)
-        out.add({"methods": known, "models": sorted(MODELS), "tasks": tasks})
+        out.add({"methods": known, "about": about, "models": sorted(MODELS), "tasks": tasks})
 
 
 def _output_of(config: SweepConfig) -> Path:

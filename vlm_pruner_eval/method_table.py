@@ -31,17 +31,25 @@ def method_table() -> dict[str, Parameters]:
 @functools.cache
 def built_in_methods() -> dict[str, Parameters]:
     """The same of the methods in this package."""
-    return dict(_built_in())
+    return {name: parameters for name, parameters, _ in _built_in()}
 
 
-def _built_in() -> Iterator[tuple[str, Parameters]]:
+@functools.cache
+def descriptions() -> dict[str, str]:
+    """Method of this package -> the first sentence about it."""
+    return {name: about for name, _, about in _built_in()}
+
+
+def _built_in() -> Iterator[tuple[str, Parameters, str]]:
+    """Name, parameters and first sentence of each method."""
     nodes = {node.name: node for path in _FOLDER.glob("*.py") for node in _classes(path)}
     for node in nodes.values():
         line = [*_lineage(node, nodes)]
         constants = {name: value for one in line for name, value in _constants(one).items()}
         if line[0].name == _BASE and constants.get("name"):
             known = {name: value for one in line for name, value in _fields(one).items()}
-            yield str(constants["name"]), {name: value for name, value in known.items() if name not in constants.get("without_effect", ())}
+            parameters = {name: value for name, value in known.items() if name not in constants.get("without_effect", ())}
+            yield str(constants["name"]), parameters, (ast.get_docstring(node) or "").partition("\n")[0]
 
 
 def _lineage(node: ast.ClassDef, nodes: dict[str, ast.ClassDef]) -> Iterator[ast.ClassDef]:
