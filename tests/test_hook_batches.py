@@ -70,6 +70,16 @@ def test_every_method_gives_the_same_in_a_batch_and_alone(tiny_model, family, na
         assert record.as_json()["layer_averaged"] == record.layer_averaged
 
 
+@pytest.mark.parametrize("name", [name for name in IN_MODEL if name not in ("blind", "none")])
+def test_rate_zero_is_the_plain_model_to_the_bit(tiny_model, name):
+    model, inputs = tiny_model("llava"), prompts("llava", MIXED)
+    plain = generate(model, inputs, 3)
+    with prune(model, made(name, 0)) as ledger:
+        found = generate(model, inputs, 3)
+    assert torch.equal(step_logits(plain), step_logits(found))
+    assert all(record.n_kept == record.n_visual for record in ledger.records)
+
+
 @pytest.mark.parametrize("kind", ["beams", "samples"])
 def test_beams_and_returned_sequences(tiny_model, family, kind):
     """With a rule that does not depend on numbers, cached decoding equals decoding without a cache."""

@@ -39,7 +39,7 @@ ALLOWED = {
     "installed": {"errors", "guard", "probe", "vision_probe"},
     "batch_rows": {"errors", "pruners", "timing", "types", "vlms"},
     "tower_merging": {"pruners", "vlms"},
-    "vision_probe": {"errors", "pruners", "tower_merging", "types", "vlms"},
+    "vision_probe": {"budget", "errors", "pruners", "tower_merging", "types", "vlms"},
     "encoding": {"hf_compat", "vision_probe", "vlms"},
     "refusals": {"cut", "errors", "hf_compat", "pruners", "types", "vision_probe", "vlms"},
     "clip_text": {"errors", "redact", "types"},

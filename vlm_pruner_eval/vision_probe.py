@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from vlm_pruner_eval.budget import parse_rate
 from vlm_pruner_eval.errors import PruningError
 from vlm_pruner_eval.pruners.base import Pruner
 from vlm_pruner_eval.tower_merging import TowerMerging
@@ -28,7 +29,8 @@ def vision_probe_for(tower: Tower | None, pruners: Sequence[Pruner]) -> VisionPr
         return None
     needs = frozenset().union(*(pruner.needs for pruner in looking))
     layers = [layer for pruner in looking for layer in pruner.tower_layers()]
-    return VisionProbe(tower, needs, layers, next((pruner for pruner in looking if pruner.acts_in_tower), None))
+    inside = [pruner for pruner in looking if pruner.acts_in_tower and parse_rate(pruner.pruning_rate) != 0]
+    return VisionProbe(tower, needs, layers, inside[0] if inside else None)
 
 
 def adaptation(pruner: Pruner, tower: Tower | None) -> str | None:
