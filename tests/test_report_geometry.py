@@ -254,7 +254,7 @@ def test_layouts_agree_with_the_families_own_coordinates() -> None:
 @pytest.mark.parametrize(
     ("geometry", "media", "layouts", "sentence"),
     [
-        ({"family": "florence"}, [VIDEO], [(4, 2, 2, 1)], "got the family 'florence', expected one of internvl, llava"),
+        ({"family": "florence"}, [VIDEO], [(4, 2, 2, 1)], "got the family 'florence', expected one of glm_ocr, internvl, llava"),
         ({}, [VIDEO], [(4, 2, 2, 1)], "got the family None"),
         ({"family": "qwen2_vl"}, [Medium(10, 10)], [], "layouts of 0 images and videos, expected 1"),
         ({"family": "qwen2_vl"}, [Medium(10, 10)], [(4, 2, 2, 1)] * 2, "1 layouts are left over"),

@@ -16,6 +16,7 @@ class Qwen3VLMoe(Qwen3VL):
 
     A token is routed by its own state alone, so that others may leave the sequence. Sums over a batch are rounded in another order than
     those over a row, as in a dense model; where two experts are within that rounding of each other, a token may change experts with it.
+    In the published configurations `intermediate_size`, which FLOPs are counted from, is the width of a token's experts together.
     """
 
     spec: ClassVar[FamilySpec] = FamilySpec(
