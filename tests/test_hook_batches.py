@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from test_hook_exact import CLOSE, MIXED, ONE, ROWS, compare, distance, plain_positions
+from thinning import only
 from tiny_models import FAMILIES, IMAGE, N_LAYERS, VIDEO, build, generate, masked_recompute, prompts, scopes_of, step_logits, views_from
 from toy_pruners import IN_MODEL, KeyNorm, StateNorm, Stride, made
 
@@ -27,6 +28,7 @@ FOR_CLIP = ("prumerge", "prumerge_plus", "mustdrop")
 REFUSED = {family: FOR_CLIP for family in FAMILIES if family not in ("llava", "llava_next", "internvl")} | {"internvl": ("mustdrop",)}
 
 
+@pytest.mark.parametrize("family", only(sorted(FAMILIES), ["llava", "llava_next", "qwen2_5_vl"]))
 @pytest.mark.parametrize("name", IN_MODEL)
 def test_every_method_gives_the_same_in_a_batch_and_alone(tiny_model, family, name):
     """The table over every method x every family: it keeps what was asked, in every layer, records it, and decodes."""

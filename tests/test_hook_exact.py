@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from fake_flash import NAME as FAKE_FLASH
+from thinning import only
 from tiny_models import (
     FAMILIES,
     N_LAYERS,
@@ -59,7 +60,7 @@ def compare(model, inputs, pruner, n=6, views=views_from):
     return output, records, distance(step_logits(output), slow[:, length - 1 : length - 1 + n])
 
 
-@pytest.mark.parametrize(("family", "layer", "attention"), CUTS)
+@pytest.mark.parametrize(("family", "layer", "attention"), only(CUTS, [cut for cut in CUTS if cut[0] == "qwen3_vl" or cut[1] != 0]))
 def test_cached_decoding_equals_masked_recompute_and_rows_alone(tiny_model, family, layer, attention):
     """Images, videos, both and none in one left-padded batch; a row alone takes the path without a mask."""
     model, rows, pruner = tiny_model(family, attention), ROWS[family], StateNorm(pruning_rate="2/3", layer=layer)
@@ -87,8 +88,8 @@ def test_cached_decoding_equals_masked_recompute_and_rows_alone(tiny_model, fami
 
 
 # ---- nothing to prune, all to prune
-@pytest.mark.parametrize("method", ["none", "vlmpruner", "fastv"])
-@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+@pytest.mark.parametrize("method", only(["none", "vlmpruner", "fastv"], ["none", "vlmpruner"]))
+@pytest.mark.parametrize("family", only(["llava", "qwen3_vl"], ["qwen3_vl"]))
 def test_pruning_nothing_computes_nothing_more(tiny_model, family, method):
     """No matrix product and no attention beyond the plain model's: what a hook costs at rate 0 are a few small operations."""
 
@@ -105,7 +106,7 @@ def test_pruning_nothing_computes_nothing_more(tiny_model, family, method):
     assert sum(hooked.values()) > 1e6
 
 
-@pytest.mark.parametrize("what", ["rate 0", "text only", "rate 0 eager"])
+@pytest.mark.parametrize("what", only(["rate 0", "text only", "rate 0 eager"], ["rate 0", "text only"]))
 def test_nothing_to_drop_is_bit_equal(tiny_model, family, what):
     model = tiny_model(family, "eager" if "eager" in what else "sdpa")
     samples, rate = ([[9], [14]], "2/3") if what == "text only" else (ROWS[family], 0)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from test_hook_exact import ONE
+from thinning import only
 from tiny_models import IMAGE, VIDEO, VISION_END, VISION_START, build, prompts
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
@@ -57,7 +58,7 @@ def right() -> tuple[list[list[int]], Tensor]:
 
 
 # ---- compiled and wrapped
-@pytest.mark.parametrize("part", COMPILED)
+@pytest.mark.parametrize("part", only(COMPILED, ["a forward"]))
 def test_what_was_compiled_and_used_before_is_pruned(right, part):
     torch.compiler.reset()
     model, inputs = build("llava"), prompts("llava", ONE)

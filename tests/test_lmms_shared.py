@@ -6,7 +6,7 @@ import functools
 import gc
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -16,7 +16,10 @@ import test_lmms_video_runs
 import torch
 from lmms_eval.models.model_utils import gen_metrics
 from lmms_requests import GREEDY, documents, fresh_model, request, set_batch_size, tiny_llava
+from test_hook_batches import REFUSED
+from thinning import only
 from tiny_checkpoints import PROCESSORS, checkpoint
+from toy_pruners import PARAMETERS
 
 from vlm_pruner_eval import ConfigError, PruningError, list_pruners
 from vlm_pruner_eval.lmms import PrunedModel, load
@@ -29,14 +32,28 @@ QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 NO_RATE = ("none", "blind")
 AT_ONCE = ("divprune", "pool", "random", "uniform")  # cut at layer 0
 LATER = ("fastv", "dart")
+AT_TWO = ("vlmpruner", "fastv", "dart", "random", "uniform")  # cut at layer 2
+OLDER = (*AT_TWO, "divprune", "pool", "downsample")  # those that `some` takes in turns
+TAKEN = {"sparsevlm": ("2/3", "8/9")}  # rates, where a method does not take every one
 TIMES = ("prefill_ms", "decode_ms", "peak_bytes")
 
 
-def configurations(*rates: str, skip: tuple[str, ...] = ()) -> dict[str, Configuration]:
-    """Every registered method at every rate."""
+def configurations(*rates: str, names: Sequence[str] = (*AT_TWO, "divprune", "pool")) -> dict[str, Configuration]:
+    """Methods at every rate that they take, and those without a rate."""
     found = {name: Configuration(name, None) for name in NO_RATE}
-    names = [name for name in list_pruners() if name not in (*NO_RATE, *skip)]
-    return found | {f"{name} {rate}": Configuration(name, rate) for name in names for rate in rates}
+    taken = [(name, rate) for name in names for rate in rates if rate in TAKEN.get(name, rates)]
+    return found | {f"{name} {rate}": Configuration(name, rate, params_of(name)) for name, rate in taken}
+
+
+def params_of(name: str) -> dict[str, object]:
+    """What a method can't do without, or needs for the few layers of a tiny model."""
+    return {"budget": "kept"} if name == "pdrop" else PARAMETERS.get(name, {})
+
+
+def registered(family: str) -> list[str]:
+    """Methods with a rate that a family takes."""
+    others = (*REFUSED.get(family, ()), *(() if family in QWEN else ("downsample",)), *NO_RATE)
+    return [name for name in list_pruners() if name not in others]
 
 
 @functools.cache
@@ -122,34 +139,38 @@ def test_all_methods_answer_as_in_runs_of_their_own(family: str, is_all: bool, b
     model.task_dict = {"first": {"test": test_lmms_families.documents()}}
     set_batch_size(model, batch_size)
     requests = [request("first", i) for i in range(len(test_lmms_families.SIZES))]
-    every = configurations("1/3", "8/9", skip=() if family in QWEN else ("downsample",))
-    chosen = every if is_all else some(family, "1/3", "8/9")
+    if is_all:
+        chosen = configurations("1/3", "8/9", names=registered(family))
+    else:
+        chosen = some(family, "1/3", "8/9")
+        if family == "llava_next":
+            chosen |= configurations("2/3", names=[name for name in registered(family) if name not in OLDER])
     expected = separately(model, chosen, requests)
     assert len({str(results) for results, _ in expected.values()}) > 2, "methods that all answer the same would prove nothing"
     assert_same(together(model, chosen, requests), expected)
 
 
 @pytest.mark.parametrize("is_all", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("family", test_lmms_video_runs.FAMILIES, indirect=True)
+@pytest.mark.parametrize("family", only(test_lmms_video_runs.FAMILIES, ["internvl", "llava_video", "qwen3_vl"]), indirect=True)
 def test_videos(family: str, is_all: bool) -> None:
     model = _loaded(family)
     model.task_dict = {"clips": {"test": test_lmms_video_runs.documents()}}
     set_batch_size(model, 4)
     requests = [test_lmms_video_runs.asked(i) for i in range(len(test_lmms_video_runs.LENGTHS))]
     few = {name: one for name, one in some(family, "2/3").items() if name not in ("blind", "downsample", *AT_ONCE)}
-    chosen = configurations("2/3", skip=("downsample",)) if is_all else few
+    chosen = configurations("2/3", names=[name for name in registered(family) if name != "downsample"]) if is_all else few
     assert_same(together(model, chosen, requests), separately(model, chosen, requests))
 
 
 def test_beams_and_groups_of_options(model: PrunedModel) -> None:
     requests = [request("first", i, options=GREEDY | ({"num_beams": 2} if i % 2 else {"until": ["?"]})) for i in range(7)]
-    chosen = configurations("1/2", skip=("downsample",))
+    chosen = configurations("1/2", names=("vlmpruner", "fastv", "divprune"))
     assert_same(together(model, chosen, requests), separately(model, chosen, requests))
 
 
 def test_pixels_are_read_once_and_the_tower_sees_them_once(model: PrunedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [request("first", i) for i in range(7)]
-    chosen = configurations("1/2", "3/4", skip=("downsample",))
+    chosen = configurations("1/2", "3/4")
     calls = {"prompts": 0, "inputs": 0, "tower": 0}
 
     def counted(name: str, owner: object, method: str) -> None:
@@ -220,7 +241,7 @@ def calls_of(model: PrunedModel, monkeypatch: pytest.MonkeyPatch, most: int = 10
 
 def test_methods_of_a_layer_decode_together(model: PrunedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     set_batch_size(model, 2)
-    chosen = configurations("1/2", "3/4", skip=("downsample",))
+    chosen = configurations("1/2", "3/4")
     rows = calls_of(model, monkeypatch)
     found = together(model, chosen, [request("first", i) for i in range(2)])
     # the unpruned run alone; at layer 0 pool, and by contiguous positions DivPrune and the blind run; ten that cut at layer 2
@@ -228,10 +249,10 @@ def test_methods_of_a_layer_decode_together(model: PrunedModel, monkeypatch: pyt
     assert {sample["batch_size"] for sample in found["fastv 1/2"][1]} == {20}
 
 
-@pytest.mark.parametrize("most", [1, 6, 10])
+@pytest.mark.parametrize("most", only([1, 6, 10], [1, 6]))
 def test_the_number_of_rows_is_bounded(model: PrunedModel, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     set_batch_size(model, 2)
-    chosen = configurations("1/2", "3/4", skip=("downsample",))
+    chosen = configurations("1/2", "3/4", names=("fastv", "uniform", "dart"))
     requests = [request("first", i) for i in range(4)]
     expected = separately(model, chosen, requests)
     rows, found = calls_of(model, monkeypatch), {}
@@ -246,7 +267,7 @@ def test_the_number_of_rows_is_bounded(model: PrunedModel, monkeypatch: pytest.M
 
 def test_a_group_that_does_not_fit_into_the_memory_is_halved_for_good(model: PrunedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     set_batch_size(model, 2)
-    chosen = configurations("1/2", "3/4", skip=("downsample",))
+    chosen = configurations("1/2", "3/4", names=AT_TWO)
     requests = [request("first", i) for i in range(6)]
     expected = separately(model, chosen, requests)
     rows = calls_of(model, monkeypatch, most=8)
@@ -256,7 +277,7 @@ def test_a_group_that_does_not_fit_into_the_memory_is_halved_for_good(model: Pru
 
 def test_a_failed_method_of_a_group_leaves_the_others_in_the_batch(model: PrunedModel) -> None:
     requests = [request("first", i) for i in range(5)]
-    chosen = configurations("1/2", skip=("downsample",)) | {
+    chosen = configurations("1/2", names=("fastv", "uniform", "divprune")) | {
         "sabotage": Configuration("toy_pruners:Sabotage", "1/2", {"on": "first/test/2"})
     }
     found = together(model, chosen, requests)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from lmms_requests import GREEDY, request, set_batch_size, texts
 from PIL import Image
+from thinning import only
 from tiny_checkpoints import PROCESSORS, checkpoint
 from tiny_videos import all_frames, pictures, write_video
 
@@ -26,6 +27,9 @@ from vlm_pruner_eval.vlms import family_named
 
 FAMILIES = [name for name in sorted([*PROCESSORS, "llava_video"]) if "video" in family_named(f"vlmpruner_{name}").spec.media]
 QWEN = [name for name in FAMILIES if name.startswith("qwen")]
+RATES = [("vlmpruner", 0), ("vlmpruner", "2/3"), ("vlmpruner", "8/9"), ("fastv", "8/9")]
+# every family by default, with one method and rate each
+BATCHED = only([(family, *one) for family in FAMILIES for one in RATES], [(family, *RATES[1 + i % 3]) for i, family in enumerate(FAMILIES)])
 MAX_FRAMES = 6
 LENGTHS = [[40], [5], [1], [5, 5], [30], [40], [], []]  # frames of the videos of each document
 FILE, _, LONE, _, OTHER_FILE, MIXED, IMAGE_ONLY, NO_MEDIA = range(8)
@@ -123,7 +127,7 @@ def ask(model: PrunedModel, batch_size: int) -> list[str]:
     return answers
 
 
-@pytest.mark.parametrize(("method", "rate"), [("vlmpruner", 0), ("vlmpruner", "2/3"), ("vlmpruner", "8/9"), ("fastv", "8/9")])
+@pytest.mark.parametrize(("family", "method", "rate"), BATCHED, indirect=["family"])
 def test_batched_answers_equal_single_ones_and_what_was_asked_was_kept(family: str, model: PrunedModel, method: str, rate: str) -> None:
     found = [scopes(family, model, i) for i in range(len(LENGTHS))]
     expected = [(len(tokens), sum(tokens), sum(keep_count(n, rate) for n in tokens)) for tokens in found]
@@ -137,6 +141,7 @@ def test_batched_answers_equal_single_ones_and_what_was_asked_was_kept(family: s
     assert max(answer.batch_size for answer in model.answers) > 1
 
 
+@pytest.mark.parametrize("family", only(FAMILIES, ["internvl", "qwen3_vl"]), indirect=True)
 def test_rate_zero_changes_no_answer_and_pruning_does(model: PrunedModel) -> None:
     plain = ask(model, 1)
     model.configure("vlmpruner", 0)
@@ -220,6 +225,7 @@ def _gives_up(document: dict) -> list[dict]:
     sys.exit("video path:/data/x.mp4 does not exist, please check")
 
 
+@pytest.mark.parametrize("family", only(FAMILIES, ["llava_video", "qwen2_vl"]), indirect=True)
 def test_a_video_that_can_not_be_read_costs_no_other_sample(model: PrunedModel, tmp_path: Path) -> None:
     expected = texts(model, [asked(FILE), asked(OTHER_FILE)])
     cut = write_video(tmp_path / "cut.avi", pictures(40))
@@ -240,6 +246,7 @@ def test_a_video_that_can_not_be_read_costs_no_other_sample(model: PrunedModel, 
         texts(model, [asked(FILE), asked(8)])
 
 
+@pytest.mark.parametrize("family", only(FAMILIES, ["internvl", "qwen2_5_vl"]), indirect=True)
 def test_a_file_that_breaks_while_it_is_decoded_costs_no_other_of_its_batch(family: str, model: PrunedModel, tmp_path: Path) -> None:
     shrinking = write_video(tmp_path / "clip.mp4", pictures(40))
     model.task_dict = {"clips": {"test": [*documents(), {"videos": [str(shrinking)], "images": []}]}}
@@ -280,6 +287,7 @@ def test_videos_of_unequal_length_in_one_prompt(family: str, model: PrunedModel)
         assert "got videos of 3 and 4 frames in one prompt, expected equally many" in model.answers[-1].error
 
 
+@pytest.mark.parametrize("family", only(FAMILIES, ["llava_onevision", "qwen2_vl"]), indirect=True)
 def test_prompts_with_unequal_videos_do_not_meet_in_a_batch(model: PrunedModel) -> None:
     model.task_dict = {"clips": {"test": [{"videos": [pictures(n, seed=n)], "images": []} for n in (3, 5, 3, 5, 3)]}}
     alone = texts(model, [asked(i) for i in range(5)])

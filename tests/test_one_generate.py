@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from test_prefix import AT_TWO, count_prefills, depth, read, samples
+from test_prefix import AT_TWO, NEW, count_prefills, depth, read, samples
+from thinning import only
 from tiny_models import FAMILIES, N_LAYERS, generate, prompts, step_logits
 
 from vlm_pruner_eval import ConfigError, Pruner, PruningError, get_pruner, prune
@@ -20,6 +21,7 @@ CLOSE = 1e-4  # other paddings, other sums
 def together(family: str, methods: Sequence[str] = METHODS) -> list[list[Pruner]]:
     """Pruners that may share a batch: lists of the same layers and positions."""
     made = [get_pruner(name, pruning_rate=0 if name == "blind" else rate) for name, rate in itertools.product(methods, ("1/3", "8/9"))]
+    made += NEW
     mrope = family.startswith("qwen")
     kinds = {(tuple(stage.layer for stage in pruner.stages(N_LAYERS)), pruner.position_policy(mrope)): [] for pruner in made}
     for pruner in made:
@@ -40,7 +42,7 @@ def read_rows(model, inputs, pruners: Sequence[Pruner], n_new: int = 4, **kwargs
     return [(ids[i], logits[i], records[i * rows : (i + 1) * rows]) for i in range(len(pruners))]
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", only(sorted(FAMILIES), ["internvl", "llava_next", "qwen3_vl"]))
 def test_rows_answer_as_in_forwards_of_their_own(tiny_model, family: str) -> None:
     model, inputs = tiny_model(family), prompts(family, samples(family))
     for pruners in together(family):

@@ -15,11 +15,13 @@ import torch
 import transformers
 from test_hook_batches import SEVERAL_UNDER_BEAMS
 from tiny_models import FAMILIES, N_LAYERS, generate, prompts, step_logits
-from toy_pruners import Broken, KeyNorm, TwoStages
+from toy_pruners import Broken, KeyNorm, TwoStages, made
 
 from vlm_pruner_eval import Pruner, PruningError, get_pruner, prune
 from vlm_pruner_eval.prefix import SharedPrefix, first_cut
 
+OF_TOWER = [made("visionzip", "2/3"), made("cdpruner", "8/9")]  # and of the question
+NEW = [*OF_TOWER, *(made(name, rate) for name, rate in (("sparsevlm", "2/3"), ("sparsevlm", "8/9"), ("vscan", "1/3"), ("vscan", "8/9")))]
 METHODS = ("vlmpruner", "fastv", "dart", "divprune", "random", "uniform", "pool")
 PRUNERS: list[Pruner] = [
     get_pruner("none", pruning_rate=0),
@@ -28,6 +30,7 @@ PRUNERS: list[Pruner] = [
     get_pruner("vlmpruner", pruning_rate="2/3", official_quirks=True),
     get_pruner("uniform", pruning_rate=0),
     TwoStages(pruning_rate="1/2"),
+    *NEW,
     *(KeyNorm(pruning_rate="2/3", layer=layer, merge=True) for layer in (1, 3, N_LAYERS - 1)),
 ]
 MIXED = [[5, "i0", 7], [3, "i1", 4, "i0", 9], [12]]  # left padding, several images, none
@@ -94,11 +97,11 @@ WAYS = [
 
 
 def pruners_of(way: tuple, *, is_all: bool) -> list[Pruner]:
-    """Every fourth method, so that four ways after each other meet all; or all, where layers are plain and where DeepStack adds to them."""
+    """Every sixth method, so that six ways after each other meet all; or all."""
     if is_all:
         return PRUNERS
-    turn = WAYS.index(way) % 4
-    return [pruner for i, pruner in enumerate(PRUNERS) if i % 4 == turn or isinstance(pruner, TwoStages)]
+    turn = WAYS.index(way) % 6
+    return [pruner for i, pruner in enumerate(PRUNERS) if i % 6 == turn or isinstance(pruner, TwoStages)]
 
 
 @pytest.mark.parametrize(

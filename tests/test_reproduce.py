@@ -10,6 +10,7 @@ import pytest
 import stored
 from reproduce_standin import GOOD, N_DOCS, RELEASE, VARIANTS, Loads, call, empty_folder, install_loads, last_json, printing, read, write
 from sweep_standin import Behaviour
+from thinning import some
 from typer.testing import CliRunner
 
 from vlm_pruner_eval.cli import app
@@ -193,11 +194,14 @@ def test_a_measured_spread_widens_the_gate(tmp_path: Path, loads: Loads, prints:
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [
-        (["--limit", "12"], "limit 12"),
-        (["--pretrained", "some/other"], "other checkpoint, some/other"),
-        (["hf"], "protocol hf"),
-    ],
+    some(
+        [
+            (["--limit", "12"], "limit 12"),
+            (["--pretrained", "some/other"], "other checkpoint, some/other"),
+            (["hf"], "protocol hf"),
+        ],
+        3,
+    ),
 )
 def test_what_printed_numbers_do_not_speak_of_is_not_gated(
     tmp_path: Path, loads: Loads, prints: Callable[..., None], options: list[str], reason: str

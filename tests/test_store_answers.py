@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lmms_requests import documents, fresh_model, request, set_batch_size
+from thinning import only
 
 from vlm_pruner_eval.errors import ConfigError, PruningError
 from vlm_pruner_eval.ledger import SampleRecord
@@ -83,7 +84,7 @@ def kill_after(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AnswerLog, "append", dying)
 
 
-@pytest.mark.parametrize("n_before", [0, 1, 7, 8, 9, 18, 19])
+@pytest.mark.parametrize("n_before", only([0, 1, 7, 8, 9, 18, 19], [1, 8, 19]))
 def test_a_killed_run_goes_on_and_repeats_no_batch(
     model: PrunedModel, counted: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_before: int
 ) -> None:
@@ -126,7 +127,7 @@ def test_failed_prompts_stay_failed_and_leave_the_other_batches_as_they_were(
     expected = run(model, None, asked)
     sizes = sorted(counted)
     counted.clear()
-    for n in (1, 2, 3, 9):
+    for n in (1, 9):
         with monkeypatch.context() as patch, AnswerLog(tmp_path, HEAD) as one:
             kill_after(n, patch)
             with pytest.raises(Killed):

@@ -18,6 +18,7 @@ from fault_sweep import Attempt, standin_sweep
 from fault_trace import FULL, KILL, POWER
 from sweep_standin import make_config
 from test_cli import behaviour, call, clean_surroundings, write  # noqa: F401  # fixtures
+from thinning import only
 
 from vlm_pruner_eval import durable
 from vlm_pruner_eval.errors import StoppedError
@@ -31,13 +32,13 @@ from vlm_pruner_eval.sweep.grid import expand, grid_of
 ANSWER, RECORD = "write runs/RUN/UNIT/answers.jsonl", "rename runs/RUN/UNIT/record.json"
 SHORT = {
     "random": (partial(parts.standin_kills, kills=4, span_s=0.8, pause_s=0.01, n_runs=3, has_report=False), 4),
-    "two_workers": (partial(parts.two_workers, kills=3, span_s=0.3, pause_s=0.01, n_runs=3), 3),
     "kill_at_writes": (partial(parts.at_writes, kind=KILL, only=(ANSWER, RECORD)), 2),
     "power_at_writes": (partial(parts.at_writes, kind=POWER, only=(ANSWER,)), 1),
     "full_at_writes": (partial(parts.at_writes, kind=FULL, only=(ANSWER,)), 0),
     "logs": (partial(parts.damaged_logs, step=300), 1),
 }
 LONG = {
+    "two_workers": (partial(parts.two_workers, kills=3, span_s=0.3, pause_s=0.01, n_runs=3), 3),
     "larger_limit": (partial(parts.larger_limit, kills=3, span_s=1.0, pause_s=0.02), 3),
     "all_writes": (partial(parts.at_writes, kind=KILL), 40),
     "memory": (partial(parts.short_of_memory, rounds=1, kills=2), 0),
@@ -51,9 +52,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
-@pytest.mark.parametrize(
-    ("work", "kills"), [*SHORT.values(), *(pytest.param(*case, marks=pytest.mark.slow) for case in LONG.values())], ids=[*SHORT, *LONG]
-)
+@pytest.mark.parametrize(("work", "kills"), only([*SHORT.values(), *LONG.values()], [*SHORT.values()]), ids=[*SHORT, *LONG])
 def test_nothing_is_lost_doubled_or_different(tmp_path: Path, work: Callable[[Section], None], kills: int) -> None:
     section = Section(tmp_path / "section", seed=0)
     work(section)

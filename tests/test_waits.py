@@ -8,33 +8,30 @@ from typing import ClassVar
 
 import pytest
 import torch
+from every_field import afresh, mapped, tensors
 from standin_device import DEVICE, CountSyncs, OnDevice, held
 from tiny_models import N_LAYERS, build, prompts
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from toy_pruners import IN_MODEL, KeyNorm, NoCheck, TwoStages
+from toy_pruners import IN_MODEL, KeyNorm, NoCheck, TwoStages, made
 
 from vlm_pruner_eval import Pruner, PruningError, Selection, VisualTokens, get_pruner, kernels, prune
 from vlm_pruner_eval.device_copy import to_host
 from vlm_pruner_eval.pruners.fastv import FastV
+from vlm_pruner_eval.pruners.fields import PARTS, replaced
 from vlm_pruner_eval.speed.bench_selection import image_tokens
 
 CPU = torch.device("cpu")
-FIELDS = ("hidden_states", "coords", "keys", "attention", "normed_hidden_states", "positions")
 N_VISUAL = 120
 
 
 def tokens(dtype: torch.dtype = torch.float32) -> VisualTokens:
     """Tokens of an image with all that a method may ask for."""
-    given = image_tokens(N_VISUAL, 300, CPU)
-    halves = {name: getattr(given, name).to(dtype) for name in FIELDS if getattr(given, name).is_floating_point()}
-    text = dataclasses.replace(given.text, normed_hidden_states=given.text.normed_hidden_states.to(dtype), keys=given.text.keys.to(dtype))
-    return dataclasses.replace(given, text=text, **halves)
+    return mapped(image_tokens(N_VISUAL, 300, CPU), lambda value: value.to(dtype) if value.is_floating_point() else value)
 
 
 def on_device(given: VisualTokens) -> VisualTokens:
-    text = dataclasses.replace(given.text, **{f.name: OnDevice(getattr(given.text, f.name)) for f in dataclasses.fields(given.text)})
-    return dataclasses.replace(given, text=text, **{name: OnDevice(getattr(given, name)) for name in FIELDS})
+    return mapped(given, OnDevice)
 
 
 def counted(call: Callable[[], object]) -> tuple[object, CountSyncs]:
@@ -47,15 +44,27 @@ def waits(found: CountSyncs) -> int:
     return sum(found.syncs.values())
 
 
+# Waits of a choice whose rule has to look at numbers before it can go on: how many outliers, which text rates, which crops there are.
+MORE_WAITS = {"prumerge": 2, "prumerge_plus": 2, "sparsevlm": 2, "holov": 2}
+# Waits of a prefill beyond one for each stage: of those above, of transformers' masks for rows of different lengths (2 or 4), and of
+# windows that are merged in the tower (2 for each image).
+BEYOND_STAGES = {"prumerge": 3, "prumerge_plus": 3, "sparsevlm": 1, "holov": 1, "mustdrop": 8}
+
+
+def allowed(method: str) -> range:
+    """How often a choice may wait, for whatever number of images; once at least, since its answer comes to the host."""
+    return range(2, 3) if method == "keynorm" else range(1, 1 + MORE_WAITS.get(method, 1))
+
+
 # ---- one wait for each choice
 @pytest.mark.parametrize(("quirks", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
 @pytest.mark.parametrize("method", IN_MODEL)
 def test_select_waits_once(method: str, quirks: bool, dtype: torch.dtype):
-    pruner, here = get_pruner(method, pruning_rate=0.5, official_quirks=quirks), tokens(dtype)
+    pruner, here = made(method, official_quirks=quirks), tokens(dtype)
     for keep in (0, 13, 40, N_VISUAL):
         got, found = counted(lambda keep=keep: pruner.select(on_device(here), keep))
-        assert waits(found) == 1, found.syncs
-        expected = pruner.select(here, keep)
+        assert waits(found) in allowed(method), found.syncs
+        expected = pruner.select(afresh(here), keep)
         assert got.order.device == DEVICE and torch.equal(held(got.order), expected.order)
         assert got.host_order.device == CPU and torch.equal(got.host_order, expected.order)
         assert got.quirks == expected.quirks and (got.hidden_states is None) == (expected.hidden_states is None)
@@ -80,15 +89,17 @@ def test_a_batch_waits_once(method: str, by_kernels: bool, monkeypatch: pytest.M
         pytest.importorskip("triton", reason="kernels need Triton")
         if torch.cuda.is_available():
             pytest.skip("tensors are on the CPU, where Triton has to interpret kernels")
-        from vlm_pruner_eval.kernels import bss_kernel, max_min_kernel
+        from vlm_pruner_eval.kernels import bss_kernel, coverage_kernel, determinant_kernel, max_min_kernel
 
         monkeypatch.setattr(kernels, "usable", lambda device, n_visual=1: device == DEVICE)
         monkeypatch.setattr(bss_kernel, "grow", by_stand_in(bss_kernel.grow))
         monkeypatch.setattr(max_min_kernel, "max_min", by_stand_in(max_min_kernel.max_min))
-    pruner = KeyNorm(pruning_rate=0.5) if method == "keynorm" else get_pruner(method, pruning_rate=0.5)
+        monkeypatch.setattr(coverage_kernel, "coverage", by_stand_in(coverage_kernel.coverage))
+        monkeypatch.setattr(determinant_kernel, "largest_determinant", by_stand_in(determinant_kernel.largest_determinant))
+    pruner = KeyNorm(pruning_rate=0.5) if method == "keynorm" else made(method)
     here, keeps = [tokens(), image_tokens(36, 300, CPU), image_tokens(1, 300, CPU)], [13, 0, 1]
     found, seen = counted(lambda: pruner.select_batch([*map(on_device, here)], keeps))
-    assert waits(seen) == 1 + (method == "keynorm"), seen.syncs
+    assert waits(seen) in allowed(method), seen.syncs
     for got, expected in zip(found, [pruner.select(*one) for one in zip(here, keeps, strict=True)], strict=True):
         assert got.order.device == DEVICE and torch.equal(got.host_order, expected.order) and got.quirks == expected.quirks
         if expected.hidden_states is not None:
@@ -137,13 +148,21 @@ def refusal(pruner: Pruner, given: VisualTokens, keep: int = 13) -> str:
 
 @pytest.mark.parametrize("method", [*IN_MODEL, "keynorm"])
 def test_bad_tokens_are_refused_in_the_same_words(method: str):
-    pruner = KeyNorm(pruning_rate=0.5) if method == "keynorm" else get_pruner(method, pruning_rate=0.5)
-    for name in ["hidden_states", *sorted(pruner.needs - {"positions", "text"})]:
-        poisoned = getattr(tokens(), name).clone()
+    pruner = KeyNorm(pruning_rate=0.5) if method == "keynorm" else made(method)
+    given = tokens()
+    needs = pruner.needs_now(0, {}) - {"positions", "text", "text_attention"}
+    paths = {"hidden_states", *(f"{need.partition('.')[0]}.{PARTS[need][0]}" if need in PARTS else need for need in needs)}
+    every = {
+        name: tensor for name, tensor in tensors(given).items() if name.partition("[")[0] in paths and name.rpartition("_")[2] != "query"
+    }
+    assert every
+    for name, tensor in every.items():
+        poisoned, is_by_token = tensor.clone(), len(tensor) == N_VISUAL  # or heads first
         poisoned[7] = float("nan")
         poisoned[8] = float("-inf")
-        said = refusal(pruner, dataclasses.replace(tokens(), **{name: poisoned}))
-        assert f"{name} holds NaN or infinity in 2 of {N_VISUAL} tokens (first: token 7)" in said
+        said = refusal(pruner, replaced(given, every | {name: poisoned}))
+        where = f" in 2 of {N_VISUAL} tokens (first: token 7)" if is_by_token else ""
+        assert f"{name} holds NaN or infinity{where}" in said
 
 
 def test_bad_text_is_refused_too():
@@ -284,7 +303,7 @@ def test_a_prefill_waits_once_and_once_for_each_stage(tiny_model, method: str):
     """Beyond what the model waits for by itself; logits and records as on a CPU."""
     inputs, model = prompts("llava", TWO_IMAGES if method in ON_IMAGES else TWO_ROWS), tiny_model("llava")
     own = {"twostages": TwoStages, "first": First}
-    pruner = own[method](pruning_rate="2/3") if method in own else get_pruner(method, pruning_rate="2/3")
+    pruner = own[method](pruning_rate="2/3") if method in own else made(method)
     with torch.no_grad(), prune(model, pruner) as ledger:
         expected = model(**inputs).logits
     there = moved(build("llava"))
@@ -292,7 +311,7 @@ def test_a_prefill_waits_once_and_once_for_each_stage(tiny_model, method: str):
     with prune(there, pruner) as ledger_there:
         logits, found = prefill(there, inputs)
     choices = N_IMAGES if method == "first" else 1  # which has a select of its own
-    assert waits(found) - plain == 1 + choices * len(pruner.stages(N_LAYERS)), found.syncs
+    assert waits(found) - plain == 1 + choices * len(pruner.stages(N_LAYERS)) + BEYOND_STAGES.get(method, 0), found.syncs
     assert torch.allclose(logits, expected, atol=1e-5)
     timeless = [[dataclasses.replace(record, selection_ms=None) for record in told.records] for told in (ledger, ledger_there)]
     assert timeless[0] == timeless[1]

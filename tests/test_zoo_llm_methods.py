@@ -17,6 +17,7 @@ from zoo_llm_scenes import SCENES, Scene, all_stages, method_named
 from vlm_pruner_eval import ConfigError, PruningError
 from vlm_pruner_eval.pruners.in_stages import scaled_layers
 from vlm_pruner_eval.pruners.sparsevlm import clusters
+from vlm_pruner_eval.pruners.vscan import local_choice
 from vlm_pruner_eval.types import QuestionTokens
 
 METHODS = ("pdrop", "sparsevlm", "vscan", "mustdrop")
@@ -286,7 +287,7 @@ def test_vscan_frames_have_windows_of_their_own():
     tokens = scene.tokens()
     object.__setattr__(tokens, "grid", (4, 4))
     object.__setattr__(tokens, "coords", torch.stack([torch.arange(32) // 16, torch.arange(32) % 16 // 4, torch.arange(32) % 4], -1))
-    local = method_named("vscan", scope="per_image").local_choice(tokens, 8)
+    local = local_choice(tokens.vision.cls_attention[5].mean(0), tokens.coords, tokens.grid, 8)
     assert (local < 16).sum() == (local >= 16).sum() == 2
 
 

@@ -21,9 +21,9 @@ PARAMETERS: dict[str, dict[str, object]] = {  # that methods can't do without, o
 }
 
 
-def made(name: str, pruning_rate: float | str = "2/3") -> Pruner:
+def made(name: str, pruning_rate: float | str = "2/3", **params: object) -> Pruner:
     """Build a method as it can be built for every model."""
-    return get_pruner(name, pruning_rate=0 if name == "none" else pruning_rate, **PARAMETERS.get(name, {}))
+    return get_pruner(name, pruning_rate=0 if name == "none" else pruning_rate, **PARAMETERS.get(name, {}) | params)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from zoo_order import next_order
 
 from vlm_pruner_eval import Stage, VisualTokens, get_pruner
+from vlm_pruner_eval.pruners.vscan import local_choice
 from vlm_pruner_eval.types import QuestionTokens, VisionTokens
 
 Arrays = dict[str, np.ndarray]
@@ -108,7 +109,7 @@ def vscan(arrays: Arrays, meta: Mapping[str, Any]) -> Arrays:
     if any(selection.quirks for selection in selections):
         method = get_pruner("vscan", pruning_rate=0.5, official_quirks=True)
         selections = method.select_batch(tokens, [keep] * len(tokens))
-    local = torch.stack([method.local_choice(view, keep) for view in tokens])
+    local = torch.stack([local_choice(view.vision.cls_attention[5].mean(0), view.coords, view.grid, keep) for view in tokens])
     kept = torch.stack([selection.keep for selection in selections])
     states = torch.stack([selection.hidden_states for selection in selections])
     if meta["family"] != "llava":

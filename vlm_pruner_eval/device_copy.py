@@ -23,6 +23,8 @@ def to_host(*tensors: Tensor) -> list[Tensor]:
 def _words(tensor: Tensor) -> Tensor:
     """The bits of a tensor: [n] int32. Numbers of less than 32 bits are widened, which changes none of them."""
     flat = tensor.detach().reshape(-1).contiguous()
+    if len(flat) == 1:  # which is contiguous whatever its stride is, and may not be viewed as other numbers if that is not 1
+        flat = flat.as_strided((1,), (1,))
     return flat.to(_carried(tensor.dtype)).view(torch.int32)
 
 

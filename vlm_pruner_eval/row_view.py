@@ -87,7 +87,8 @@ class RowView:
         if "question.embeddings" not in needs:
             return None
         embeds = self.embeds[self.b]
-        return QuestionTokens(embeds[positions.to(embeds.device)], embeds[self._text_positions(end).to(embeds.device)])
+        image, text = (of.to(embeds.device, non_blocking=True) for of in (positions, self._text_positions(end)))
+        return QuestionTokens(embeds[image], embeds[text])
 
     def _text_positions(self, end: int) -> Tensor:
         """Positions of the text behind the image that ends at `end`."""

@@ -235,7 +235,8 @@ class Selection:
         stand in another order than in the prompt, or where a row is no token of the image (a CLS token, a sum of dropped ones), the
         places of `keep` are given new states row by row.
     merged : Tensor [m] int64 or None
-        Those of `order` that name a place only: their rows are no tokens of the image that kept their number.
+        Those of `order` that name a place only: their rows are no tokens of the image that kept their number. `Pruner.select` answers
+        with them in the memory of the host.
     quirks : frozenset of str
         Release misbehaviours that fired (official_quirks), or would have fired (default).
     amplification : float or None

@@ -174,7 +174,7 @@ class VisionProbe:
         values = []
         for part in parts:
             of_image = self._of_images(name, layer, part.kind)[self._number(part)]
-            chosen = of_image if part.tokens is None else of_image.index_select(axis, part.tokens.to(of_image.device))
+            chosen = of_image if part.tokens is None else of_image.index_select(axis, part.tokens.to(of_image.device, non_blocking=True))
             values.append(chosen)
         return values[0] if len(values) == 1 else torch.cat(values, axis)
 
@@ -198,7 +198,8 @@ class VisionProbe:
         if name == "groups":
             return [tower.aligned_groups(groups, layout) for (_, groups), layout in zip(encoded.merged, layouts, strict=True)]
         if name == "views":
-            return [tower.views(layout).to(groups.device) for (_, groups), layout in zip(encoded.merged, layouts, strict=True)]
+            pairs = zip(encoded.merged, layouts, strict=True)
+            return [tower.views(layout).to(groups.device, non_blocking=True) for (_, groups), layout in pairs]
         assert name == "cls_attention" and layer is not None
         images = zip(encoded.merged, layouts, strict=True)
         return [tower.cls_attention(entered, tower.number(layer), [layout], groups)[0] for (entered, groups), layout in images]

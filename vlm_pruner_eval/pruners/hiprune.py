@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -56,21 +57,27 @@ class HiPrune(EmbeddingPruner):
         """The middle and the deep layer."""
         return (self.object_layer, self.deep_layer)
 
-    def choose(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Local indices [R]: anchors, their neighbours, and the rest, each by descending deep score."""
-        shallow, deep = (tokens.vision.received_attention[layer] for layer in (self.object_layer, self.deep_layer))
+    def choose_batch(self, tokens: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
+        """Local indices [R] of each view, chosen by the host from what one copy brings."""
+        layers = (self.object_layer, self.deep_layer)
+        read = [part for given in tokens for part in (*(given.vision.received_attention[layer] for layer in layers), given.coords)]
+        arrived = tokens[0].on_host(*read)
+        shallow, deep, coords = (arrived[i::3] for i in range(3))
+        return [self._chosen_here(*one) for one in zip(shallow, deep, coords, keeps, strict=True)]
+
+    def _chosen_here(self, shallow: Tensor, deep: Tensor, coords: Tensor, keep: int) -> Selection:
+        """Anchors, their neighbours, and the rest, each by descending deep score."""
         anchors = descending(shallow)[: round(keep * self.alpha / ANCHOR_AND_NEIGHBOURS)]
-        kind = kinds(anchors, len(deep), width_of(tokens.coords))
+        kind = kinds(anchors, len(deep), width_of(coords))
         ranked = descending(deep)
         order = ranked[kind[ranked].sort(stable=True).indices[:keep]]
         # those that the release chooses twice: its set is what comes first here, less one for each of them
         is_first = kind < 2
         lowered = descending(torch.where(is_first, deep - 1, deep))
         is_best = torch.arange(len(deep), device=deep.device) < keep - is_first.sum()
-        n_again = (is_first[lowered] & is_best).sum()
-        order, n_again = tokens.on_host(order, n_again)
-        kept = order[: keep - int(n_again)] if self.official_quirks else order
-        return Selection(kept, quirks=frozenset({"anchor_twice"} if int(n_again) else ()))
+        n_again = int((is_first[lowered] & is_best).sum())
+        kept = order[: keep - n_again] if self.official_quirks else order
+        return Selection(kept, quirks=frozenset({"anchor_twice"} if n_again else ()))
 
 
 def width_of(coords: Tensor) -> Tensor:

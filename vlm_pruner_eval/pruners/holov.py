@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -15,6 +16,28 @@ from vlm_pruner_eval.types import Selection, VisualTokens
 ATTENTION_SCALE = 1000
 FLOOR = 1e-6
 PATCHES_PER_CROP = 1024 / 576  # times the pruning factor V / R: the number of crops in the port to Qwen2.5-VL
+
+
+class Chosen(NamedTuple):
+    """An image's choice before the host knows it.
+
+    Attributes
+    ----------
+    order : Tensor [R] int64
+        Patches crop by crop, then newline tokens.
+    n_patches
+        How many of them are patches.
+    n_filled, is_over : Tensor []
+        How many of those the crops have, and if one is given more than it has, as in the release.
+    has_singles
+        Some crops are of one patch, others of two.
+    """
+
+    order: Tensor
+    n_patches: int
+    n_filled: Tensor
+    is_over: Tensor
+    has_singles: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,16 +84,22 @@ class HoloV(EmbeddingPruner):
         """The layer whose output the projector reads."""
         return (PROJECTED,)
 
-    def choose(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Local indices [R] crop by crop, and the states in that order."""
+    def choose_batch(self, tokens: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
+        """Local indices [R] of each image crop by crop, and the states in that order."""
+        rows = tokens[0].on_host(*(given.coords[:, 1] for given in tokens))
+        cuts = [self._cut(*one) for one in zip(tokens, keeps, rows, strict=True)]
+        arrived = tokens[0].on_host(*(part for cut in cuts for part in (cut.order, cut.n_filled, cut.is_over)))
+        return [self._answer(given, cut, *arrived[3 * i : 3 * i + 3]) for i, (given, cut) in enumerate(zip(tokens, cuts, strict=True))]
+
+    def _cut(self, tokens: VisualTokens, keep: int, rows: Tensor) -> Chosen:
+        """Choose for one image, whose tokens are in these `rows` [V] of its grid."""
         # patches, and newline tokens where these are not enough
         there = tokens.hidden_states.device
-        (rows,) = tokens.on_host(tokens.coords[:, 1])
         patches, newlines = (at.to(there, non_blocking=True) for at in ((rows >= 0).nonzero()[:, 0], (rows < 0).nonzero()[:, 0]))
         n_chosen = min(keep, len(patches))
         newlines = newlines[: keep - n_chosen]
         if n_chosen == 0:
-            return Selection(newlines)
+            return Chosen(newlines, 0, newlines.new_zeros(()), newlines.new_zeros(()), False)
         # how many of each crop, and which
         attention = cls_row(tokens)[patches]
         crops = cut_into_crops(len(patches), self._n_crops(len(patches), n_chosen), there)
@@ -78,16 +107,22 @@ class HoloV(EmbeddingPruner):
         released = given_once(*quotas(as_released, n_chosen), n_chosen)
         count = released.minimum(crops.size) if self.official_quirks else handed_on(*quotas(exact, n_chosen), crops, n_chosen)
         order = torch.cat([patches[in_crop_order(attention, crops, count, n_chosen)], newlines])
-        # rows in that order; in place of those that the release loses zeros
-        n_rows, is_over = tokens.on_host(count.sum(), (released > crops.size).any())
-        is_lost = torch.zeros(keep, dtype=torch.bool, device=there)
-        is_lost[int(n_rows) : n_chosen] = True
-        states = tokens.hidden_states[order].masked_fill(is_lost[:, None], 0)
+        has_singles = len(crops.size) < len(patches) < 2 * len(crops.size)
+        return Chosen(order, n_chosen, count.sum(), (released > crops.size).any(), has_singles)
+
+    def _answer(self, tokens: VisualTokens, cut: Chosen, order: Tensor, n_filled: Tensor, is_over: Tensor) -> Selection:
+        """Rows in the order that has come to the host; in place of those that the release loses zeros."""
+        if cut.n_patches == 0:
+            return Selection(order)
+        lost = slice(int(n_filled), cut.n_patches)
+        is_lost = torch.zeros(len(order), dtype=torch.bool, device=cut.order.device)
+        is_lost[lost] = True
+        states = tokens.hidden_states[cut.order].masked_fill(is_lost[:, None], 0)
         if not tokens.contiguous:
-            states = states[order.argsort()]
-        fired = {"overflow": bool(is_over), "single_patch_crops": len(crops.size) < len(patches) < 2 * len(crops.size)}
+            states = states[cut.order.argsort()]
+        fired = {"overflow": bool(is_over), "single_patch_crops": cut.has_singles}
         quirks = frozenset(quirk for quirk, did in fired.items() if did)
-        return Selection(order, states, quirks, amplification=1.0, merged=order[int(n_rows) : n_chosen])
+        return Selection(order, states, quirks, amplification=1.0, merged=order[lost])
 
     def _n_crops(self, n_patches: int, keep: int) -> int:
         """Count the crops of so many patches of which `keep` are kept."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -51,6 +51,7 @@ class MustDrop(StagedPruner):
     acts_in_tower: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"text_attention", "vision.cls_attention"})
     without_effect: ClassVar[frozenset[str]] = frozenset({"layer", "budget"})
+    checks_late: ClassVar[bool] = True
 
     thresholds: str = "published"
     window_threshold: float = 0.8
@@ -106,21 +107,17 @@ class MustDrop(StagedPruner):
         stages = self.stages(n_layers)
         return range(stages[1].layer - 1, stages[-1].layer)
 
-    def choose(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Every token that is in the key set or attended to enough, ascending."""
+    def choose_batch(self, tokens: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
+        """Every token that is in the key set or attended to enough, ascending; found by the host from what one copy brings."""
         if self._nominal() == PUBLISHED_TOKENS:
-            return Selection(torch.arange(tokens.n_visual, device=tokens.ids.device))
-        if tokens.stage == 0 and tokens.vision.groups is not None:
-            return self._one_of_each(tokens)
-        if "key_set" not in tokens.memory:
-            tokens.memory["key_set"] = tokens.ids[key_tokens(tokens, float(self.key_share))]
-        overall, individual = self._thresholds()
-        attention = tokens.text_attention(None).to(tokens.hidden_states)
-        received = attention.sum(0)
-        strongest = attention.amax(0) if len(attention) else torch.zeros_like(received)
-        weak = (received < overall * received.sum()) & (strongest < individual)
-        is_key = torch.isin(tokens.ids, tokens.memory["key_set"])
-        return Selection((~weak | is_key).nonzero()[:, 0])
+            return [Selection(torch.arange(given.n_visual)) for given in tokens]
+        read = [self._read_of_tower(given) if is_merged(given) else self._read_of_text(given) for given in tokens]
+        arrived = iter(tokens[0].on_host(*(part for parts in read for part in parts)))
+        answers = []
+        for given, parts in zip(tokens, read, strict=True):
+            here = [next(arrived) for _ in parts]
+            answers.append(self._one_of_each(given, *here) if is_merged(given) else self._left(given, *here))
+        return answers
 
     # ---- inside the vision tower
     def inside_tower(self, layer0_states: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -139,7 +136,7 @@ class MustDrop(StagedPruner):
         """
         rows, cols = grid
         states = layer0_states[:, layer0_states.shape[1] - rows * cols :].to(self._dtype(layer0_states.dtype))
-        members = window_members(grid).to(states.device)
+        members = window_members(grid).to(states.device, non_blocking=True)
         similarity = torch.stack([similarities(view, members) for view in states])
         n_merged = int((similarity >= self.window_threshold).sum(1).amin()) if self._nominal() < PUBLISHED_TOKENS else 0
         best = similarity.sort(dim=1, descending=True, stable=True).indices[:, :n_merged]
@@ -161,11 +158,33 @@ class MustDrop(StagedPruner):
         return torch.stack(merged)
 
     # ---- private
-    def _one_of_each(self, tokens: VisualTokens) -> Selection:
+    def _read_of_text(self, tokens: VisualTokens) -> list[Tensor]:
+        """Which tokens [V] bool the text attends to too little, their numbers, and what makes the key set if there is none yet."""
+        overall, individual = self._thresholds()
+        attention = tokens.text_attention(None).to(tokens.hidden_states)
+        received = attention.sum(0)
+        strongest = attention.amax(0) if len(attention) else torch.zeros_like(received)
+        weak = (received < overall * received.sum()) & (strongest < individual)
+        if "key_set" in tokens.memory:
+            return [weak, tokens.ids]
+        return [weak, tokens.ids, tokens.vision.cls_attention[-1].mean(0), tokens.coords]
+
+    def _left(self, tokens: VisualTokens, weak: Tensor, ids: Tensor, *of_tower: Tensor) -> Selection:
+        """The tokens that are not weak or in the key set, which is found at the first such stage."""
+        if "key_set" not in tokens.memory:
+            attention, coords = of_tower
+            tokens.memory["key_set"] = ids[key_tokens(attention, coords, float(self.key_share))]
+        is_key = torch.isin(ids, tokens.memory["key_set"])
+        return Selection((~weak | is_key).nonzero()[:, 0])
+
+    def _read_of_tower(self, tokens: VisualTokens) -> list[Tensor]:
+        vision = tokens.vision
+        return [tokens.ids, vision.cls_attention[-1].mean(0), vision.groups, vision.views]
+
+    def _one_of_each(self, tokens: VisualTokens, ids: Tensor, attention: Tensor, groups: Tensor, views: Tensor) -> Selection:
         """One place for each token that patches became, whose rows stand in the tower's order; newline tokens go."""
         # the first place of each, and the tokens in their order
-        groups, views = tokens.vision.groups, tokens.vision.views
-        places = torch.arange(tokens.n_visual, device=groups.device)
+        places = torch.arange(tokens.n_visual)
         count = int(groups.max()) + 1
         is_cell = groups >= 0
         firsts = places.new_full((count,), tokens.n_visual)
@@ -173,11 +192,11 @@ class MustDrop(StagedPruner):
         firsts = firsts[firsts < tokens.n_visual]  # all patches of a token may be unpadded
         sizes = groups[is_cell].bincount(minlength=count)[groups[firsts]]
         # key tokens, by the places at which they will stand
-        attention = tokens.vision.cls_attention[-1].mean(0)[firsts]
         view = views[firsts]
-        is_key = rank_in_group(attention, view) < (group_size(view).double() * float(self.key_share)).ceil()
-        tokens.memory["key_set"] = tokens.ids[firsts.sort().values[is_key]]
-        return Selection(firsts, tokens.hidden_states[firsts], merged=firsts[sizes > 1])
+        is_key = rank_in_group(attention[firsts], view) < (group_size(view).double() * float(self.key_share)).ceil()
+        tokens.memory["key_set"] = ids[firsts.sort().values[is_key]]
+        rows = tokens.hidden_states[firsts.to(tokens.hidden_states.device, non_blocking=True)]
+        return Selection(firsts, rows, merged=firsts[sizes > 1], amplification=1.0)
 
     def _nominal(self) -> int:
         """Tokens out of 576 that the rate leaves."""
@@ -191,13 +210,22 @@ class MustDrop(StagedPruner):
         return overall, individual
 
 
-def key_tokens(tokens: VisualTokens, share: float) -> Tensor:
+def is_merged(tokens: VisualTokens) -> bool:
+    """Tell if these are patches, in front of the model, some of which became one token inside the vision tower."""
+    return tokens.stage == 0 and tokens.vision.groups is not None
+
+
+def key_tokens(attention: Tensor, coords: Tensor, share: float) -> Tensor:
     """Local indices [k] of the key tokens, the top ``ceil(share * M)`` of a view's M by CLS attention; descending, view after view.
+
+    Parameters
+    ----------
+    attention, coords : Tensor [V] and [V, 3]
+        In the memory of the host.
 
     Paper: arXiv 2411.10803, section 3.2 (key tokens).
     """
-    attention = tokens.vision.cls_attention[-1].mean(0)
-    view = tokens.coords[:, 0].round().long().masked_fill(tokens.coords[:, 1] < 0, -1)
+    view = coords[:, 0].round().long().masked_fill(coords[:, 1] < 0, -1)
     rank = rank_in_group(attention, view)
     size = group_size(view)
     is_key = (rank < (size.double() * share).ceil()) & (view >= 0)

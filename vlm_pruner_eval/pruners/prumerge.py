@@ -59,6 +59,7 @@ class PruMerge(EmbeddingPruner):
     name: ClassVar[str] = "prumerge"
     needs: ClassVar[frozenset[str]] = frozenset({"vision.states", "vision.keys", "vision.cls_query"})
     joint_views: ClassVar[bool] = True
+    checks_late: ClassVar[bool] = True
     quirks_change_count: ClassVar[bool] = True
 
     scope: str = "per_view"
@@ -83,15 +84,19 @@ class PruMerge(EmbeddingPruner):
     def choose_batch(self, tokens: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
         """Rows of each view, after one share of outliers for all views of an image."""
         attention = [cls_softmax(given.vision) for given in tokens]
+        images = [] if self.fixed else images_of(tokens)
+        arrived = tokens[0].on_host(*map(descending, attention), *(n_outliers(torch.cat(attention[image])) for image in images))
+        ranked, outliers = arrived[: len(tokens)], arrived[len(tokens) :]
         if self.fixed:
             counts = [self._fixed(given.n_visual, max(keep, 1)) for given, keep in zip(tokens, keeps, strict=True)]
         else:
-            images = images_of(tokens)
-            outliers = tokens[0].on_host(*(n_outliers(torch.cat(attention[image])) for image in images))
             sizes = [[given.n_visual for given in tokens[image]] for image in images]
             counts = [one for views, n in zip(sizes, outliers, strict=True) for one in self._adaptive(views, int(n))]
-        rows = zip(tokens, keeps, attention, counts, strict=True)
-        return [self._rows(given, row, count) if keep or not self.fixed else no_rows(given) for given, keep, row, count in rows]
+        kept = [self._kept(one, count) for one, count in zip(ranked, counts, strict=True)]
+        rows = zip(tokens, keeps, attention, kept, counts, strict=True)
+        return [
+            self._rows(given, row, one, count.quirks) if keep or not self.fixed else no_rows(given) for given, keep, row, one, count in rows
+        ]
 
     def _fixed(self, n_visual: int, keep: int) -> Counts:
         """Count the patches where the number of rows is given."""
@@ -109,13 +114,12 @@ class PruMerge(EmbeddingPruner):
         return [Counts(*count, frozenset(quirks)) for count in (released if self.official_quirks else exact)]
 
     def _kept(self, ranked: Tensor, counts: Counts) -> Kept:
-        """Patches of the rows, given all [V] by descending attention."""
+        """Patches of the rows, given all [V] by descending attention, in the memory of the host."""
         return Kept(ranked[: counts.n_top])
 
-    def _rows(self, tokens: VisualTokens, attention: Tensor, counts: Counts) -> Selection:
-        """Merge the rows of one view, and find places for them."""
-        kept = self._kept(descending(attention), counts)
-        quirks = counts.quirks | kept.quirks
+    def _rows(self, tokens: VisualTokens, attention: Tensor, kept: Kept, quirks: frozenset[str]) -> Selection:
+        """Find places for the rows of one view, on the host, and merge them on the device."""
+        quirks |= kept.quirks
         # places: a patch's own, and those of dropped patches for copies and for the extra row
         n_copies = 0 if kept.is_copy is None else int(kept.is_copy.sum())
         distinct = kept.patches if kept.is_copy is None else kept.patches[~kept.is_copy]
@@ -124,10 +128,11 @@ class PruMerge(EmbeddingPruner):
         if kept.is_copy is not None:
             order = order.masked_scatter(kept.is_copy, free[:n_copies])
         # rows; as many dropped patches as there are copies get lost
-        rows = with_neighbours(tokens.vision, attention, kept.patches, dropped, self.neighbours)
+        patches, lost = (part.to(attention.device, non_blocking=True) for part in (kept.patches, dropped))
+        rows = with_neighbours(tokens.vision, attention, patches, lost, self.neighbours)
         if len(dropped) == 0:
             return Selection(order, tokens.vision.project(rows), quirks | {"no_place"}, merged=free[:n_copies])
-        extra = attention[dropped] @ tokens.vision.states[dropped]
+        extra = attention[lost] @ tokens.vision.states[lost]
         projected = tokens.vision.project(torch.cat([rows, extra[None]]))
         return Selection(torch.cat([order, dropped[:1]]), projected, quirks, merged=free[: n_copies + 1])
 

@@ -41,6 +41,7 @@ class SCOPE(EmbeddingPruner):
 
     name: ClassVar[str] = "scope"
     needs: ClassVar[frozenset[str]] = frozenset({"vision.cls_attention", "vision.states"})
+    checks_late: ClassVar[bool] = True
 
     scope: str = "per_view"
     alpha: float = 1.0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,15 @@ RECYCLED = 0.3  # share of the dropped tokens that clusters are made of
 PER_CLUSTER = 10  # recycled tokens for each cluster, the first one aside
 COUNT_FLOOR = 1e-6  # added to a cluster's size before it divides
 NOISE = 1e-6  # of densities, in the release
+
+
+class Recycled(NamedTuple):
+    """An image's answer before the host knows it: the order [R], of which the first `n_best` are tokens, rows, and if noise decided."""
+
+    order: Tensor
+    n_best: int
+    rows: Tensor
+    by_noise: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +58,7 @@ class SparseVLM(StagedPruner):
     name: ClassVar[str] = "sparsevlm"
     needs: ClassVar[frozenset[str]] = frozenset({"text_attention", "question.embeddings"})
     without_effect: ClassVar[frozenset[str]] = frozenset({"layer", "budget"})
+    checks_late: ClassVar[bool] = True
 
     schedule: str = "published"
 
@@ -86,41 +96,46 @@ class SparseVLM(StagedPruner):
             shares = tuple(Fraction(count, PUBLISHED_TOKENS) for count in counts)
         return tuple(Stage(layer, share) for layer, share in zip(layers, shares[-len(layers) :], strict=True))
 
-    def choose(self, tokens: VisualTokens, keep: int) -> Selection:
+    def choose_batch(self, tokens: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
         """Tokens by descending score, then places of the clusters: the highest numbers that no kept token has."""
+        some = [keep < given.n_visual or self.official_quirks for given, keep in zip(tokens, keeps, strict=True)]
+        find_raters([given for given, is_cut in zip(tokens, some, strict=True) if is_cut])
+        cut = [self._recycled(*one) for one, is_cut in zip(zip(tokens, keeps, strict=True), some, strict=True) if is_cut]
+        arrived = iter(tokens[0].on_host(*(one.by_noise for one in cut), *(one.order for one in cut)))
+        noisy = [bool(next(arrived)) for _ in cut]
+        known = zip(cut, noisy, arrived, strict=True)
+        return [self._answer(given, *next(known)) if is_cut else keep_all(given) for given, is_cut in zip(tokens, some, strict=True)]
+
+    def _recycled(self, tokens: VisualTokens, keep: int) -> Recycled:
+        """Choose and merge for one image, without waiting for the device."""
         n_visual, states = tokens.n_visual, tokens.hidden_states
-        if keep >= n_visual and not self.official_quirks:
-            return Selection(torch.arange(n_visual, device=states.device))
-        # the choice
-        scores = self.scores(tokens)
-        no_raters = len(tokens.memory["raters"]) == 0
-        ranked = scores.sort(descending=True, stable=True).indices
+        ranked = self.scores(tokens).sort(descending=True, stable=True).indices
         best = ranked[: min(keep, n_visual - 1)]
         dropped = ranked[len(best) :]
         # clusters of the best that were dropped
         recycled = states[dropped[: int(RECYCLED * len(dropped)) + 1]]
         n_clusters = len(recycled) // PER_CLUSTER + 1
-        released = clusters(recycled, n_clusters, noise=_noise(len(recycled)).to(states.device))
+        released = clusters(recycled, n_clusters, noise=_noise(len(recycled)).to(states.device, non_blocking=True))
         plain = clusters(recycled, n_clusters)
         sums, sizes = group_sums(recycled, released if self.official_quirks else plain, n_clusters)
-        (differs,) = tokens.on_host((released != plain).any())
         # kept ones in their order, and the clusters behind them
         places = dropped.sort().values[len(dropped) - n_clusters :]
         kept = best.sort().values
         rows = torch.cat([states[kept], sums / (sizes + COUNT_FLOOR)])
         if not tokens.contiguous:
             rows = rows[torch.cat([kept, places]).argsort()]
-        fired = {"noise": bool(differs), "no_raters": no_raters}
+        return Recycled(torch.cat([best, places]), len(best), rows, (released != plain).any())
+
+    def _answer(self, tokens: VisualTokens, cut: Recycled, by_noise: bool, order: Tensor) -> Selection:
+        fired = {"noise": by_noise, "no_raters": len(tokens.memory["raters"]) == 0}
         quirks = frozenset(quirk for quirk, did in fired.items() if did)
-        return Selection(torch.cat([best, places]), rows, quirks, amplification=1.0, merged=places)
+        return Selection(order, cut.rows, quirks, amplification=1.0, merged=order[cut.n_best :])
 
     def scores(self, tokens: VisualTokens) -> Tensor:
-        """Mean attention [V] that tokens receive from the raters, which are chosen at the first stage and kept in `tokens.memory`.
+        """Mean attention [V] that tokens receive from the raters in `tokens.memory`.
 
         Paper: arXiv 2410.04417, section 3.2.
         """
-        if "raters" not in tokens.memory:
-            tokens.memory["raters"] = raters(tokens.question.image_embeddings, tokens.question.text_embeddings)
         chosen = tokens.memory["raters"]
         if not len(chosen) and self.official_quirks:
             return tokens.hidden_states.new_zeros(tokens.n_visual)
@@ -132,13 +147,28 @@ class SparseVLM(StagedPruner):
         return keep_share(PUBLISHED_TOKENS, 1 - parse_rate(self.pruning_rate))
 
 
-def raters(image: Tensor, text: Tensor) -> Tensor:
-    """Numbers [r] of the text tokens [t, D] to which the image's tokens [V, D] are closer than to the average one.
+def keep_all(tokens: VisualTokens) -> Selection:
+    """Return the answer that drops nothing."""
+    return Selection(torch.arange(tokens.n_visual))
+
+
+def find_raters(images: Sequence[VisualTokens]) -> None:
+    """Leave the raters [r] of each image in its memory, where there are none yet: at its first stage."""
+    new = [given for given in images if "raters" not in given.memory]
+    if not new:
+        return
+    found = [are_raters(given.question.image_embeddings, given.question.text_embeddings) for given in new]
+    for given, is_rater in zip(new, new[0].on_host(*found), strict=True):
+        given.memory["raters"] = is_rater.nonzero()[:, 0].to(given.hidden_states.device, non_blocking=True)
+
+
+def are_raters(image: Tensor, text: Tensor) -> Tensor:
+    """Tell of the text tokens [t, D] if the image's tokens [V, D] are closer to them than to the average one: Tensor [t] bool.
 
     Paper: arXiv 2410.04417, section 3.2 (relevant text tokens).
     """
     relevance = (image @ text.T).softmax(-1).mean(0)
-    return (relevance > relevance.mean()).nonzero()[:, 0]
+    return relevance > relevance.mean()
 
 
 def clusters(states: Tensor, count: int, noise: Tensor | None = None) -> Tensor:

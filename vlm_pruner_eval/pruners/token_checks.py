@@ -114,7 +114,7 @@ def checked(
     where: Sequence[str],
     exact: bool,
 ) -> list[Selection]:
-    """A method's answers, if they are right: each on the device of its tokens, with the order in the memory of the host too.
+    """A method's answers, if they are right: each on the device of its tokens, with `merged` and the order in the memory of the host.
 
     Raises
     ------
@@ -132,16 +132,19 @@ def checked(
                 unproven[i] = evidence(merged)
         states.append(merged)
     # the numbers
-    arrived = inspection.on_host(*(selection.order for selection in selections), *unproven.values())
+    places = {i: selection.merged for i, selection in enumerate(selections) if selection.merged is not None}
+    arrived = iter(inspection.on_host(*(selection.order for selection in selections), *places.values(), *unproven.values()))
     inspection.finish()
-    orders, found = arrived[: len(selections)], dict(zip(unproven, arrived[len(selections) :], strict=True))
+    orders = [next(arrived) for _ in selections]
+    places = {i: next(arrived) for i in places}
+    found = dict(zip(unproven, arrived, strict=True))
     answers = []
     for i, (selection, order, merged) in enumerate(zip(selections, orders, states, strict=True)):
         check_indices(order, tokens[i].n_visual, where=where[i])
         if merged is not None and i in found and not tells_finite(found[i]) and not bool(torch.isfinite(merged).all()):
             raise PruningError(f"{where[i]}: the merged states hold NaN or infinity in {merged.dtype}.")
         there = selection.order.to(tokens[i].hidden_states.device, non_blocking=True)
-        answers.append(dataclasses.replace(selection, order=there, host_order=order, hidden_states=merged))
+        answers.append(dataclasses.replace(selection, order=there, host_order=order, hidden_states=merged, merged=places.get(i)))
     return answers
 
 

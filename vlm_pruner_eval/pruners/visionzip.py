@@ -37,6 +37,7 @@ class VisionZip(EmbeddingPruner):
     name: ClassVar[str] = "visionzip"
     needs: ClassVar[frozenset[str]] = frozenset({"vision.states", "vision.cls_attention", "vision.keys", "positions"})
     joint_views: ClassVar[bool] = True
+    checks_late: ClassVar[bool] = True
 
     scope: str = "per_view"
     contextual_share: float = 0.15625

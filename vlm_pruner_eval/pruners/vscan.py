@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -53,6 +53,7 @@ class VScan(StagedPruner):
     name: ClassVar[str] = "vscan"
     needs: ClassVar[frozenset[str]] = frozenset({"vision.cls_attention", "own_attention"})
     quirks_change_count: ClassVar[bool] = True
+    checks_late: ClassVar[bool] = True
 
     layer: int = 0
     budget: str = "layer_average"
@@ -84,59 +85,76 @@ class VScan(StagedPruner):
             left = share_for_layer_average(share, second, n_layers) if self.budget == "layer_average" else share
         return (Stage(0, first), Stage(second, left))
 
-    def choose(self, tokens: VisualTokens, keep: int) -> Selection:
+    def choose_batch(self, tokens: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
         """At the first stage the tokens of the windows, then those by global attention; at the second, those by own attention."""
-        if tokens.stage:
-            return Selection(tokens.own_attention.sort(descending=True, stable=True).indices[:keep])
-        local = self.local_choice(tokens, keep)
-        weights = tokens.vision.cls_attention[self.global_layer].mean(0)
+        first = [given for given in tokens if given.stage == 0]
+        attention = [given.vision.cls_attention[layer].mean(0) for given in first for layer in self.tower_layers()]
+        arrived = iter(tokens[0].on_host(*attention, *(given.coords for given in first)) if first else ())
+        weights = [(next(arrived), next(arrived)) for _ in first]
+        known = iter(zip(weights, arrived, strict=True))
+        answers = []
+        for given, keep in zip(tokens, keeps, strict=True):
+            if given.stage:
+                answers.append(Selection(given.own_attention.sort(descending=True, stable=True).indices[:keep]))
+            else:
+                answers.append(self._scanned(given, keep, *next(known)))
+        return answers
+
+    def _scanned(self, tokens: VisualTokens, keep: int, attention: tuple[Tensor, Tensor], coords: Tensor) -> Selection:
+        """The first cut, by local and global attention [V] and coordinates [V, 3] in the memory of the host; merged on the device."""
+        local_weights, weights = attention
+        local = local_choice(local_weights, coords, tokens.grid, keep)
         # the rest by global attention, and what the release would take
         n_lost = keep // 2 - len(local)
         sane = weights.index_fill(0, local, -math.inf).sort(descending=True, stable=True).indices[: keep - len(local)]
         released = weights.index_fill(0, local, 0).sort(descending=True, stable=True).indices[: keep - keep // 2]
-        (repeats,) = tokens.on_host(torch.isin(released, local))
+        repeats = torch.isin(released, local)
         # the answer
-        if self.official_quirks:
-            released = released[~repeats.to(released.device)]
-        order = torch.cat([local, released if self.official_quirks else sane])
+        order = torch.cat([local, released[~repeats] if self.official_quirks else sane])
         fired = {"count": n_lost > 0, "chosen_twice": bool(repeats.any()), "small_grid": min(tokens.grid) < SIDE}
         quirks = frozenset(quirk for quirk, did in fired.items() if did)
-        return Selection(order, merged_into(tokens.hidden_states, order), quirks, amplification=1.0)
-
-    def local_choice(self, tokens: VisualTokens, keep: int) -> Tensor:
-        """Tokens [about keep / 2] by local attention, so many in each window.
-
-        Paper: arXiv 2505.22654, section 3.2 (local scan).
-        """
-        weights = tokens.vision.cls_attention[self.local_layer].mean(0)
-        window, n_windows = windows(tokens)
-        rank = rank_in_group(weights, window)
-        if is_clip_grid(tokens):
-            each = keep // 2 // n_windows
-            in_turn = (window * tokens.n_visual + rank).argsort(stable=True)
-        else:
-            each = math.ceil(keep // 2 / n_windows)
-            in_turn = weights.sort(descending=True, stable=True).indices
-        allowed = in_turn[rank[in_turn] < each]
-        return allowed[: keep // 2]
+        there = order.to(tokens.hidden_states.device, non_blocking=True)
+        return Selection(order, merged_into(tokens.hidden_states, there), quirks, amplification=1.0)
 
 
-def is_clip_grid(tokens: VisualTokens) -> bool:
-    """Tell if the tokens are one view of 24 x 24."""
-    return tokens.grid == CLIP_GRID and tokens.n_visual == CLIP_GRID[0] * CLIP_GRID[1]
+def local_choice(weights: Tensor, coords: Tensor, grid: tuple[int, int], keep: int) -> Tensor:
+    """Tokens [about keep / 2] by local attention [V], so many in each window.
+
+    Paper: arXiv 2505.22654, section 3.2 (local scan).
+    """
+    window, n_windows = windows(coords, grid)
+    rank = rank_in_group(weights, window)
+    if is_clip_grid(len(weights), grid):
+        each = keep // 2 // n_windows
+        in_turn = (window * len(weights) + rank).argsort(stable=True)
+    else:
+        each = math.ceil(keep // 2 / n_windows)
+        in_turn = weights.sort(descending=True, stable=True).indices
+    allowed = in_turn[rank[in_turn] < each]
+    return allowed[: keep // 2]
 
 
-def windows(tokens: VisualTokens) -> tuple[Tensor, int]:
+def is_clip_grid(n_visual: int, grid: tuple[int, int]) -> bool:
+    """Tell if so many tokens are one view of 24 x 24."""
+    return grid == CLIP_GRID and n_visual == CLIP_GRID[0] * CLIP_GRID[1]
+
+
+def windows(coords: Tensor, grid: tuple[int, int]) -> tuple[Tensor, int]:
     """Number of the window [V] that each token is in, and how many windows there are: 16 on CLIP's grid, else one per 4 x 4 tokens.
 
     The last windows of rows and columns take what is left over; frames have windows of their own.
 
+    Parameters
+    ----------
+    coords : Tensor [V, 3]
+        In the memory of the host.
+
     Paper: arXiv 2505.22654, section 3.2; the rule for other grids is the release's for Qwen2.5-VL.
     """
-    side = CLIP_GRID[0] // CLIP_WINDOWS if is_clip_grid(tokens) else SIDE
-    down, across = (max(1, length // side) for length in tokens.grid)
-    frame, row, col = tokens.coords.round().long().clamp(min=0).unbind(-1)
-    frames = 1 if tokens.n_visual <= tokens.grid[0] * tokens.grid[1] else int(tokens.on_host(frame.max())[0]) + 1
+    side = CLIP_GRID[0] // CLIP_WINDOWS if is_clip_grid(len(coords), grid) else SIDE
+    down, across = (max(1, length // side) for length in grid)
+    frame, row, col = coords.round().long().clamp(min=0).unbind(-1)
+    frames = 1 if len(coords) <= grid[0] * grid[1] else int(frame.max()) + 1
     place = (row // side).clamp(max=down - 1) * across + (col // side).clamp(max=across - 1)
     return frame.clamp(max=frames - 1) * down * across + place, frames * down * across
 

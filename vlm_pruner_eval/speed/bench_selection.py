@@ -15,15 +15,19 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from vlm_pruner_eval.errors import ConfigError, closest
-from vlm_pruner_eval.pruners import Pruner, get_pruner, list_pruners, pruner_class
+from vlm_pruner_eval.pruners import Pruner, get_pruner, list_pruners, parameters, pruner_class
+from vlm_pruner_eval.pruners.by_question import LLAVA_TOWER
+from vlm_pruner_eval.pruners.in_stages import PUBLISHED_DEPTH
 from vlm_pruner_eval.speed import measuring
 from vlm_pruner_eval.speed.measuring import HOW_MEMORY, ROUNDS, call_ms, summary
-from vlm_pruner_eval.types import Selection, TextTokens, VisualTokens, row_major
+from vlm_pruner_eval.types import QuestionTokens, Selection, TextTokens, VisionTokens, VisualTokens, row_major
 
 Line = dict[str, Any]  # of the result
 SIZES = (576, 1280, 2304, 2880)
 RATES = (0.667, 0.889)
 WIDTH, CHANNELS, HEADS, N_TEXT = 4096, 256, 32, 40
+TOWER_WIDTH, TOWER_HEADS, TOWER_HEAD_DIM, CLIP_WIDTH = 1024, 16, 64, 768  # of CLIP ViT-L/14 at 336 pixels
+TOWER_LAYERS = (5, 8, -2, -1)  # that methods look at by default
 WITHOUT_RULE = frozenset({"none", "blind"})  # they keep all or nothing
 BATCH = 8  # images that a GPU chooses for at once
 _MOST = 100_000  # visual tokens, whose states take 1.6 GB
@@ -48,16 +52,65 @@ def image_tokens(n_visual: int, width: int, device: torch.device, *, seed: int =
     text_keys = normal(N_TEXT, HEADS, head_dim)
     text_states = normal(N_TEXT, width)
     text_positions = torch.arange(n_visual, n_visual + N_TEXT, device=device)
+    attention = normal(n_visual).softmax(0).to(device)
     return VisualTokens(
         states.to(device),
         grid=grid,
         keys=keys.to(device),
-        attention=normal(n_visual).softmax(0).to(device),
+        attention=attention,
         normed_hidden_states=(states / states.norm(dim=-1, keepdim=True) * math.sqrt(width)).to(device),
         positions=torch.arange(n_visual, device=device),
         text=TextTokens(text_states.to(device), text_keys.to(device), text_positions),
+        vision=_tower(states, normal, device),
+        question=_question(states, normal, device),
+        own_attention=attention.flip(0),
+        text_attention=partial(_of_rows, normal(N_TEXT, n_visual).softmax(-1).to(device)),
         sample_id=f"bench {n_visual}",
     )
+
+
+def _tower(states: Tensor, normal: Callable[..., Tensor], device: torch.device) -> VisionTokens:
+    """Values of a tower with a CLS token, whose states are columns of `states` [V, D]; its projector is one matrix with a bend."""
+    n_visual, width = states.shape
+    narrow = states[:, :TOWER_WIDTH].contiguous()
+    heads = (TOWER_HEADS, TOWER_HEAD_DIM)
+
+    def each(*shape: int) -> dict[int, Tensor]:
+        return {layer: normal(*shape).to(device) for layer in TOWER_LAYERS}
+
+    return VisionTokens(
+        states=narrow.to(device),
+        project=partial(_projected, normal(narrow.shape[1], width).to(device)),
+        cls_state=normal(narrow.shape[1]).to(device),
+        cls_attention={layer: values.softmax(-1) for layer, values in each(TOWER_HEADS, n_visual).items()},
+        received_attention={layer: values.softmax(-1) for layer, values in each(n_visual).items()},
+        keys=each(n_visual, *heads),
+        cls_query=each(*heads),
+        cls_key=each(*heads),
+    )
+
+
+def _question(states: Tensor, normal: Callable[..., Tensor], device: torch.device) -> QuestionTokens:
+    n_visual, width = states.shape
+    return QuestionTokens(
+        image_embeddings=states.to(device),
+        text_embeddings=normal(N_TEXT, width).to(device),
+        clip_image=normal(n_visual, CLIP_WIDTH).to(device),
+        clip_text=normal(1, CLIP_WIDTH).to(device),
+    )
+
+
+def _projected(weight: Tensor, states: Tensor) -> Tensor:
+    return torch.tanh(states.to(weight.dtype) @ weight)
+
+
+def _of_rows(attention: Tensor, rows: Tensor | None) -> Tensor:
+    return attention if rows is None else attention[rows]
+
+
+def _built(name: str, rate: float) -> Pruner:
+    """Build a method with the text side of LLaVA's tower, if it has to be named; nothing is loaded here."""
+    return get_pruner(name, pruning_rate=rate, **({"text_tower": LLAVA_TOWER} if "text_tower" in parameters(pruner_class(name)) else {}))
 
 
 def broadcast_cosine(features: Tensor) -> Tensor:
@@ -116,7 +169,7 @@ def bench_selection(
     for device in used:
         for n_visual in sizes:
             measuring.tell(f"{device}: {n_visual} tokens")
-            pruners = [get_pruner(name, pruning_rate=rate) for name in names for rate in rates]
+            pruners = [_built(name, rate) for name in names for rate in rates]
             n_images = BATCH if device.type == "cuda" else 1
             images = [image_tokens(n_visual, width, device, seed=seed) for seed in range(n_images)]
             yardstick, rows = _bench_size(pruners, images, repeats)
@@ -152,10 +205,10 @@ def _bench_size(pruners: Sequence[Pruner], images: Sequence[VisualTokens], repea
     skipped = _why_skipped(features)
     calls: list[dict[str, Callable[[], Any]]] = []
     for pruner in pruners:
-        keep = pruner.default_keep(tokens.n_visual)
-        timed = {name: partial(getattr(pruner, name), tokens, keep) for name in ("select", "choose")}
+        keep = pruner.keep_at(pruner.stages(PUBLISHED_DEPTH)[0], tokens.n_visual)  # of several cuts the first is timed
+        timed = {name: partial(_afresh, [tokens], getattr(pruner, name), tokens, keep) for name in ("select", "choose")}
         if len(images) > 1:
-            timed["select_batch"] = partial(pruner.select_batch, images, [keep] * len(images))
+            timed["select_batch"] = partial(_afresh, images, pruner.select_batch, images, [keep] * len(images))
         calls.append(timed)
     # times, a list a round
     yardstick_ms = []
@@ -177,6 +230,13 @@ def _bench_size(pruners: Sequence[Pruner], images: Sequence[VisualTokens], repea
             ratios |= {"batch": len(images), "batch_yardstick_ratio": _ratio(line, times["select_batch"], len(images))}
         rows.append(_row(pruner, tokens, timed["select"], {**times, **ratios}))
     return line, rows
+
+
+def _afresh(images: Sequence[VisualTokens], call: Callable[..., Any], *args: object) -> Any:
+    """Call for images of which nothing is remembered from the call before."""
+    for image in images:
+        image.memory.clear()
+    return call(*args)
 
 
 def _ratio(yardstick: Line, time: Line, n_images: int = 1) -> float | None:

@@ -106,7 +106,7 @@ class GridTower(Tower):
         """Numbers [views, N] of tokens that patches became as numbers [V] through all views; -1 of newlines."""
         firsts = torch.cat([groups.new_zeros(1), groups.amax(1) + 1]).cumsum(0)[:-1]
         through = (groups + firsts[:, None]).flatten()
-        patches = self._patches(layout, self.side, self.side).to(groups.device)
+        patches = self._patches(layout, self.side, self.side).to(groups.device, non_blocking=True)
         return torch.where(patches < 0, -1, through[patches])
 
     def views(self, layout: Layout) -> Tensor:
