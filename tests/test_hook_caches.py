@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_hook_exact import MIXED, ONE
 from test_hook_world import answer, fastv
-from tiny_models import IMAGE, TEXT, prompts
+from tiny_models import IMAGE, TEXT, generate, prompts, step_logits
 from torch import Tensor, nn
 from toy_pruners import Stride
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -203,3 +203,13 @@ def test_limits_are_compared_in_positions(tiny_model, family, n_positions):
     config.get_text_config().max_position_embeddings = limit - 1
     with pytest.raises(ValueError, match=f"doc: .* {n_tokens} tokens .* {limit} positions, but the model has {limit - 1}"):
         check_prompt_lengths(batch, 0, config)
+
+
+def test_text_alone_without_a_cache_is_read_as_it_is(tiny_model):
+    """Nothing is cut there, and only hooks on the layers behind the cut could see how long their inputs are."""
+    model, inputs = tiny_model("llava", "sdpa"), prompts("llava", [[9]])
+    plain = generate(model, inputs, 3, use_cache=False)
+    with prune(model, get_pruner("fastv", pruning_rate="2/3")) as ledger:
+        found = generate(model, inputs, 3, use_cache=False)
+    assert torch.equal(step_logits(plain), step_logits(found))
+    assert [record.n_visual for record in ledger.records] == [0] * 3

@@ -123,7 +123,8 @@ def test_rows_stand_in_the_order_that_the_method_gives(tiny_model):
     with prune(model, Backwards(pruning_rate="1/2")) as ledger:
         output = generate(model, inputs, 4)
     (record,) = ledger.records
-    features = core.get_image_features(inputs["pixel_values"]).pooler_output[0]
+    encoded = core.get_image_features(inputs["pixel_values"])
+    features = getattr(encoded, "pooler_output", encoded)[0]  # a list of images before transformers 5
     kept = features[-8:].flip(0)
     kept[0] = features.mean(0)
     ids = inputs["input_ids"][0]

@@ -25,7 +25,7 @@ from vlm_pruner_eval.lmms import PrunedModel
 from vlm_pruner_eval.lmms.planning import WINDOW_BATCHES
 from vlm_pruner_eval.lmms.shared_runs import Configuration
 
-QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 SOON_S = 20.0  # for what must happen; nothing waits so long unless it is broken
 
 

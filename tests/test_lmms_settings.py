@@ -104,7 +104,7 @@ def test_lmms_eval_builds_a_model_that_refuses_failures(tmp_path: Path) -> None:
 
 
 # ---- settings that not every family has
-QWEN = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+QWEN = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
 VIDEO_TAKERS = ("internvl", "llava_onevision", "llava_video", *QWEN)
 
 

@@ -28,7 +28,7 @@ from vlm_pruner_eval.prefix import SharedPrefix
 from vlm_pruner_eval.store.answers import AnswerLog
 
 FAMILIES = sorted(["llava", *PROCESSORS, "llava_video"])
-QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 NO_RATE = ("none", "blind")
 AT_ONCE = ("divprune", "pool", "random", "uniform")  # cut at layer 0
 LATER = ("fastv", "dart")

@@ -159,7 +159,7 @@ def test_the_frames_that_reach_the_model_are_those_of_the_file(family: str, mode
     of_file, of_array = (inputs_of(model, i)[name] for i in range(2))
     assert torch.equal(of_file, of_array)
     assert not torch.equal(of_file, inputs_of(model, 2)[name])
-    n_pictures = {"internvl": 6, "qwen2_vl": 3 * 16, "qwen2_5_vl": 3 * 16, "qwen3_vl": 3 * 16}.get(family, 1)
+    n_pictures = {"internvl": 6, "qwen2_vl": 3 * 16, "qwen2_5_vl": 3 * 16, "qwen3_vl": 3 * 16, "qwen3_vl_moe": 3 * 16}.get(family, 1)
     assert of_file.shape[0] == n_pictures
     assert family not in ("llava_onevision", "llava_video") or of_file.shape[1] == 6
 
@@ -171,7 +171,7 @@ def test_more_frames_are_more_tokens_and_the_default_is_in_the_description(famil
     model.task_dict = {"clips": {"test": documents()}}
     texts(model, [asked(OTHER_FILE, max_new_tokens=1)])
     # Qwen3-VL's own bound is for all frames together: 36 tokens in this checkpoint, so that each pair of frames shrinks to one
-    assert model.answers[0].record.n_visual == (15 if family == "qwen3_vl" else sum(video_scopes(family, 30)))
+    assert model.answers[0].record.n_visual == (15 if family.startswith("qwen3_vl") else sum(video_scopes(family, 30)))
 
 
 # ---- Qwen: times
@@ -197,7 +197,7 @@ def test_qwen2_5_gets_the_seconds_of_two_frames_unrounded(dtype: str) -> None:
 # ---- Qwen: pixels
 @pytest.mark.parametrize("family", QWEN)
 def test_bounds_on_pixels_are_those_of_images_and_of_every_frame(family: str) -> None:
-    side = 32 if family == "qwen3_vl" else 28
+    side = 32 if family.startswith("qwen3_vl") else 28
     model = load(f"vlmpruner_{family}", pretrained=checkpoint(family), max_frames_num=4, min_pixels=20 * side**2, max_pixels=25 * side**2)
     assert (model.describe()["min_pixels"], model.describe()["max_pixels"]) == (20 * side**2, 25 * side**2)
     model.task_dict = {"clips": {"test": documents()}}
@@ -210,7 +210,7 @@ def test_bounds_on_pixels_are_those_of_images_and_of_every_frame(family: str) ->
 
 @pytest.mark.parametrize("family", QWEN)
 def test_one_bound_leaves_the_other_as_it_is(family: str) -> None:
-    side = 32 if family == "qwen3_vl" else 28
+    side = 32 if family.startswith("qwen3_vl") else 28
     model = load(f"vlmpruner_{family}", pretrained=checkpoint(family), min_pixels=30 * side**2)
     model.task_dict = {"clips": {"test": documents()}}
     _, rows, cols = inputs_of(model, IMAGE_ONLY)["image_grid_thw"][0].tolist()

@@ -66,7 +66,17 @@ def attentions(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
             for size in inputs["image_sizes"]
         ]
         pixels = torch.cat([found[:n] for found, n in zip(pixels, sizes, strict=True)])
-    return core.vision_tower(pixels, output_attentions=True).attentions
+    if core.config.model_type != "internvl":
+        return core.vision_tower(pixels, output_attentions=True).attentions
+    handles = []  # its tower takes no such argument in some versions, but returns them layer by layer
+    for block in hf_compat.tower_blocks(core):
+        attention = getattr(block, "self_attn", None) or block.attention
+        handles.append(attention.register_forward_hook(lambda module, args, output: seen.append(output[1])))
+    seen: list[Tensor] = []
+    core.vision_tower(pixels)
+    for handle in handles:
+        handle.remove()
+    return seen
 
 
 @pytest.mark.parametrize("family", WITH_CLS)

@@ -287,6 +287,8 @@ class PruningHook(NotCopied):
             side=getattr(self.tower, "side", None),
         )
         self._prefill.cache = cache
+        if cache is None and self.stages:  # only hooks see how long the layers' inputs are, those of text alone among them
+            self._follow_all()
 
     def _before_layer(self, i: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         hidden = before = hf_compat.hidden_argument(args, kwargs, i)
