@@ -153,7 +153,8 @@ def test_a_method_that_answers_duplicates_leaves_no_results(
     assert not list(tmp_path.rglob("*.json*"))
 
 
-@pytest.mark.parametrize("command", [LMMS_EVAL, pytest.param(MODULE, marks=pytest.mark.slow)])
+@pytest.mark.slow  # by default in this process, in test_lmms_plugin.py
+@pytest.mark.parametrize("command", [LMMS_EVAL, MODULE])
 def test_an_id_that_is_nearly_one_of_ours_is_refused(command: list[str], environment: dict[str, str], tmp_path: Path) -> None:
     done = run(command, environment, tmp_path / "out", model_args="pretrained=minivlm", model="vlmpruner_lava")
     assert done.returncode == 2, done.stdout + done.stderr

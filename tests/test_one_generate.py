@@ -31,7 +31,7 @@ def together(family: str, methods: Sequence[str] = METHODS) -> list[list[Pruner]
 
 def read_rows(model, inputs, pruners: Sequence[Pruner], n_new: int = 4, **kwargs: object) -> list[tuple]:
     """(ids, logits, records) of every method, all read in one forward behind the prefix of the first."""
-    with SharedPrefix(model, [depth(pruners[0])] * 2) as prefix:
+    with SharedPrefix(model, [depth(pruners[0])] * 2, pruners) as prefix:
         with prefix.reading(depth(pruners[0])):
             read(model, inputs, pruners[0])
         with prefix.reading(depth(pruners[0]), repeats=len(pruners)), prune(model, pruners) as ledger:

@@ -59,7 +59,7 @@ def read(model, inputs, pruner: Pruner, **kwargs: object) -> tuple:
 def read_shared(model, inputs, pruners: Sequence[Pruner], **kwargs: object) -> list[tuple]:
     """The same of all methods over one prefix, in their own order."""
     found = {}
-    with SharedPrefix(model, [depth(pruner) for pruner in pruners]) as prefix:
+    with SharedPrefix(model, [depth(pruner) for pruner in pruners], pruners) as prefix:
         for i in sorted(range(len(pruners)), key=lambda i: -depth(pruners[i])):
             with prefix.reading(depth(pruners[i])):
                 found[i] = read(model, inputs, pruners[i], **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -27,7 +28,10 @@ N_VISUAL = 120
 
 def tokens(dtype: torch.dtype = torch.float32) -> VisualTokens:
     """Tokens of an image with all that a method may ask for."""
-    return mapped(image_tokens(N_VISUAL, 300, CPU), lambda value: value.to(dtype) if value.is_floating_point() else value)
+    return mapped(_made(N_VISUAL), lambda value: value.to(dtype) if value.is_floating_point() else value)
+
+
+_made = functools.cache(functools.partial(image_tokens, width=300, device=CPU))  # for all tests: `mapped` makes others of them
 
 
 def on_device(given: VisualTokens) -> VisualTokens:
@@ -44,6 +48,7 @@ def waits(found: CountSyncs) -> int:
     return sum(found.syncs.values())
 
 
+BATCHES = [*((name, False) for name in (*IN_MODEL, "keynorm")), *((name, True) for name in ("vlmpruner", "divprune", "cdpruner", "scope"))]
 # Waits of a choice whose rule has to look at numbers before it can go on: how many outliers, which text rates, which crops there are.
 MORE_WAITS = {"prumerge": 2, "prumerge_plus": 2, "sparsevlm": 2, "holov": 2}
 # Waits of a prefill beyond one for each stage: of those above, of transformers' masks for rows of different lengths (2 or 4), and of
@@ -81,8 +86,7 @@ def by_stand_in(function: Callable) -> Callable:
     return run
 
 
-@pytest.mark.parametrize("by_kernels", [False, True], ids=["loops", "kernels"])
-@pytest.mark.parametrize("method", [*IN_MODEL, "keynorm"])
+@pytest.mark.parametrize(("method", "by_kernels"), BATCHES)
 def test_a_batch_waits_once(method: str, by_kernels: bool, monkeypatch: pytest.MonkeyPatch):
     """Images of different sizes; a method from outside has its tokens checked before."""
     if by_kernels:
@@ -97,7 +101,7 @@ def test_a_batch_waits_once(method: str, by_kernels: bool, monkeypatch: pytest.M
         monkeypatch.setattr(coverage_kernel, "coverage", by_stand_in(coverage_kernel.coverage))
         monkeypatch.setattr(determinant_kernel, "largest_determinant", by_stand_in(determinant_kernel.largest_determinant))
     pruner = KeyNorm(pruning_rate=0.5) if method == "keynorm" else made(method)
-    here, keeps = [tokens(), image_tokens(36, 300, CPU), image_tokens(1, 300, CPU)], [13, 0, 1]
+    here, keeps = [tokens(), *(mapped(_made(n), Tensor.clone) for n in (36, 1))], [13, 0, 1]
     found, seen = counted(lambda: pruner.select_batch([*map(on_device, here)], keeps))
     assert waits(seen) in allowed(method), seen.syncs
     for got, expected in zip(found, [pruner.select(*one) for one in zip(here, keeps, strict=True)], strict=True):
@@ -289,6 +293,12 @@ def prefill(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, CountS
     return held(output.logits), found
 
 
+@pytest.fixture(scope="module")
+def there() -> nn.Module:
+    """LLaVA on the stand-in device."""
+    return moved(build("llava"))
+
+
 N_IMAGES = 2
 TWO_ROWS = [(3, "i0", 4), (5, "i1", 2)]
 TWO_IMAGES = [(3, "i0", 2, "i1", 4)]
@@ -299,14 +309,13 @@ ON_IMAGES = ("vlmpruner", "twostages", "pool")  # both images in one row; the ot
 
 @pytest.mark.usefixtures("_autocast_on_the_stand_in")
 @pytest.mark.parametrize("method", [*IN_MODEL, "twostages", "first"])
-def test_a_prefill_waits_once_and_once_for_each_stage(tiny_model, method: str):
+def test_a_prefill_waits_once_and_once_for_each_stage(tiny_model, there: nn.Module, method: str):
     """Beyond what the model waits for by itself; logits and records as on a CPU."""
     inputs, model = prompts("llava", TWO_IMAGES if method in ON_IMAGES else TWO_ROWS), tiny_model("llava")
     own = {"twostages": TwoStages, "first": First}
     pruner = own[method](pruning_rate="2/3") if method in own else made(method)
     with torch.no_grad(), prune(model, pruner) as ledger:
         expected = model(**inputs).logits
-    there = moved(build("llava"))
     plain = waits(prefill(there, inputs)[1])
     with prune(there, pruner) as ledger_there:
         logits, found = prefill(there, inputs)
