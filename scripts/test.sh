@@ -19,7 +19,7 @@ hook_tests() {  # MINOR of transformers
   ensure_transformers "$1"
   export PYTHONPATH="$OVERLAY"
   .venv/bin/python -c 'import sys, transformers; print("transformers", transformers.__version__); sys.exit(not transformers.__version__.startswith(sys.argv[1] + "."))' "$1"
-  .venv/bin/python -m pytest "${parallel[@]}" tests/test_hook_*.py tests/test_hf_compat.py tests/test_vlms.py tests/test_prefix.py tests/test_one_generate.py
+  .venv/bin/python -m pytest "${parallel[@]}" tests/test_hook_*.py tests/test_hf_compat.py tests/test_vlms.py tests/test_vision_probe.py tests/test_prefix.py tests/test_one_generate.py
 }
 
 chosen=(-m "not slow")
