@@ -7,10 +7,16 @@ folders' READMEs say which arrays are inputs, which are outputs, and what equali
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+HERE = str(Path(__file__).parent)
+if HERE not in sys.path:  # loaded by its path, from outside of these tests
+    sys.path.insert(0, HERE)
 
 Arrays = dict[str, np.ndarray]
 Answer = Callable[[Arrays, Mapping[str, Any]], Arrays]
