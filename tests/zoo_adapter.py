@@ -42,7 +42,7 @@ def answer(method: str, arrays: Arrays, meta: Mapping[str, Any]) -> Arrays:
     KeyError
         No such folder is known.
     """
-    (module,) = [name for name, methods in MODULES.items() if method in methods]
+    module = {name: module for module, names in MODULES.items() for name in names}[method]
     function: Answer = getattr(importlib.import_module(module), method)
     inputs = {name: value.astype(np.float32) if value.dtype == np.float16 else value for name, value in arrays.items()}
     return function(inputs, meta)
