@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from zoo_order import next_order
+from zoo_order import NEXT_VIEWS, next_order
 
 from vlm_pruner_eval import Stage, VisualTokens, get_pruner
 from vlm_pruner_eval.pruners.vscan import local_choice
@@ -115,7 +115,7 @@ def vscan(arrays: Arrays, meta: Mapping[str, Any]) -> Arrays:
     if meta["family"] != "llava":
         return {"local_order": local[0].int().numpy(), "keep": kept[0].numpy(), "merged_states": states[0].numpy()}
     found = {"local": local.numpy(), "keep": kept.numpy(), "merged_states": states.numpy()}
-    return found | ({"llm_order": unpadded_order(kept, meta["note"]).numpy()} if "llm_order" in arrays else {})
+    return found | ({"llm_order": unpadded_order(kept, meta["note"]).numpy()} if meta["views"] == NEXT_VIEWS else {})
 
 
 def unpadded_order(keep: Tensor, note: str) -> Tensor:

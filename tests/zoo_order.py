@@ -9,6 +9,7 @@ from vlm_pruner_eval.vlms.parts.image_views import views_of
 from vlm_pruner_eval.vlms.parts.layout import Layout, Scope
 
 SIDE = 24
+NEXT_VIEWS = 5  # a base view and 2 x 2 tiles
 
 
 def next_scope(tiles: tuple[int, int] = (2, 2)) -> Scope:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 from zoo_adapter import Arrays
-from zoo_order import next_order
+from zoo_order import NEXT_VIEWS, next_order
 
 from vlm_pruner_eval import VisualTokens, get_pruner
 from vlm_pruner_eval.clip_text import segments
@@ -30,7 +30,7 @@ def cdpruner(arrays: Arrays, meta: Mapping[str, Any]) -> Arrays:
     chosen = pruner.select_batch(views)
     kept = torch.stack([one.keep for one in chosen])
     found = {"greedy_order": torch.stack([one.order for one in chosen]), "keep": kept}
-    if "llm_order" in arrays:
+    if meta["views"] == NEXT_VIEWS:
         found["llm_order"] = next_order(kept)
     return {name: value.numpy() for name, value in found.items()}
 

@@ -45,7 +45,7 @@ def stacked(parts: list[Tensor]) -> np.ndarray:
 
 def with_prompt_order(found: Arrays, arrays: Arrays) -> Arrays:
     """The same, and the order in a prompt of LLaVA-NeXT if the file has one."""
-    if "llm_order" in arrays:
+    if meta["views"] == NEXT_VIEWS:
         found["llm_order"] = next_order(torch.from_numpy(found["keep"])).numpy()
     return found
 
