@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from zoo_order import SIDE, next_order, next_scope
+from zoo_order import NEXT_VIEWS, SIDE, next_order, next_scope
 
 from vlm_pruner_eval import Selection, VisualTokens, get_pruner
 from vlm_pruner_eval.types import VisionTokens
@@ -43,9 +43,9 @@ def stacked(parts: list[Tensor]) -> np.ndarray:
     return torch.stack(parts).numpy()
 
 
-def with_prompt_order(found: Arrays, arrays: Arrays) -> Arrays:
+def with_prompt_order(found: Arrays, meta: Mapping[str, Any]) -> Arrays:
     """The same, and the order in a prompt of LLaVA-NeXT if the file has one."""
-    if meta["views"] == NEXT_VIEWS:
+    if meta.get("views") == NEXT_VIEWS:
         found["llm_order"] = next_order(torch.from_numpy(found["keep"])).numpy()
     return found
 
@@ -61,7 +61,7 @@ def by_cls(method: str, arrays: Arrays, keep: int, **parameters: Any) -> list[Se
 
 def fastervlm(arrays: Arrays, meta: Mapping[str, Any]) -> Arrays:
     found = by_cls("fastervlm", arrays, meta["tokens_per_view"])
-    return with_prompt_order({"keep": stacked([one.keep for one in found])}, arrays)
+    return with_prompt_order({"keep": stacked([one.keep for one in found])}, meta)
 
 
 def vispruner(arrays: Arrays, meta: Mapping[str, Any]) -> Arrays:
@@ -69,13 +69,13 @@ def vispruner(arrays: Arrays, meta: Mapping[str, Any]) -> Arrays:
     found = by_cls("vispruner", arrays, keep, important_ratio=ratio)
     important, diverse = torch.stack([one.order for one in found]).split([int(keep * ratio), keep - int(keep * ratio)], 1)
     kept = stacked([one.keep for one in found])
-    return with_prompt_order({"keep": kept, "important": important.numpy(), "diverse": diverse.numpy()}, arrays)
+    return with_prompt_order({"keep": kept, "important": important.numpy(), "diverse": diverse.numpy()}, meta)
 
 
 def scope(arrays: Arrays, meta: Mapping[str, Any]) -> Arrays:
     combined = {"multi": "multiply"}.get(meta["combined"], meta["combined"])
     found = by_cls("scope", arrays, meta["tokens_per_view"], alpha=meta["alpha"], combined=combined)
-    return with_prompt_order({"greedy_order": stacked([one.order for one in found]), "keep": stacked([one.keep for one in found])}, arrays)
+    return with_prompt_order({"greedy_order": stacked([one.order for one in found]), "keep": stacked([one.keep for one in found])}, meta)
 
 
 def prumerge(arrays: Arrays, meta: Mapping[str, Any]) -> Arrays:
@@ -107,7 +107,7 @@ def hiprune(arrays: Arrays, meta: Mapping[str, Any]) -> Arrays:
     towers = [VisionTokens(received_attention={layer: first, -2: last}) for first, last in zip(*received, strict=True)]
     views = [view_tokens(tower, i, states=states) for i, tower in enumerate(towers)]
     several = answers("hiprune", views, meta["tokens_per_view"], alpha=meta["alpha"], object_layer=layer)
-    return with_prompt_order({"keep": stacked([one.keep for one in several])}, arrays)
+    return with_prompt_order({"keep": stacked([one.keep for one in several])}, meta)
 
 
 def holov(arrays: Arrays, meta: Mapping[str, Any]) -> Arrays:
