@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import quick_commands
 import torch
 
 if not torch.cuda.is_available():
@@ -36,6 +37,7 @@ settings.load_profile("quick")
 def shortcuts() -> Iterator[None]:
     """Sweeps do once a process what takes seconds; where lmms-eval was not imported, no test makes one."""
     with pytest.MonkeyPatch.context() as patch:
+        quick_commands.take(patch)
         if "lmms_eval" in sys.modules:
             importlib.import_module("shortcuts").take(patch)
         yield

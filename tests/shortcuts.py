@@ -1,4 +1,4 @@
-"""What costs seconds in every sweep, done once a process: the self-test, lmms-eval's index of tasks; and blank figures."""
+"""What costs seconds in every sweep, done once a process: the self-test, lmms-eval's tasks and their index; and blank figures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import importlib
 import io
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ from PIL import Image
 from vlm_pruner_eval import selftest
 from vlm_pruner_eval.report.figures.report_figures import WORDS
 from vlm_pruner_eval.store.files import write_atomic
-from vlm_pruner_eval.sweep import opening
+from vlm_pruner_eval.sweep import identity, opening
 from vlm_pruner_eval.sweep.config import SweepConfig
 
 
@@ -28,6 +28,7 @@ def take(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(opening, "selftest", SimpleNamespace(run=lambda: _test(selftest.run)))
     patch.setattr(opening, "check_tasks", functools.partial(_check_tasks, opening.check_tasks))
     patch.setattr(importlib.import_module("vlm_pruner_eval.report.build"), "draw_all", _blank_figures)
+    patch.setattr(identity, "_definitions", functools.partial(_definitions, identity._definitions))
 
 
 @functools.cache
@@ -39,6 +40,21 @@ def _check_tasks(check: Callable[..., Any], config: SweepConfig, task_manager: A
     if task_manager is None and config.include_path is None:
         task_manager = index_for(config.model.id)
     return check(config, task_manager)
+
+
+def _definitions(read: Callable[..., dict[str, list[Path]]], folders: Iterable[Path]) -> dict[str, list[Path]]:
+    """The tasks that files define; those of lmms-eval itself, which are thousands, are read once."""
+    found: dict[str, list[Path]] = {}
+    for folder in folders:
+        of_folder = _packaged(read, folder) if folder == Path(lmms_eval.tasks.__file__).parent else read([folder])
+        for name, files in of_folder.items():
+            found.setdefault(name, []).extend(files)
+    return found
+
+
+@functools.cache
+def _packaged(read: Callable[..., dict[str, list[Path]]], folder: Path) -> dict[str, list[Path]]:
+    return read([folder])
 
 
 def index_for(model: str) -> Any:

@@ -49,7 +49,7 @@ def test_a_newer_release_is_a_warning_and_one_that_is_known_not_to_work_a_failur
 def test_the_self_test_is_part_of_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [finding.status for finding in installation.self_test()] == [OK, OK]
     monkeypatch.setitem(sys.modules, "filelock._api", None)
-    monkeypatch.setattr("vlm_pruner_eval.prefill.Prefill.enter_layer", lambda self, i, hidden, state: hidden)
+    monkeypatch.setattr("vlm_pruner_eval.prefill.Prefill.enter_layer", lambda self, i, hidden, *args: hidden)
     late, hook = installation.self_test()
     assert late.status == hook.status == FAIL
     assert "filelock._api" in late.found and "the stage in front of decoder layer 2 never ran" in hook.found and "install" in late.fix

@@ -270,3 +270,28 @@ def test_a_selection_may_be_returned_whole(tiny_model):
         generate(tiny_model("llava"), prompts("llava", ONE), 1)
     assert ledger.records[0].order == [4, 3, 2, 1, 0]
     assert ledger.records[0].quirks == {"told"}
+
+
+@pytest.mark.parametrize("rows", [ONE, MIXED], ids=["alone", "beside rows that lose tokens"])
+def test_new_states_count_where_no_token_is_dropped(tiny_model, rows):
+    """Of a method that decides its count: what it makes of a row may not depend on the other rows of the batch."""
+
+    class KeepsTheSmallest(StateNorm):
+        def decides_count(self):
+            return True
+
+        def choose(self, tokens, keep):
+            kept = torch.arange(tokens.n_visual if tokens.n_visual == len(smallest) else keep)
+            return Selection(kept, tokens.hidden_states[kept] * 1.25)
+
+    model, smallest = tiny_model("llava"), range(scopes_of("llava", ONE[0])[0])
+    inputs = prompts("llava", rows)
+    plain = step_logits(generate(model, inputs, 1))
+    with prune(model, KeepsTheSmallest(pruning_rate="2/3", layer=2)):
+        changed = step_logits(generate(model, inputs, 1))
+    alone = prompts("llava", ONE)
+    with prune(model, KeepsTheSmallest(pruning_rate="2/3", layer=2)) as ledger:
+        own = step_logits(generate(model, alone, 1))
+    assert ledger.records[0].n_kept == len(smallest)
+    assert distance(plain[0], own[0]) > CLOSE, "new states change the answer"
+    assert distance(changed[0], own[0]) < CLOSE

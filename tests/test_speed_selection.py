@@ -89,6 +89,13 @@ def test_every_method_with_a_rule_is_there():
     assert not {"none", "blind", "downsample"} & {*selection.methods_with_a_rule()}
 
 
+def test_every_method_with_a_rule_can_be_measured():
+    """The text side of CLIP is made up as the rest is: nothing is loaded. Of methods that cut several times it is the first cut."""
+    got = selection.bench_selection([], [36], 1, width=64)
+    assert {row["method"] for row in got["rows"]} == {*selection.methods_with_a_rule()}
+    assert all(0 < row["n_kept"] <= 36 and row["choose"]["ms"] > 0 for row in got["rows"])
+
+
 def test_bad_input_is_refused_all_at_once():
     with pytest.raises(ConfigError) as refusal:
         selection.bench_selection(["fastvv", "none"], [3], 0)

@@ -138,6 +138,11 @@ def hidden_argument(args: tuple, kwargs: Mapping[str, Any], where: str | int) ->
     return args[0] if args else argument(kwargs, "hidden_states", where)
 
 
+def with_hidden(hidden: Tensor, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Return the arguments of a decoder layer with other states."""
+    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+
 def cache_argument(kwargs: Mapping[str, Any], where: str | int) -> Any:
     """Return the cache that the language model or a layer of it is called with; None if it is called without one.
 

@@ -303,7 +303,7 @@ class PruningHook(NotCopied):
                 remember(cache, self._state)
         cut = self._state.at(i)
         if cut is None:
-            return None
+            return None if hidden is before else hf_compat.with_hidden(hidden, args, kwargs)
         if self._patch is None or self._patch[0] is not cut:
             self._arguments.give_back()  # what was cut for an earlier stage, which its probe has seen
             for name in ("attention_mask", "position_embeddings"):
@@ -314,9 +314,7 @@ class PruningHook(NotCopied):
             if not self._arguments.hand_on(found, kwargs, cache):
                 self._follow_all()
         patched = kwargs | {name: value for name, value in self._patch[1].items() if name in kwargs}
-        if not args:
-            return args, patched | {"hidden_states": hidden}
-        return ((hidden, *args[1:]), patched) if hidden is not before else (args, patched)
+        return (args, patched) if args and hidden is before else hf_compat.with_hidden(hidden, args, patched)
 
     def _with_cut(self, wrapper: Callable, original: Callable, *args: object, **kwargs: object) -> object:
         return wrapper(original, self._patch[0] if self._patch else None, *args, **kwargs)

@@ -103,12 +103,12 @@ class Prefill:
         if probe is not None:
             probe.clear()
         self.ran.add(layer)
-        if lengths == [sum(len(alive.local) for alive in row.scopes) for row in self.rows]:
-            return hidden  # nothing was dropped: leave the model exactly as it was
         if merged:
             hidden = hidden.clone()
             for b, slots, states in merged:
                 hidden[b, slots] = states
+        if lengths == [sum(len(alive.local) for alive in row.scopes) for row in self.rows]:
+            return hidden  # nothing was dropped, in any row
         rows = [row.positions() for row in self.rows]
         cut = Cut.of_rows(rows, layer=layer, length=self.length, contiguous=self.contiguous)
         self._refuse_read_positions(cut)
