@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import test_lmms_families
 import test_lmms_video_runs
+import tiny_models
 import torch
 from lmms_eval.models.model_utils import gen_metrics
 from lmms_requests import GREEDY, documents, fresh_model, request, set_batch_size, tiny_llava
@@ -58,7 +59,7 @@ def registered(family: str) -> list[str]:
 
 @functools.cache
 def _loaded(family: str) -> PrunedModel:
-    videos = {} if family in ("llava", "llava_next") else {"max_frames_num": 6}
+    videos = {"max_frames_num": 6} if tiny_models.FAMILIES[family].videos else {}
     model = load(f"vlmpruner_{family}", pretrained=tiny_llava() if family == "llava" else checkpoint(family), **videos)
     model.context.keep_loaded = True
     return model

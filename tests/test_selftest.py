@@ -26,7 +26,7 @@ def test_a_hook_that_prunes_wrongly_fails_it(monkeypatch: pytest.MonkeyPatch, mi
     elif mistake == "renumbered positions":
         monkeypatch.setattr(layer_arguments, "take", lambda x, index: x[..., : index.shape[1], :].expand(len(index), -1, -1))
     else:
-        monkeypatch.setattr("vlm_pruner_eval.prefill.Prefill.enter_layer", lambda self, i, hidden, state: hidden)
+        monkeypatch.setattr("vlm_pruner_eval.prefill.Prefill.enter_layer", lambda self, i, hidden, state, rope: hidden)
     with pytest.raises(StoppedError, match="self-test of hook failed") as error:
         selftest.run()
     assert isinstance(error.value.__cause__, PruningError)
