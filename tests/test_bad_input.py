@@ -252,7 +252,7 @@ def check_outcome(found: list[Run] | list[str], raw: Any) -> None:
         assert len({item.run_id for item in found}) == len(found)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(raw=mutated())
 @example(raw=GOOD)
 @example(raw=GOOD | {"limit": 5, "output": "x"})
@@ -266,7 +266,7 @@ def is_encodable(raw: Any) -> bool:
     return not re.search("[\ud800-\udfff]", str(raw))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=75, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_file_with_torn_bytes_is_a_grid_or_sentences(tmp_path: Path, data: st.DataObject) -> None:
     content = bytearray(TEXT.encode())
