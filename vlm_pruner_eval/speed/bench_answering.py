@@ -70,18 +70,11 @@ def bench_answering(config: SweepConfig, rounds: int = 3, *, task_manager: Any =
         raise ConfigError(f"--rounds: got {rounds}, expected 1 or more.")
     import torch
 
-    from vlm_pruner_eval.lmms.families import load as load_model
+    from vlm_pruner_eval.speed.bench_shared import loaded_once
     from vlm_pruner_eval.speed.measuring import machine, tell
     from vlm_pruner_eval.sweep.opening import check_tasks
 
-    models: list[Any] = []
-
-    def load(*args: object, **kwargs: object) -> Any:
-        """Hand the same model out every time."""
-        if not models:
-            models.append(load_model(*args, **kwargs))
-        return models[0]
-
+    models, load = loaded_once()
     manager = check_tasks(config, task_manager)
     # a few questions, so that no run pays for what happens once in a process
     _answered(config.model_copy(update={"limit": config.model.batch_size}), load, manager)

@@ -45,18 +45,10 @@ def bench_shared(config: SweepConfig, rounds: int = 3, *, task_manager: Any = No
         raise ConfigError(f"--rounds: got {rounds}, expected 1 or more.")
     import torch
 
-    from vlm_pruner_eval.lmms.families import load as load_model
     from vlm_pruner_eval.speed.measuring import machine, tell
     from vlm_pruner_eval.sweep.opening import check_tasks
 
-    models: list[Any] = []
-
-    def load(*args: object, **kwargs: object) -> Any:
-        """Hand the same model out every time: loading is no part of the comparison."""
-        if not models:
-            models.append(load_model(*args, **kwargs))
-        return models[0]
-
+    models, load = loaded_once()
     run = functools.partial(_run, config, load=load, task_manager=check_tasks(config, task_manager))
     with tempfile.TemporaryDirectory() as folder:
         # two runs of one question, so that neither way pays for what happens once in a process
@@ -86,6 +78,20 @@ def bench_shared(config: SweepConfig, rounds: int = 3, *, task_manager: Any = No
         "failed": sum(each[way]["failed"] for each in timed for way in each),
         "rounds": timed,
     }
+
+
+def loaded_once() -> tuple[list[Any], Callable[..., Any]]:
+    """Return a loader that hands the same model out every time, as loading is no part of a comparison, and the list that holds it."""
+    from vlm_pruner_eval.lmms.families import load as load_model
+
+    models: list[Any] = []
+
+    def load(*args: object, **kwargs: object) -> Any:
+        if not models:
+            models.append(load_model(*args, **kwargs))
+        return models[0]
+
+    return models, load
 
 
 def _run(
