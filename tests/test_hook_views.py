@@ -1,4 +1,4 @@
-"""What methods of several stages and of single views are shown and do: attention of layer K itself, rows of text, views, made-up rows."""
+"""Methods of several stages and of single views: attention of layer K itself, rows of text, views, made-up rows."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vlm_pruner_eval import ConfigError, Pruner, VisionTokens, VisualTokens, get_pruner, hf_compat, prune
+from vlm_pruner_eval import ConfigError, Pruner, PruningError, VisionTokens, VisualTokens, get_pruner, hf_compat, prune
 from vlm_pruner_eval.prefix import SharedPrefix, first_cut, repeated
 from vlm_pruner_eval.vlms import family_of
 from vlm_pruner_eval.vlms.parts.towers import SequenceTower
@@ -116,7 +116,7 @@ def test_tiles_are_aligned_with_the_packed_tokens(tiny_model):
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_patches_of_qwen_are_put_back_from_window_order(tiny_model, family):
-    """What the merger makes, in the order of the tower, is the model's own features once it is aligned."""
+    """Tokens that the merger makes, in the order of the tower, are the model's own features once they are aligned."""
     model = tiny_model(family, "sdpa")
     core, _ = hf_compat.decoder(model)
     inputs = prompts(family, ROWS)
@@ -205,3 +205,22 @@ def test_attention_of_all_queries_is_made_only_where_all_count(tiny_model, name,
         generate(model, inputs, 1)
     n = family_of(model).tower(hf_compat.decoder(model)[0]).side ** 2 + 1
     assert len([shape for shape in seen.shapes if shape[-2:] == (n, n)]) == whole
+
+
+def test_a_method_that_the_prefix_was_not_told_of_is_a_sentence(tiny_model):
+    """And one that makes other features of the images, whose own would be given to the others."""
+    model, inputs = tiny_model("llava", "sdpa"), prompts("llava", ROWS)
+    plain, looker = get_pruner("divprune", pruning_rate="1/2"), Looker(pruning_rate="1/2")
+    with SharedPrefix(model, [0, 0]) as prefix:
+        with prefix.reading(0), prune(model, plain):
+            generate(model, inputs, 1)
+        with pytest.raises(PruningError, match="among the `pruners` of SharedPrefix"), prefix.reading(0), prune(model, looker):
+            generate(model, inputs, 1)
+    inside = get_pruner("mustdrop", pruning_rate="2/3")
+    with (
+        SharedPrefix(model, [0, 0], [inside]) as prefix,
+        pytest.raises(PruningError, match="merges patches inside the vision tower"),
+        prefix.reading(0),
+        prune(model, inside),
+    ):
+        generate(model, inputs, 1)

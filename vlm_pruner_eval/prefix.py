@@ -193,6 +193,7 @@ class SharedPrefix:
         """The features of these very pixels, computed once."""
         if self._depth is None:
             return original(*args, **kwargs)
+        self._refuse_merging()
         bound = inspect.signature(original).bind(*args, **kwargs).arguments
         call = {name: value for name, value in bound.items() if name != "kwargs"} | bound.get("kwargs", {})
         if self._repeats > 1:
@@ -213,8 +214,23 @@ class SharedPrefix:
     def _show(self, encoded: Encoded | None) -> None:
         """Tell the hook of this forward what the vision tower did."""
         probe = installed_vision(self.core)
-        if probe is not None and encoded is not None:
-            probe.show(encoded)
+        if probe is None:
+            return
+        if encoded is None:
+            raise PruningError(
+                "shared prefix: got a method that looks at the vision tower, expected it among the `pruners` of SharedPrefix, which keeps "
+                "what such methods look at."
+            )
+        probe.show(encoded)
+
+    def _refuse_merging(self) -> None:
+        """Raise a PruningError for a method that makes other features of the same images."""
+        probe = installed_vision(self.core)
+        if probe is not None and probe.merging is not None:
+            raise PruningError(
+                "shared prefix: got a method that merges patches inside the vision tower, whose features are its own; expected it to read "
+                "the batch outside of a shared prefix."
+            )
 
     def _known(self, kind: str, call: dict[str, Any]) -> tuple[dict[str, Any], Any, Encoded | None]:
         """Return call, features and what was seen of these pixels; sizes and grids of `call` are those of repeated prompts."""

@@ -47,7 +47,7 @@ class Prepared:
 
     @property
     def told(self) -> dict[str, list[str]]:
-        """What methods are told of each prompt, as arguments of `prune`: its name, and what it asks."""
+        """Arguments of `prune` that tell methods of each prompt: its name, and its question."""
         return {"sample_ids": self.sample_ids, "questions": [prompt.asked for prompt in self.prompts]}
 
     def repeated(self, times: int) -> Prepared:

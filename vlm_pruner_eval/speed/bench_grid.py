@@ -119,7 +119,7 @@ def _of_batch(
     model: nn.Module, inputs: Inputs, pruners: Mapping[str, Pruner], groups: Sequence[Sequence[str]], n_new: int
 ) -> Iterator[tuple[str, Tensor]]:
     depths = {name: first_cut(pruner, _n_layers(model)) for name, pruner in pruners.items()}
-    with SharedPrefix(model, [*depths.values()]) as prefix:
+    with SharedPrefix(model, [*depths.values()], [*pruners.values()]) as prefix:
         for group in groups:
             n = len(group)
             chosen = [pruners[name] for name in group]
